@@ -86,6 +86,10 @@ pub struct Vcpu {
     /// Their values, format 2.
     #[prost(fixed64, repeated, tag = "13")]
     pub msr_values: Vec<u64>,
+    /// Host TSC when the local APIC was read, so that a running count can be moved on by the
+    /// pause. 0: not known, the count goes on from where it stood.
+    #[prost(fixed64, tag = "14")]
+    pub lapic_tsc: u64,
 }
 
 impl Vcpu {
@@ -219,6 +223,9 @@ pub struct Console {
     /// Viewers connected; their sockets travel beside the state, in this order.
     #[prost(uint32, tag = "3")]
     pub viewers: u32,
+    /// Input not yet taken by the serial port.
+    #[prost(bytes = "vec", tag = "4")]
+    pub input: Vec<u8>,
 }
 
 #[cfg(test)]
