@@ -8,10 +8,9 @@ pub(crate) const TIMER: u8 = 0x40;
 pub(crate) const WAKE: u8 = 0x41;
 /// Vector of spurious interrupts.
 pub(crate) const SPURIOUS: u8 = 0xff;
-const GATE: u8 = 0x80;
+const INVALID_OPCODE: u8 = 6;
 
 const INTERRUPT_GATE: u64 = 0x8e00;
-const INTERRUPT_GATE_RING3: u64 = 0xee00;
 const KERNEL_CODE: u64 = 0x08;
 /// Bytes from one entry of `exception_entries` to the next.
 const EXCEPTION_STRIDE: u64 = 16;
@@ -38,18 +37,16 @@ unsafe extern "C" {
 pub(crate) fn fill() {
     let exceptions = exception_entries as *const () as u64;
     for vector in 0..=255u8 {
-        let (entry, kind) = match vector {
-            0..32 => (
-                exceptions + u64::from(vector) * EXCEPTION_STRIDE,
-                INTERRUPT_GATE,
-            ),
-            TIMER => (timer_entry as *const () as u64, INTERRUPT_GATE),
-            WAKE => (wake_entry as *const () as u64, INTERRUPT_GATE),
-            SPURIOUS => (spurious_entry as *const () as u64, INTERRUPT_GATE),
-            GATE => (gate_entry as *const () as u64, INTERRUPT_GATE_RING3),
-            _ => (stray_entry as *const () as u64, INTERRUPT_GATE),
+        let entry = match vector {
+            INVALID_OPCODE => gate_entry as *const () as u64,
+            0..32 => exceptions + u64::from(vector) * EXCEPTION_STRIDE,
+            TIMER => timer_entry as *const () as u64,
+            WAKE => wake_entry as *const () as u64,
+            SPURIOUS => spurious_entry as *const () as u64,
+            _ => stray_entry as *const () as u64,
         };
-        let low = (entry & 0xffff) | (KERNEL_CODE << 16) | (kind << 32) | (entry >> 16 << 48);
+        let low =
+            (entry & 0xffff) | (KERNEL_CODE << 16) | (INTERRUPT_GATE << 32) | (entry >> 16 << 48);
         // SAFETY: only the BSP is running, and it holds no reference into the table.
         unsafe { (*IDT.0.get())[usize::from(vector)] = [low, entry >> 32] };
     }

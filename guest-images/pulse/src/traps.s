@@ -10,6 +10,7 @@
 .set LOCAL_STRAYS, 32
 .set LAPIC_EOI, 0xfee000b0
 .set FLAG_IF, 0x200
+.set GATE, 0x50554c00            # that no code has in EAX by chance
 
 .section .text
 .code64
@@ -64,10 +65,15 @@ spurious_entry:
     popq %rcx
     iretq
 
-# int 0x80. EAX = what; arguments in RDI, RSI, RDX; result in RAX; RCX, RDX, R8 are lost. An
+# The gate is `ud2` with EAX = GATE + what; arguments in RDI, RSI, RDX; result in RAX; RCX, RDX, R8
+# are lost. Exceptions reach ring 0 on every KVM; a software KVM refuses `int n` in ring 3. An
 # interrupt gate, so it begins with interrupts masked. Numbers are those of gate.rs.
 .globl gate_entry
 gate_entry:
+    subl $GATE, %eax
+    cmpl $3, %eax
+    ja invalid_opcode
+    addq $2, (%rsp)             # past the ud2
     cmpl $1, %eax
     jb gate_halt
     je gate_wrmsr
@@ -108,6 +114,9 @@ gate_cpuid:                     # leaf EDI, subleaf ESI, four words to RDX
     popq %rbx
     iretq
 
+invalid_opcode:
+    pushq $0
+    pushq $6
 # An exception is a bug here or in the VMM: go on in ring 3 at fault_main(vector, error, rip, cr2).
 fault:
     popq %rdi
