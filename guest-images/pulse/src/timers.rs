@@ -99,9 +99,12 @@ impl Timers {
         }
     }
 
-    /// Arms one for `at`, if none is armed: for a halt that must end then.
+    /// Arms one for `at`, if none is armed: for a halt that must end then. Periodic ticks end it
+    /// sooner.
     pub(crate) fn arm_for(&mut self, at: u64) {
-        if !self.busy() {
+        if self.kinds == Kinds::Periodic {
+            self.start_periodic();
+        } else if !self.armed {
             self.arm(
                 self.next(),
                 at.saturating_sub(tsc::read()).max(tsc::cycles(10)),

@@ -210,9 +210,7 @@ impl Vcpu {
                 self.gaps.tick();
                 return;
             }
-            if !self.timers.busy() {
-                self.timers.arm_for(until);
-            }
+            self.timers.arm_for(until);
             let due = self.timers.due().unwrap_or(until);
             self.local.halt(events);
             self.gaps.resume(due.min(tsc::read()));
@@ -220,24 +218,21 @@ impl Vcpu {
         }
     }
 
-    /// Mode `idle`: no timer, nothing. Whatever ends the halt, but a new mode, is a stray.
+    /// Mode `idle`: no timer, nothing; but for a new mode, whatever ends the halt is counted, as
+    /// a doubled timer or a stray.
     fn idle(&mut self) {
-        let report = self.report;
         while self.timers.due().is_some() && !self.timers.has_news() {
             core::hint::spin_loop();
         }
-        self.timers.account();
-        let (mut events, mut wakes) = (self.local.events(), self.local.wakes.load(Relaxed));
-        while modes::wanted(self.index) == Mode::Idle {
-            self.local.halt(events);
-            self.gaps.resume(tsc::read());
+        loop {
+            let events = self.local.events();
             self.timers.account();
             self.count_strays();
-            let (now, woken) = (self.local.events(), self.local.wakes.load(Relaxed));
-            if now == events && woken == wakes {
-                add(field!(report.stray_interrupts), 1);
+            self.gaps.resume(tsc::read());
+            if modes::wanted(self.index) != Mode::Idle {
+                return;
             }
-            (events, wakes) = (now, woken);
+            self.local.halt(events);
         }
     }
 

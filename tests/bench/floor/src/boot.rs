@@ -42,12 +42,13 @@ pub(crate) fn load(
     cmdline: &str,
     entry: Entry,
 ) -> Result<Start> {
-    let mut file =
-        File::open(kernel).with_context(|| format!("open {}", kernel.display()))?;
+    let mut file = File::open(kernel).with_context(|| format!("open {}", kernel.display()))?;
     let image = Elf::load(memory, None, &mut file, None)
         .with_context(|| format!("load {}", kernel.display()))?;
     let line = [cmdline.as_bytes(), b"\0"].concat();
-    memory.write_slice(&line, GuestAddress(COMMAND_LINE)).context("command line")?;
+    memory
+        .write_slice(&line, GuestAddress(COMMAND_LINE))
+        .context("command line")?;
     match (entry, image.pvh_boot_cap) {
         (Entry::Pvh, PvhBootCapability::PvhEntryPresent(entry)) => {
             load_pvh(memory)?;
@@ -71,7 +72,9 @@ fn load_pvh(memory: &GuestMemoryMmap) -> Result<()> {
             reserved: 0,
         };
         let at = MEMORY_MAP + (index * size_of::<hvm_memmap_table_entry>()) as u64;
-        memory.write_obj(entry, GuestAddress(at)).context("memory map")?;
+        memory
+            .write_obj(entry, GuestAddress(at))
+            .context("memory map")?;
         entries += 1;
     }
     let info = hvm_start_info {
@@ -82,7 +85,9 @@ fn load_pvh(memory: &GuestMemoryMmap) -> Result<()> {
         memmap_entries: entries,
         ..Default::default()
     };
-    memory.write_obj(info, GuestAddress(START_INFO)).context("start info")
+    memory
+        .write_obj(info, GuestAddress(START_INFO))
+        .context("start info")
 }
 
 fn load_linux(memory: &GuestMemoryMmap) -> Result<()> {
@@ -96,7 +101,9 @@ fn load_linux(memory: &GuestMemoryMmap) -> Result<()> {
         };
         params.e820_entries += 1;
     }
-    memory.write_obj(params, GuestAddress(ZERO_PAGE)).context("zero page")?;
+    memory
+        .write_obj(params, GuestAddress(ZERO_PAGE))
+        .context("zero page")?;
     // One PML4, one PDPT, one page directory: the first GiB.
     let put = |at: u64, value: u64| memory.write_obj(value, GuestAddress(at));
     put(PAGE_TABLES, (PAGE_TABLES + 0x1000) | 3).context("page tables")?;
@@ -120,7 +127,11 @@ pub(crate) fn enter(vcpu: &VcpuFd, _: &GuestMemoryMmap, start: Start) -> Result<
         db: 1,
         ..Default::default()
     };
-    let data = kvm_segment { selector: 0x10, type_: 0x3, ..code };
+    let data = kvm_segment {
+        selector: 0x10,
+        type_: 0x3,
+        ..code
+    };
     (sregs.ds, sregs.es, sregs.ss, sregs.fs, sregs.gs) = (data, data, data, data, data);
     sregs.tr = kvm_segment {
         limit: 0x67,
@@ -129,7 +140,10 @@ pub(crate) fn enter(vcpu: &VcpuFd, _: &GuestMemoryMmap, start: Start) -> Result<
         present: 1,
         ..Default::default()
     };
-    let mut regs = kvm_regs { rflags: 2, ..Default::default() };
+    let mut regs = kvm_regs {
+        rflags: 2,
+        ..Default::default()
+    };
     match start {
         Start::Pvh(entry) => {
             sregs.cs = code;
@@ -137,7 +151,11 @@ pub(crate) fn enter(vcpu: &VcpuFd, _: &GuestMemoryMmap, start: Start) -> Result<
             (regs.rip, regs.rbx) = (entry, START_INFO);
         }
         Start::Linux(entry) => {
-            sregs.cs = kvm_segment { l: 1, db: 0, ..code };
+            sregs.cs = kvm_segment {
+                l: 1,
+                db: 0,
+                ..code
+            };
             sregs.cr0 |= CR0_PE | CR0_PG;
             sregs.cr4 |= CR4_PAE;
             sregs.cr3 = PAGE_TABLES;

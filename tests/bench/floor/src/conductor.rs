@@ -48,14 +48,15 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let tsc_khz = worker.expect(READY)?;
     let table = worker.expect(TABLE)?;
     let probe = Probe::new(&ram, table, bench.vcpus, tsc_khz)?;
-    probe.wait_past(&vec![0; bench.vcpus.into()])?;
 
     let mut samples = Vec::new();
     for number in 0..bench.swaps {
         let next = Worker::spawn(bench, &memfd, Some(&worker.next))
             .with_context(|| format!("swap {number}"))?;
         next.expect(READY)?;
-        sleep(Duration::from_millis(BETWEEN_MS + number as u64 * 7 % SPREAD_MS));
+        sleep(Duration::from_millis(
+            BETWEEN_MS + number as u64 * 7 % SPREAD_MS,
+        ));
         samples.push(swap(&worker, &next, &probe).with_context(|| format!("swap {number}"))?);
         worker.end()?;
         worker = next;
@@ -71,15 +72,15 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
 fn swap(worker: &Worker, next: &Worker, probe: &Probe<'_>) -> Result<Sample> {
     let before = probe.heartbeats()?;
     wire::put(&worker.control, &[SWAP])?;
-    let host_ns = match next.expect(RUNNING) {
-        Ok(host_ns) => host_ns,
-        Err(error) => return Err(error),
-    };
+    let host_ns = next.expect(RUNNING)?;
     // Once for the gap to end, and once more so that its entry is there to be read.
     let after = probe.wait_past(&probe.heartbeats()?)?;
     sleep(SETTLE);
     probe.wait_past(&after)?;
-    Ok(Sample { host_ns, guest_ns: probe.longest_between(&before, &after)? })
+    Ok(Sample {
+        host_ns,
+        guest_ns: probe.longest_between(&before, &after)?,
+    })
 }
 
 impl Worker {
@@ -95,10 +96,20 @@ impl Worker {
             .args(["--memory", &memfd.as_raw_fd().to_string()])
             .args(["--control", &theirs.as_raw_fd().to_string()])
             .args(["--after", &after.as_raw_fd().to_string()])
-            .args(["--entry", if bench.entry == crate::Entry::Pvh { "pvh" } else { "linux" }])
+            .args([
+                "--entry",
+                if bench.entry == crate::Entry::Pvh {
+                    "pvh"
+                } else {
+                    "linux"
+                },
+            ])
             .arg("--kernel")
             .arg(&bench.kernel)
-            .arg(format!("--cmdline=pulse ram={}M {}", bench.touch_mib, bench.append));
+            .arg(format!(
+                "--cmdline=pulse ram={}M {}",
+                bench.touch_mib, bench.append
+            ));
         if let Some(before) = before {
             command.args(["--before", &before.as_raw_fd().to_string()]);
             fds.push(before.as_fd());
@@ -107,7 +118,11 @@ impl Worker {
             command.arg("--show");
         }
         let child = spawn_with(&mut command, &fds).context("start a worker")?;
-        Ok(Self { child, control, next })
+        Ok(Self {
+            child,
+            control,
+            next,
+        })
     }
 
     /// Waits for a message of this kind; returns the value in it.
@@ -131,7 +146,11 @@ impl Worker {
     fn end(mut self) -> Result<()> {
         wire::put(&self.control, &[QUIT])?;
         let status = self.child.wait().context("wait for a worker")?;
-        if status.success() { Ok(()) } else { bail!("a worker ended with {status}") }
+        if status.success() {
+            Ok(())
+        } else {
+            bail!("a worker ended with {status}")
+        }
     }
 }
 
@@ -152,17 +171,25 @@ fn spawn_with(command: &mut Command, fds: &[BorrowedFd<'_>]) -> std::io::Result<
 }
 
 fn write(bench: &Bench, samples: &[Sample]) -> Result<()> {
-    let mut json =
-        format!("{{\"vcpus\":{},\"ram_mib\":{},\"samples\":[", bench.vcpus, bench.ram_mib);
+    let mut json = format!(
+        "{{\"vcpus\":{},\"ram_mib\":{},\"samples\":[",
+        bench.vcpus, bench.ram_mib
+    );
     for (number, sample) in samples.iter().enumerate() {
         let comma = if number == 0 { "" } else { "," };
         let (host, guest) = (sample.host_ns, &sample.guest_ns);
-        write!(json, "{comma}\n{{\"host_ns\":{host},\"guest_ns\":{guest:?}}}")?;
+        write!(
+            json,
+            "{comma}\n{{\"host_ns\":{host},\"guest_ns\":{guest:?}}}"
+        )?;
     }
     json.push_str("\n]}\n");
     match &bench.out {
-        Some(path) => std::fs::write(path, json)
-            .with_context(|| format!("write {}", path.display())),
-        None => std::io::stdout().write_all(json.as_bytes()).context("write the samples"),
+        Some(path) => {
+            std::fs::write(path, json).with_context(|| format!("write {}", path.display()))
+        }
+        None => std::io::stdout()
+            .write_all(json.as_bytes())
+            .context("write the samples"),
     }
 }

@@ -29,7 +29,10 @@ pub(crate) struct Devices {
 impl Devices {
     /// `show`: serial output goes to standard error.
     pub(crate) fn new(show: bool) -> Self {
-        Self { show, ..Default::default() }
+        Self {
+            show,
+            ..Default::default()
+        }
     }
 
     /// Types a line on the serial port.
@@ -80,7 +83,9 @@ impl Devices {
 
     /// A guest's write to MMIO.
     pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) {
-        let Ok(bytes) = <[u8; 8]>::try_from(data) else { return };
+        let Ok(bytes) = <[u8; 8]>::try_from(data) else {
+            return;
+        };
         let value = u64::from_le_bytes(bytes);
         match address.wrapping_sub(probe::MMIO_BASE) {
             probe::REG_SCRATCH => self.scratch.store(value, Relaxed),

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)] // memory slots
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, channel};
 
 use anyhow::{Context, Result, bail};
@@ -50,27 +51,46 @@ impl Machine {
         install_kick()?;
         let kvm = Kvm::new().context("open /dev/kvm")?;
         let vm = kvm.create_vm().context("KVM_CREATE_VM")?;
-        vm.set_tss_address(TSS_ADDRESS).context("KVM_SET_TSS_ADDR")?;
+        vm.set_tss_address(TSS_ADDRESS)
+            .context("KVM_SET_TSS_ADDR")?;
         vm.create_irq_chip().context("KVM_CREATE_IRQCHIP")?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
         vm.create_pit2(pit).context("KVM_CREATE_PIT2")?;
         add_memory(&vm, memory)?;
 
         let devices = Arc::new(devices);
-        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("supported CPUID")?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .context("supported CPUID")?;
         let msrs = msr_list(&kvm)?;
         let (sender, news) = channel();
         let mut vcpus = Vec::new();
         let mut tsc_khz = 0;
         for index in 0..count {
             let fd = vm.create_vcpu(index as u64).context("KVM_CREATE_VCPU")?;
-            fd.set_cpuid2(&cpuid_of(&cpuid, index, count)).context("KVM_SET_CPUID2")?;
+            fd.set_cpuid2(&cpuid_of(&cpuid, index, count))
+                .context("KVM_SET_CPUID2")?;
             tsc_khz = fd.get_tsc_khz().context("KVM_GET_TSC_KHZ")?;
             prepare(index, &fd)?;
             let devices = Arc::clone(&devices);
-            vcpus.push(Vcpu::spawn(index, fd, msrs.clone(), devices, sender.clone())?);
+            vcpus.push(Vcpu::spawn(
+                index,
+                fd,
+                msrs.clone(),
+                devices,
+                sender.clone(),
+            )?);
         }
-        Ok(Self { vm, vcpus, news, devices, tsc_khz })
+        Ok(Self {
+            vm,
+            vcpus,
+            news,
+            devices,
+            tsc_khz,
+        })
     }
 
     /// Lets a freshly booted guest run.
@@ -93,8 +113,8 @@ impl Machine {
             }
         }
         let mut vm = VmState::get(&self.vm)?;
-        vm.scratch = self.devices.scratch.load(std::sync::atomic::Ordering::Relaxed);
-        vm.table = self.devices.table.load(std::sync::atomic::Ordering::Relaxed);
+        vm.scratch = self.devices.scratch.load(Relaxed);
+        vm.table = self.devices.table.load(Relaxed);
         vm.kicked_ns = kicked_ns;
         let vcpus = states.into_iter().flatten().collect();
         Ok(MachineState { vm, vcpus })
@@ -106,8 +126,8 @@ impl Machine {
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.start(Some(state))?;
         }
-        self.devices.scratch.store(state.vm.scratch, std::sync::atomic::Ordering::Relaxed);
-        self.devices.table.store(state.vm.table, std::sync::atomic::Ordering::Relaxed);
+        self.devices.scratch.store(state.vm.scratch, Relaxed);
+        self.devices.table.store(state.vm.table, Relaxed);
         self.wait_running()
     }
 

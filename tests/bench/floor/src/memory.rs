@@ -8,9 +8,7 @@ use anyhow::{Context, Result};
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 /// Low memory ends here at the latest; devices lie above.
 const LOW_END: u64 = 0xc000_0000;

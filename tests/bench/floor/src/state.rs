@@ -15,10 +15,48 @@ const MSRS: usize = 64;
 /// The MSRs that are moved, where KVM has them. The TSC deadline comes last: KVM drops it unless
 /// the local APIC is in that mode already.
 const WANTED: [u32; 42] = [
-    0x10, 0x3b, 0x48, 0x174, 0x175, 0x176, 0x1a0, 0x277, 0x17a, 0x17b, 0x2ff, 0x200, 0x201, 0x202,
-    0x203, 0x204, 0x205, 0x206, 0x207, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c,
-    0x26d, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102, 0xc000_0103,
-    0x4b56_4d00, 0x4b56_4d01, 0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04, 0x4b56_4d05, 0x140, 0x6e0,
+    0x10,
+    0x3b,
+    0x48,
+    0x174,
+    0x175,
+    0x176,
+    0x1a0,
+    0x277,
+    0x17a,
+    0x17b,
+    0x2ff,
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0xc000_0081,
+    0xc000_0082,
+    0xc000_0083,
+    0xc000_0084,
+    0xc000_0102,
+    0xc000_0103,
+    0x4b56_4d00,
+    0x4b56_4d01,
+    0x4b56_4d02,
+    0x4b56_4d03,
+    0x4b56_4d04,
+    0x4b56_4d05,
+    0x140,
+    0x6e0,
 ];
 
 /// One vCPU.
@@ -68,7 +106,11 @@ pub(crate) unsafe trait Plain: Sized {
 
     /// A copy from bytes.
     fn from_bytes(bytes: &[u8]) -> Result<Box<Self>> {
-        ensure!(bytes.len() == size_of::<Self>(), "state of {} bytes", bytes.len());
+        ensure!(
+            bytes.len() == size_of::<Self>(),
+            "state of {} bytes",
+            bytes.len()
+        );
         let mut state = Self::zeroed();
         // SAFETY: the lengths agree, and any bytes are a value.
         unsafe {
@@ -91,7 +133,10 @@ pub(crate) fn msr_list(kvm: &Kvm) -> Result<Msrs> {
     let entries: Vec<_> = WANTED
         .into_iter()
         .filter(present)
-        .map(|index| kvm_msr_entry { index, ..Default::default() })
+        .map(|index| kvm_msr_entry {
+            index,
+            ..Default::default()
+        })
         .collect();
     Msrs::from_entries(&entries).map_err(|e| anyhow::anyhow!("list of MSRs: {e:?}"))
 }
@@ -111,26 +156,37 @@ impl VcpuState {
         state.lapic = vcpu.get_lapic().context("KVM_GET_LAPIC")?;
         let all = msrs.as_slice().len();
         let got = vcpu.get_msrs(msrs).context("KVM_GET_MSRS")?;
-        ensure!(got == all, "KVM_GET_MSRS stopped at {:#x}", msrs.as_slice()[got].index);
+        ensure!(
+            got == all,
+            "KVM_GET_MSRS stopped at {:#x}",
+            msrs.as_slice()[got].index
+        );
         state.msrs[..all].copy_from_slice(msrs.as_slice());
         Ok(state)
     }
 
     /// Writes all of it to a new vCPU, in its own thread.
     pub(crate) fn set(&self, vcpu: &VcpuFd, msrs: &mut Msrs) -> Result<()> {
-        vcpu.set_mp_state(self.mp_state).context("KVM_SET_MP_STATE")?;
+        vcpu.set_mp_state(self.mp_state)
+            .context("KVM_SET_MP_STATE")?;
         vcpu.set_sregs(&self.sregs).context("KVM_SET_SREGS")?;
         vcpu.set_regs(&self.regs).context("KVM_SET_REGS")?;
         // SAFETY: KVM reads 4096 bytes, unless a feature with more was permitted: none was.
         unsafe { vcpu.set_xsave(&self.xsave) }.context("KVM_SET_XSAVE")?;
         vcpu.set_xcrs(&self.xcrs).context("KVM_SET_XCRS")?;
-        vcpu.set_debug_regs(&self.debugregs).context("KVM_SET_DEBUGREGS")?;
+        vcpu.set_debug_regs(&self.debugregs)
+            .context("KVM_SET_DEBUGREGS")?;
         vcpu.set_lapic(&self.lapic).context("KVM_SET_LAPIC")?;
         let all = msrs.as_slice().len();
         msrs.as_mut_slice().copy_from_slice(&self.msrs[..all]);
         let set = vcpu.set_msrs(msrs).context("KVM_SET_MSRS")?;
-        ensure!(set == all, "KVM_SET_MSRS stopped at {:#x}", msrs.as_slice()[set].index);
-        vcpu.set_vcpu_events(&self.events).context("KVM_SET_VCPU_EVENTS")
+        ensure!(
+            set == all,
+            "KVM_SET_MSRS stopped at {:#x}",
+            msrs.as_slice()[set].index
+        );
+        vcpu.set_vcpu_events(&self.events)
+            .context("KVM_SET_VCPU_EVENTS")
     }
 }
 
@@ -138,7 +194,11 @@ impl VmState {
     /// Reads what the vCPUs share, while all are stopped.
     pub(crate) fn get(vm: &VmFd) -> Result<Box<Self>> {
         let mut state = Self::zeroed();
-        let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+        let chips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ];
         for (chip, id) in state.irqchips.iter_mut().zip(chips) {
             chip.chip_id = id;
             vm.get_irqchip(chip).context("KVM_GET_IRQCHIP")?;
@@ -154,7 +214,10 @@ impl VmState {
             vm.set_irqchip(chip).context("KVM_SET_IRQCHIP")?;
         }
         vm.set_pit2(&self.pit).context("KVM_SET_PIT2")?;
-        let clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
+        let clock = kvm_clock_data {
+            clock: self.clock.clock,
+            ..Default::default()
+        };
         vm.set_clock(&clock).context("KVM_SET_CLOCK")
     }
 }

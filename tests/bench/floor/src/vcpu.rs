@@ -52,7 +52,11 @@ pub(crate) fn install_kick() -> Result<()> {
         action.sa_sigaction = on_kick as *const () as usize;
         libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut())
     };
-    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()).context("sigaction") }
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error()).context("sigaction")
+    }
 }
 
 impl Vcpu {
@@ -70,7 +74,13 @@ impl Vcpu {
         let immediate_exit = unsafe { AtomicU8::from_ptr(byte) };
         let (start, started) = channel();
         let stop = Arc::new(AtomicBool::new(false));
-        let mut runner = Runner { index, fd, msrs, stop: Arc::clone(&stop), devices };
+        let mut runner = Runner {
+            index,
+            fd,
+            msrs,
+            stop: Arc::clone(&stop),
+            devices,
+        };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
@@ -82,12 +92,19 @@ impl Vcpu {
                 }
             })
             .context("start a vCPU thread")?;
-        Ok(Self { start, stop, immediate_exit, thread })
+        Ok(Self {
+            start,
+            stop,
+            immediate_exit,
+            thread,
+        })
     }
 
     /// Lets it run, from a state or from what was set up before.
     pub(crate) fn start(&self, state: Option<Box<VcpuState>>) -> Result<()> {
-        self.start.send(state).map_err(|_| anyhow!("a vCPU thread has ended"))
+        self.start
+            .send(state)
+            .map_err(|_| anyhow!("a vCPU thread has ended"))
     }
 
     /// Asks it to stop.
@@ -111,9 +128,13 @@ impl Runner {
         if let Some(state) = started.recv().context("wait for the start")? {
             state.set(&self.fd, &mut self.msrs)?;
         }
-        news.send(News::Running(now_ns())).context("tell of the start")?;
+        news.send(News::Running(now_ns()))
+            .context("tell of the start")?;
         self.run_until_kicked()?;
-        Ok(News::Stopped(self.index, VcpuState::get(&self.fd, &mut self.msrs)?))
+        Ok(News::Stopped(
+            self.index,
+            VcpuState::get(&self.fd, &mut self.msrs)?,
+        ))
     }
 
     /// Runs until a kick. With `immediate_exit` set, KVM_RUN first completes the I/O it had left

@@ -41,8 +41,7 @@ pub(crate) fn put(socket: impl AsFd, message: &[u8]) -> Result<()> {
 /// Waits for one message.
 pub(crate) fn get(socket: impl AsFd) -> Result<Vec<u8>> {
     let mut buffer = vec![0; LONGEST];
-    let (len, _) =
-        recv(socket, &mut buffer, RecvFlags::empty()).context("receive a message")?;
+    let (len, _) = recv(socket, &mut buffer, RecvFlags::empty()).context("receive a message")?;
     if len == 0 {
         bail!("the other process has ended");
     }
@@ -68,8 +67,9 @@ pub(crate) fn pack(state: &MachineState) -> Vec<u8> {
 
 /// The way back.
 pub(crate) fn unpack(message: &[u8]) -> Result<MachineState> {
-    let (vm, vcpus) =
-        message.split_at_checked(size_of::<VmState>()).context("a message too short")?;
+    let (vm, vcpus) = message
+        .split_at_checked(size_of::<VmState>())
+        .context("a message too short")?;
     Ok(MachineState {
         vm: VmState::from_bytes(vm)?,
         vcpus: vcpus
