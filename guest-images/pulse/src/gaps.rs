@@ -59,11 +59,8 @@ impl Gaps {
         field!(record.ring[slot].start).store(start, Relaxed);
         field!(record.ring[slot].end).store(end, Relaxed);
         let (low, high) = (field!(record.largest.start), field!(record.largest.end));
-        // An overflow means that `forget` zeroed the pair half-way; take the new gap then.
-        let largest = high
-            .load(Relaxed)
-            .checked_sub(low.load(Relaxed))
-            .unwrap_or(0);
+        // Saturating: `forget` may have zeroed half of the pair.
+        let largest = high.load(Relaxed).saturating_sub(low.load(Relaxed));
         if end - start > largest {
             low.store(start, Relaxed);
             high.store(end, Relaxed);

@@ -33,19 +33,8 @@ const _: () = assert!(offset_of!(Local, strays) == 32);
 // SAFETY: the cells are KVM's and ring 0's; Rust reads them with volatile reads only.
 unsafe impl Sync for Local {}
 
-const EMPTY: Local = Local {
-    events: AtomicU64::new(0),
-    timer_count: AtomicU64::new(0),
-    timer_tsc: AtomicU64::new(0),
-    wakes: AtomicU64::new(0),
-    strays: AtomicU64::new(0),
-    pad: [0; 3],
-    pvclock: UnsafeCell::new([0; 8]),
-    stack: UnsafeCell::new([0; 4000]),
-};
-
 #[unsafe(no_mangle)]
-static LOCALS: [Local; MAX_VCPUS] = [EMPTY; MAX_VCPUS];
+static LOCALS: [Local; MAX_VCPUS] = [const { Local::new() }; MAX_VCPUS];
 
 /// Memory that only ring 0 and the processor use.
 #[repr(C, align(4096))]
@@ -68,6 +57,19 @@ pub(crate) fn of(vcpu: usize) -> &'static Local {
 }
 
 impl Local {
+    const fn new() -> Self {
+        Self {
+            events: AtomicU64::new(0),
+            timer_count: AtomicU64::new(0),
+            timer_tsc: AtomicU64::new(0),
+            wakes: AtomicU64::new(0),
+            strays: AtomicU64::new(0),
+            pad: [0; 3],
+            pvclock: UnsafeCell::new([0; 8]),
+            stack: UnsafeCell::new([0; 4000]),
+        }
+    }
+
     /// Interrupts so far: read it, look at the world, then [`Local::halt`] with it.
     pub(crate) fn events(&self) -> u64 {
         self.events.load(Relaxed)

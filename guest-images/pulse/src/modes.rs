@@ -85,7 +85,7 @@ pub(crate) fn mmio(report: *mut Report, gaps: &mut Gaps) {
     if SCRATCH_BUSY.swap(true, Acquire) {
         return;
     }
-    if pages::has_probe() {
+    if pages::is_announced() && pages::has_probe() {
         for _ in 0..ROUNDS {
             gaps.tick();
             exercise_scratch(report);

@@ -4,7 +4,7 @@
 //! and the BSP for the `report` command. So all access is by relaxed atomics, through [`field!`].
 
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+use core::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 
 use stillpoint_guest_abi::probe::{self, Header, Record};
 use stillpoint_guest_abi::pulse::{
@@ -96,15 +96,21 @@ pub(crate) fn publish(info: &BootInfo) {
     field!(header.magic).store(probe::TABLE_MAGIC, Release);
 }
 
-/// Says that pulse is up, and tells the probe device, if there is one, where the table is.
+/// Tells the probe device, if there is one, where the table is, and then says that pulse is up.
 pub(crate) fn announce() {
-    let globals = globals();
-    field!(globals.magic).store(GLOBALS_MAGIC, Release);
     if has_probe() {
         let register = (probe::MMIO_BASE + probe::REG_TABLE) as *mut u64;
         // SAFETY: the device is there and has this register.
-        unsafe { register.write_volatile(page(0) as u64) };
+        unsafe { register.write_volatile(table()) };
     }
+    let globals = globals();
+    field!(globals.magic).store(GLOBALS_MAGIC, Release);
+}
+
+/// Whether pulse is up.
+pub(crate) fn is_announced() -> bool {
+    let globals = globals();
+    field!(globals.magic).load(Acquire) == GLOBALS_MAGIC
 }
 
 /// Where the table lies.

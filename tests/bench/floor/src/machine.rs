@@ -123,11 +123,12 @@ impl Machine {
     /// Gives the machine a guest and lets it run. Returns when the last vCPU entered it.
     pub(crate) fn give(&self, state: MachineState) -> Result<u64> {
         state.vm.set(&self.vm)?;
+        // Before any vCPU runs, or it would find them at zero.
+        self.devices.scratch.store(state.vm.scratch, Relaxed);
+        self.devices.table.store(state.vm.table, Relaxed);
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.start(Some(state))?;
         }
-        self.devices.scratch.store(state.vm.scratch, Relaxed);
-        self.devices.table.store(state.vm.table, Relaxed);
         self.wait_running()
     }
 
