@@ -1,0 +1,186 @@
+//! A blocking client of a VMM's control socket.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::frame::{self, FrameError};
+use crate::message::{Description, Handover, ProcessId, Reply, Request};
+use crate::report::{Phase, SwapReport};
+use crate::secret::{Secret, hex};
+
+/// Why a VMM could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens there.
+    #[error("no VMM answers at {path}: {source}")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        source: rustix::io::Errno,
+    },
+    /// The exchange failed.
+    #[error("talking to the VMM: {0}")]
+    Frame(#[from] FrameError),
+    /// The VMM refused or failed; nothing changed.
+    #[error("{message}")]
+    Refused {
+        /// A word for programs.
+        code: String,
+        /// What, why, and what to do.
+        message: String,
+    },
+    /// It answers something else than was asked.
+    #[error("the VMM answered out of turn: {0}")]
+    Unexpected(String),
+    /// It doesn't know the secret its VM was started with.
+    #[error("the process behind {0} is not the VMM that was started")]
+    Impostor(PathBuf),
+}
+
+/// A connection to one VMM.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    socket: OwnedFd,
+}
+
+impl Client {
+    /// Connects; every later read gives up after `patience`.
+    pub fn connect(path: &Path, patience: Duration) -> Result<Self, ClientError> {
+        let failed = |source| ClientError::Connect {
+            path: path.to_owned(),
+            source,
+        };
+        let flags = SocketFlags::CLOEXEC;
+        let kind = SocketType::SEQPACKET;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None).map_err(failed)?;
+        let address = SocketAddrUnix::new(path).map_err(failed)?;
+        rustix::net::connect(&socket, &address).map_err(failed)?;
+        let client = Self {
+            path: path.to_owned(),
+            socket,
+        };
+        client.set_patience(patience)?;
+        Ok(client)
+    }
+
+    /// How long a read waits for a reply.
+    pub fn set_patience(&self, patience: Duration) -> Result<(), ClientError> {
+        use rustix::net::sockopt::{Timeout, set_socket_timeout};
+        set_socket_timeout(&self.socket, Timeout::Recv, Some(patience))
+            .and_then(|()| set_socket_timeout(&self.socket, Timeout::Send, Some(patience)))
+            .map_err(|errno| ClientError::Frame(errno.into()))
+    }
+
+    fn ask(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        frame::send_json(&self.socket, request, fds)?;
+        self.answer()
+    }
+
+    fn answer(&self) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        match frame::receive_json(&self.socket)? {
+            (Reply::Error { code, message }, _) => Err(ClientError::Refused { code, message }),
+            answer => Ok(answer),
+        }
+    }
+
+    fn unexpected(reply: &Reply) -> ClientError {
+        ClientError::Unexpected(format!("{reply:?}"))
+    }
+
+    /// Asks who is there and, given the VM's secret, checks the proof.
+    pub fn hello(&self, secret: Option<&Secret>) -> Result<(String, ProcessId), ClientError> {
+        let random = Secret::random().map_err(|e| ClientError::Frame(e.into()))?;
+        let nonce = hex(&random.as_bytes()[..16]);
+        match self
+            .ask(
+                &Request::Hello {
+                    nonce: nonce.clone(),
+                },
+                &[],
+            )?
+            .0
+        {
+            Reply::Identity {
+                name,
+                process,
+                proof,
+                ..
+            } => {
+                if secret.is_some_and(|secret| !secret.check(&nonce, &proof)) {
+                    return Err(ClientError::Impostor(self.path.clone()));
+                }
+                Ok((name, process))
+            }
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// What the VMM runs.
+    pub fn describe(&self) -> Result<Description, ClientError> {
+        match self.ask(&Request::Describe, &[])?.0 {
+            Reply::Description(description) => Ok(*description),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Duplicates of guest RAM and of the ownership page.
+    pub fn lend_guest(&self) -> Result<(OwnedFd, OwnedFd), ClientError> {
+        let (reply, fds) = self.ask(&Request::LendGuest, &[])?;
+        match (reply, <[OwnedFd; 2]>::try_from(fds)) {
+            (Reply::Guest, Ok([memory, ownership])) => Ok((memory, ownership)),
+            (other, _) => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Ends guest and VMM.
+    pub fn power_off(&self) -> Result<(), ClientError> {
+        match self.ask(&Request::PowerOff, &[])?.0 {
+            Reply::Done => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Asks for a handover and waits for its end; `progress` hears of each phase. `request` must
+    /// be a [`Request::HandOver`].
+    pub fn hand_over(
+        &self,
+        request: &Request,
+        handover_socket: BorrowedFd<'_>,
+        state: BorrowedFd<'_>,
+        mut progress: impl FnMut(&Phase),
+    ) -> Result<Handover, ClientError> {
+        let mut reply = self.ask(request, &[handover_socket, state])?.0;
+        loop {
+            match reply {
+                Reply::Progress(phase) => progress(&phase),
+                Reply::Handover(handover) => return Ok(handover),
+                other => return Err(Self::unexpected(&other)),
+            }
+            reply = self.answer()?.0;
+        }
+    }
+
+    /// The report of the last swap; `None` while it is being measured.
+    pub fn last_report(&self) -> Result<Option<SwapReport>, ClientError> {
+        match self.ask(&Request::LastReport, &[])?.0 {
+            Reply::Report { report } => Ok(report.map(|report| *report)),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,160 @@
+//! What every swap leaves behind: who, how it ended, how long each phase took, how long the
+//! guest stood still as host and guest saw it, and what became of its clock.
+//!
+//! All times are nanoseconds; fields end in `_ns`.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A release, as it names itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseName {
+    /// Version, for people and for ordering.
+    pub version: String,
+    /// SHA-256 of the binary, lower-case hexadecimal; empty when the process doesn't know.
+    #[serde(default)]
+    pub sha256: String,
+}
+
+/// How a swap ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The successor runs the guest.
+    Moved,
+    /// The predecessor runs the guest, as before.
+    Kept,
+    /// Not known yet who runs the guest; the agent settles it.
+    InDoubt,
+    /// The process that ran the guest died, and the guest with it, as in a power cut.
+    Crashed,
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Moved => "moved",
+            Self::Kept => "kept",
+            Self::InDoubt => "in doubt",
+            Self::Crashed => "crashed",
+        })
+    }
+}
+
+/// On which side of the handover a phase was spent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// The process that ran the guest before.
+    Predecessor,
+    /// The process that runs it after.
+    Successor,
+    /// The daemon.
+    Agent,
+}
+
+/// One phase of a swap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// `start`, `adopt`, `park`, `quiesce`, `save`, `load`, `clock`, `take`, `resume`, ...
+    pub name: String,
+    /// Where it was spent.
+    pub side: Side,
+    /// Whether the guest stood still meanwhile.
+    pub in_blackout: bool,
+    /// How long.
+    #[serde(rename = "duration_ns", with = "crate::nanos")]
+    pub duration: Duration,
+}
+
+/// How long the guest stood still.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blackout {
+    /// From the kick of the first vCPU to the moment when the last was let into its first entry,
+    /// on the clock both processes share (the TSC).
+    #[serde(rename = "host_ns", with = "crate::nanos")]
+    pub host: Duration,
+    /// What each vCPU saw: the longest gap between two TSC readings of its own that overlaps
+    /// the host's interval. `None` for a vCPU whose guest keeps no probe table, or that took no
+    /// readings at the time (halted, offline).
+    #[serde(default)]
+    pub guest_ns: Vec<Option<u64>>,
+}
+
+impl Blackout {
+    /// The longest that any vCPU saw.
+    pub fn guest_worst(&self) -> Option<Duration> {
+        self.guest_ns
+            .iter()
+            .flatten()
+            .max()
+            .map(|&ns| Duration::from_nanos(ns))
+    }
+}
+
+/// What became of the guest's clock.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockReceipt {
+    /// `advance`: the guest's clocks include the pause.
+    pub policy: String,
+    /// For each vCPU: TSC offset read back in the successor less the predecessor's, cycles.
+    #[serde(default)]
+    pub tsc_offset_delta: Vec<i64>,
+    /// What the guest's own pvclock page says now less what the page of before would have said
+    /// at the same guest TSC, ns. `None` when the guest has no kvmclock.
+    pub kvmclock_error_ns: Option<i64>,
+    /// The error the calibrated loop left, as `KVM_GET_CLOCK` showed it, ns.
+    pub loop_error_ns: Option<i64>,
+    /// Tries of the calibrated loop.
+    pub tries: u32,
+    /// What the loop cost.
+    #[serde(rename = "loop_ns", with = "crate::nanos", default)]
+    pub loop_time: Duration,
+    /// Whether KVM's masterclock was on before the swap.
+    pub masterclock_before: bool,
+    /// Whether it is on after it.
+    pub masterclock_after: bool,
+    /// How the clock was carried when the exact way was not open, and why.
+    pub fallback: Option<String>,
+}
+
+/// The report of one swap.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwapReport {
+    /// The swap's id.
+    pub swap: String,
+    /// The machine's name.
+    pub vm: String,
+    /// Component: `vmm`.
+    pub component: String,
+    /// The release before.
+    pub from: ReleaseName,
+    /// The release after (or the one that was refused).
+    pub to: ReleaseName,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it ended so, when it did not move.
+    pub reason: Option<String>,
+    /// When it was asked for, nanoseconds since the Unix epoch.
+    pub started_at_unix_ns: u64,
+    /// vCPUs of the machine.
+    pub vcpus: u32,
+    /// Guest RAM, bytes.
+    pub memory_bytes: u64,
+    /// Format of the saved state, and its size in bytes.
+    pub state_format: u32,
+    /// See `state_format`.
+    pub state_bytes: u64,
+    /// What the swap was allowed.
+    #[serde(rename = "budget_ns", with = "crate::nanos")]
+    pub budget: Duration,
+    /// Every phase, in order.
+    pub phases: Vec<Phase>,
+    /// How long the guest stood still. For a swap that was kept: how long it was frozen in vain.
+    pub blackout: Blackout,
+    /// The clock; `None` when the guest never moved.
+    pub clock: Option<ClockReceipt>,
+    /// Bounds that were broken and other things an operator should read.
+    pub warnings: Vec<String>,
+}
