@@ -12,52 +12,23 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 /// MSRs at most.
 const MSRS: usize = 64;
 
-/// The MSRs that are moved, where KVM has them. The TSC deadline comes last: KVM drops it unless
-/// the local APIC is in that mode already.
-const WANTED: [u32; 42] = [
-    0x10,
-    0x3b,
-    0x48,
-    0x174,
-    0x175,
-    0x176,
-    0x1a0,
-    0x277,
-    0x17a,
-    0x17b,
-    0x2ff,
-    0x200,
-    0x201,
-    0x202,
-    0x203,
-    0x204,
-    0x205,
-    0x206,
-    0x207,
-    0x250,
-    0x258,
-    0x259,
-    0x268,
-    0x269,
-    0x26a,
-    0x26b,
-    0x26c,
-    0x26d,
-    0xc000_0081,
-    0xc000_0082,
-    0xc000_0083,
-    0xc000_0084,
-    0xc000_0102,
-    0xc000_0103,
-    0x4b56_4d00,
-    0x4b56_4d01,
-    0x4b56_4d02,
-    0x4b56_4d03,
-    0x4b56_4d04,
-    0x4b56_4d05,
-    0x140,
-    0x6e0,
+/// MSRs that are moved where KVM lists them: TSC, system calls, PAT, machine check, KVM's own.
+#[rustfmt::skip]
+const LISTED: [u32; 22] = [
+    0x10, 0x3b, 0x48, 0x140, 0x174, 0x175, 0x176, 0x17a, 0x17b, 0x1a0, 0x277, 0xc000_0081,
+    0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102, 0xc000_0103, 0x4b56_4d00, 0x4b56_4d01,
+    0x4b56_4d02, 0x4b56_4d03, 0x4b56_4d04,
 ];
+
+/// The MTRRs, which KVM has but does not list.
+#[rustfmt::skip]
+const MTRRS: [u32; 20] = [
+    0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x250, 0x258, 0x259, 0x268, 0x269,
+    0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, 0x2ff,
+];
+
+/// The last to be set: KVM drops it unless the local APIC is in that mode already.
+const TSC_DEADLINE: u32 = 0x6e0;
 
 /// One vCPU.
 #[repr(C)]
@@ -129,10 +100,12 @@ unsafe impl Plain for VmState {}
 /// The MSRs to move, in order.
 pub(crate) fn msr_list(kvm: &Kvm) -> Result<Msrs> {
     let has = kvm.get_msr_index_list().context("KVM_GET_MSR_INDEX_LIST")?;
-    let present = |index: &u32| has.as_slice().contains(index);
-    let entries: Vec<_> = WANTED
+    let listed = LISTED
         .into_iter()
-        .filter(present)
+        .filter(|index| has.as_slice().contains(index));
+    let entries: Vec<_> = listed
+        .chain(MTRRS)
+        .chain([TSC_DEADLINE])
         .map(|index| kvm_msr_entry {
             index,
             ..Default::default()
