@@ -123,7 +123,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stillpoint-vmm: {error:#}");
+            eprintln!("stillpoint-vmm: {}", explain(&error));
             ExitCode::FAILURE
         }
     }
@@ -159,9 +159,21 @@ fn told<T>(ready: &mut Option<OwnedFd>, result: anyhow::Result<T>) -> anyhow::Re
         tell(
             ready.take(),
             &Ready::No {
-                error: format!("{error:#}"),
+                error: explain(error),
             },
         )
+    })
+}
+
+/// An error and its causes, each said once: many of ours tell their cause themselves.
+fn explain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            said if said.contains(&cause) => text,
+            said => format!("{said}: {cause}"),
+        }
     })
 }
 

@@ -165,9 +165,10 @@ impl Blank {
             memory: ram.map().clone(),
             events: events.clone(),
         };
-        let vcpus = VcpuSet::start(vcpus, &around)?;
-        // Only now: priming the vCPUs happened without any guest memory to write to.
+        // Before the threads prime their vCPUs: a KVM with shadow paging has no root to load
+        // without a memory slot. Priming runs no guest instruction, so it writes nothing there.
         ram.register(&vm)?;
+        let vcpus = VcpuSet::start(vcpus, &around)?;
         Ok(Self {
             vcpus,
             line,
