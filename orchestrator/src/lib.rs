@@ -25,7 +25,7 @@
 
 pub mod agent;
 pub mod api;
-// pub mod cli;
+pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod execute;

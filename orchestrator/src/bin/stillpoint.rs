@@ -1,2 +1,5 @@
-//! d
-fn main() {}
+//! The command.
+
+fn main() -> std::process::ExitCode {
+    orchestrator::cli::main()
+}
