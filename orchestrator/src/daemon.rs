@@ -147,17 +147,23 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::FileTypeExt;
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
-            bail!("{} is there and is not a socket; move it away", path.display());
+            bail!(
+                "{} is there and is not a socket; move it away",
+                path.display()
+            );
         }
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            bail!("another process answers at {}; give another --socket", path.display());
+            bail!(
+                "another process answers at {}; give another --socket",
+                path.display()
+            );
         }
         std::fs::remove_file(path)
             .with_context(|| format!("cannot remove the stale socket {}", path.display()))?;
         tracing::info!(path = %path.display(), "removed a stale socket");
     }
-    let listener = UnixListener::bind(path)
-        .with_context(|| format!("cannot listen at {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot close {} to others", path.display()))?;
     Ok(listener)

@@ -80,10 +80,18 @@ pub struct Surroundings {
 pub async fn of_host(surroundings: &Surroundings) -> Vec<Check> {
     let mut found = of_vmm(surroundings.vmm.as_deref()).await;
     found.push(checks::directory("run directory", &surroundings.run_dir));
-    found.push(checks::directory("state directory", &surroundings.state_dir));
+    found.push(checks::directory(
+        "state directory",
+        &surroundings.state_dir,
+    ));
     found.push(match &surroundings.daemon {
         Ok(()) => Check::ok("daemon", "answers"),
-        Err(why) => Check::new("daemon", Status::Warn, why, "start it: `stillpointd &`, or `systemctl start stillpointd`"),
+        Err(why) => Check::new(
+            "daemon",
+            Status::Warn,
+            why,
+            "start it: `stillpointd &`, or `systemctl start stillpointd`",
+        ),
     });
     found.push(checks::sqlite());
     found.extend(checks::host());

@@ -110,9 +110,11 @@ fn next_alive(vm: &VmRecord, swap: Option<&SwapRecord>) -> Planned {
 
 fn next_nothing(vm: &VmRecord) -> Planned {
     match (vm.state, vm.wanted) {
-        (VmState::Starting, Wanted::Running) => planned(Step::Start, "it is wanted and has no process"),
+        (VmState::Starting, Wanted::Running) => {
+            planned(Step::Start, "it is wanted and has no process")
+        }
         (state, Wanted::Stopped) if state.is_active() => {
-            planned(Step::Record(VmState::Stopped), "")
+            planned(Step::Record(VmState::Stopped), "it was to be stopped")
         }
         (state, Wanted::Running) if state.is_active() => planned(
             Step::Record(VmState::Crashed),
@@ -124,10 +126,11 @@ fn next_nothing(vm: &VmRecord) -> Planned {
 
 fn record_end(wanted: Wanted, ending: &Ending) -> Planned {
     match (ending, wanted) {
-        (Ending::PoweredOff, Wanted::Running) => {
-            planned(Step::Record(VmState::Stopped), "the guest powered itself off")
-        }
-        (_, Wanted::Stopped) => planned(Step::Record(VmState::Stopped), ""),
+        (Ending::PoweredOff, Wanted::Running) => planned(
+            Step::Record(VmState::Stopped),
+            "the guest powered itself off",
+        ),
+        (_, Wanted::Stopped) => planned(Step::Record(VmState::Stopped), "it was to be stopped"),
         (Ending::Failed(how), Wanted::Running) => {
             planned(Step::Record(VmState::Crashed), how.clone())
         }
@@ -149,7 +152,12 @@ pub enum Verdict {
 
 /// Settles a swap from the ownership word and from who lives. `before` is the word's epoch when
 /// the handover was asked for; never guesses.
-pub fn settle(before: Epoch, word: Owner, predecessor_alive: bool, successor_alive: bool) -> Verdict {
+pub fn settle(
+    before: Epoch,
+    word: Owner,
+    predecessor_alive: bool,
+    successor_alive: bool,
+) -> Verdict {
     match word {
         // Only a successor makes a Taken of a later epoch, and only before its first visible act.
         Owner::Taken(epoch) if epoch > before => alive_or_crashed(successor_alive, Verdict::Moved),

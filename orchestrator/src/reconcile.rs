@@ -22,7 +22,7 @@ use crate::agent::find::{FindError, Held};
 use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
 use crate::execute::{self, Host};
-use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState};
+use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
 use crate::plan::{self, Ending, Planned, Seen, Step};
 use crate::store::StoreError;
 
@@ -265,7 +265,11 @@ impl Keeper {
 
     async fn record(&self, vm: &VmRecord, state: VmState, why: String) {
         let process = self.held.as_ref().map(|held| held.process.id().clone());
-        let reason = (!why.is_empty() && state != VmState::Running).then_some(why);
+        let as_wanted = match vm.wanted {
+            Wanted::Running => state == VmState::Running,
+            Wanted::Stopped => state == VmState::Stopped,
+        };
+        let reason = (!as_wanted).then_some(why);
         self.host
             .observe_surely(&vm.name, state, reason, process)
             .await;

@@ -82,7 +82,13 @@ pub(super) fn offer(
     request: Request,
     fds: Vec<OwnedFd>,
 ) -> anyhow::Result<Reply> {
-    let Request::HandOver { swap, to, budget_ns, .. } = request else {
+    let Request::HandOver {
+        swap,
+        to,
+        budget_ns,
+        ..
+    } = request
+    else {
         bail!("not a handover");
     };
     let [socket, _state] = <[OwnedFd; 2]>::try_from(fds)
@@ -91,7 +97,10 @@ pub(super) fn offer(
         let mut now = lock(&toy.now);
         if now.swapping {
             let message = "a handover is going on".into();
-            return Ok(Reply::Error { code: "busy".into(), message });
+            return Ok(Reply::Error {
+                code: "busy".into(),
+                message,
+            });
         }
         now.swapping = true;
         Offer {

@@ -43,7 +43,9 @@ impl Flags {
     }
 
     fn has_fault(&self, fault: &str) -> bool {
-        self.0.iter().any(|arg| arg.strip_prefix("--toy=") == Some(fault))
+        self.0
+            .iter()
+            .any(|arg| arg.strip_prefix("--toy=") == Some(fault))
     }
 }
 
@@ -71,7 +73,9 @@ struct Now {
 
 /// A lock that a panic elsewhere does not spoil.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn main() -> anyhow::Result<()> {
@@ -163,8 +167,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
 
 fn listen(path: &std::path::Path) -> anyhow::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC;
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, 16)?;
     Ok(socket)

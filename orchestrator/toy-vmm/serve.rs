@@ -6,9 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use stillpoint_control::frame;
-use stillpoint_control::message::{
-    Description, GuestState, PROTOCOL, ProcessId, Reply, Request,
-};
+use stillpoint_control::message::{Description, GuestState, PROTOCOL, ProcessId, Reply, Request};
 
 use super::{Toy, handover, lock};
 
@@ -24,9 +22,7 @@ pub(super) fn serve(toy: Arc<Toy>) -> anyhow::Result<()> {
     loop {
         let client = rustix::net::accept(&toy.control)?;
         let toy = toy.clone();
-        std::thread::spawn(move || {
-            while answer(&toy, &client).is_ok() {}
-        });
+        std::thread::spawn(move || while answer(&toy, &client).is_ok() {});
     }
 }
 
@@ -64,7 +60,11 @@ fn describe(toy: &Toy) -> anyhow::Result<Description> {
     Ok(Description {
         spec: toy.spec.clone(),
         release: toy.release.clone(),
-        state: if now.swapping { GuestState::Swapping } else { GuestState::Running },
+        state: if now.swapping {
+            GuestState::Swapping
+        } else {
+            GuestState::Running
+        },
         epoch: now.owner.epoch(),
         swaps: now.swaps,
         reads: serde_json::from_value(said["reads"].clone())?,

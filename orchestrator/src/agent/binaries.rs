@@ -121,8 +121,7 @@ impl Binaries {
             .map_err(copy)?;
         // A file open for writing can't be executed (ETXTBSY).
         drop(target);
-        let mut manifest =
-            describe(&path).map_err(|why| not_a_release(&addition.path, why))?;
+        let mut manifest = describe(&path).map_err(|why| not_a_release(&addition.path, why))?;
         if let Some(version) = &addition.version {
             manifest.version.clone_from(version);
         }
@@ -141,7 +140,9 @@ impl Binaries {
 
     /// Gives an imported release its place, when it is known that the version is free.
     pub fn keep(&self, release: &Release) -> Result<(), Problem> {
-        let from = self.0.join(format!(".incoming-{}", release.added_at_unix_ns));
+        let from = self
+            .0
+            .join(format!(".incoming-{}", release.added_at_unix_ns));
         let to = self.0.join(&release.manifest.version);
         // What lies there is of an addition that was never recorded.
         let _ = std::fs::remove_dir_all(&to);
@@ -150,7 +151,9 @@ impl Binaries {
 
     /// Forgets an imported release that got no place.
     pub fn discard(&self, release: &Release) {
-        let from = self.0.join(format!(".incoming-{}", release.added_at_unix_ns));
+        let from = self
+            .0
+            .join(format!(".incoming-{}", release.added_at_unix_ns));
         let _ = std::fs::remove_dir_all(from);
     }
 }
@@ -191,14 +194,7 @@ fn digest(file: &mut File) -> std::io::Result<String> {
 
 /// Asks a binary what it is.
 fn describe(path: &Path) -> Result<Manifest, String> {
-    let child = Command::new(path)
-        .args(["describe", "--json"])
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(|e| format!("it can't be run ({e})"))?;
+    let child = spawn_describe(path).map_err(|e| format!("it can't be run ({e})"))?;
     let output = output_within(child, PATIENCE)?;
     let manifest: Manifest = serde_json::from_slice(&output)
         .map_err(|e| format!("`describe --json` prints no manifest ({e})"))?;
@@ -209,6 +205,30 @@ fn describe(path: &Path) -> Result<Manifest, String> {
         return Err("it says that it reads or writes no state format".into());
     }
     Ok(manifest)
+}
+
+/// A child that another thread forks while the copy is open for writing keeps it open until its
+/// exec, and nobody can execute the copy until then (`ETXTBSY`).
+fn spawn_describe(path: &Path) -> std::io::Result<std::process::Child> {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let spawned = Command::new(path)
+            .args(["describe", "--json"])
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn();
+        match spawned {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::ExecutableFileBusy
+                    && std::time::Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// What a child prints; it is killed when it takes longer than `patience`.
@@ -226,7 +246,9 @@ fn output_within(mut child: std::process::Child, patience: Duration) -> Result<V
     if bytes.is_err() {
         let _ = child.kill();
     }
-    let status = child.wait().map_err(|e| format!("it can't be waited for ({e})"))?;
+    let status = child
+        .wait()
+        .map_err(|e| format!("it can't be waited for ({e})"))?;
     match bytes {
         Err(_) => Err(format!("`describe --json` took longer than {patience:?}")),
         Ok(Err(e)) => Err(format!("its output can't be read ({e})")),

@@ -32,7 +32,10 @@ pub fn release(vm: &VmName) {
 
 /// Removes one name.
 fn forget(name: &str) {
-    if let Err(error) = tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)], &[]) {
+    if let Err(error) = tell(
+        &[NotifyState::FdStoreRemove, NotifyState::FdName(name)],
+        &[],
+    ) {
         tracing::warn!(name, "stays in the fd store: {error}");
     }
 }

@@ -69,7 +69,9 @@ impl Expected {
         let found = blocking(move || expected.ask()).await?;
         let (identity, description, memory, ownership) = found;
         let process = Process::open(&identity).map_err(|e| {
-            FindError::Impostor(format!("what answers at its socket says it is a process that {e}"))
+            FindError::Impostor(format!(
+                "what answers at its socket says it is a process that {e}"
+            ))
         })?;
         Ok(Held {
             process,
@@ -85,7 +87,9 @@ impl Expected {
         let description = client.describe().map_err(mute)?;
         let (memory, page) = client.lend_guest().map_err(mute)?;
         let ownership = Ownership::map(page).map_err(|e| {
-            FindError::Impostor(format!("what answers at its socket lends no ownership page: {e}"))
+            FindError::Impostor(format!(
+                "what answers at its socket lends no ownership page: {e}"
+            ))
         })?;
         Ok((identity, description, memory, ownership))
     }
@@ -93,9 +97,10 @@ impl Expected {
     /// Connects and checks the proof. Blocks.
     pub fn greet(&self) -> Result<(Client, ProcessId), FindError> {
         let client = match Client::connect(&self.control, PATIENCE) {
-            Err(ClientError::Connect { source, .. })
-                if matches!(source, rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT) =>
-            {
+            Err(ClientError::Connect {
+                source: rustix::io::Errno::CONNREFUSED | rustix::io::Errno::NOENT,
+                ..
+            }) => {
                 return Err(FindError::Nobody(self.control.clone()));
             }
             other => other.map_err(|e| self.mute(e))?,
@@ -115,7 +120,11 @@ impl Expected {
         let listener = u32::try_from(peer.pid.as_raw_nonzero().get()).unwrap_or(0);
         if listener != identity.pid && ProcessId::of(listener).is_some() {
             // Not a reason to leave a guest alone: the proof stands, and the pid may be used again.
-            tracing::debug!(listener, pid = identity.pid, "another process called listen");
+            tracing::debug!(
+                listener,
+                pid = identity.pid,
+                "another process called listen"
+            );
         }
         Ok((client, identity))
     }
@@ -165,6 +174,8 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, FindError> {
     match tokio::task::spawn_blocking(exchange).await {
         Ok(result) => result,
-        Err(error) => Err(FindError::Impostor(format!("the exchange was cut short: {error}"))),
+        Err(error) => Err(FindError::Impostor(format!(
+            "the exchange was cut short: {error}"
+        ))),
     }
 }

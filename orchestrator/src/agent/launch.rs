@@ -26,7 +26,11 @@ pub fn launch(args: &[OsString]) -> anyhow::Result<()> {
     let binary = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3)
         .context("keep the binary's fd")?;
     let mut byte = [0; 1];
-    if std::io::stdin().read(&mut byte).context("wait at the gate")? == 0 {
+    if std::io::stdin()
+        .read(&mut byte)
+        .context("wait at the gate")?
+        == 0
+    {
         bail!("the daemon ended before it let this process go");
     }
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())

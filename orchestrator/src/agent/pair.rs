@@ -66,10 +66,15 @@ pub struct Asked {
 pub async fn hand_over(asked: Asked) -> Result<Handover, ClientError> {
     let exchange = move || {
         let client = Client::connect(&asked.control, asked.longest + MARGIN)?;
-        client.hand_over(&asked.request, asked.channel, asked.state.as_fd(), |phase| {
-            // Nobody listens any more when the daemon ends; the handover goes on.
-            let _ = asked.progress.send(phase.clone());
-        })
+        client.hand_over(
+            &asked.request,
+            asked.channel,
+            asked.state.as_fd(),
+            |phase| {
+                // Nobody listens any more when the daemon ends; the handover goes on.
+                let _ = asked.progress.send(phase.clone());
+            },
+        )
     };
     match tokio::task::spawn_blocking(exchange).await {
         Ok(answer) => answer,

@@ -88,7 +88,11 @@ impl Process {
             pidfd: pidfd::watch(pidfd).map_err(failed)?,
         };
         // A zombie that nobody reaped still has its /proc entry, but is as dead as any.
-        if process.is_alive() { Ok(process) } else { Err(gone()) }
+        if process.is_alive() {
+            Ok(process)
+        } else {
+            Err(gone())
+        }
     }
 
     /// Which process it is.
@@ -145,6 +149,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[allow(clippy::zombie_processes)] // Reaped through its pidfd, which is what is tested.
     async fn a_child_is_watched_killed_and_reaped() {
         let child = std::process::Command::new("sleep")
             .arg("1000")

@@ -121,7 +121,10 @@ async fn start(
     pid: u32,
 ) -> Result<(), zbus::Error> {
     let properties = vec![
-        ("Description", Variant::from(format!("Stillpoint guest {vm}"))),
+        (
+            "Description",
+            Variant::from(format!("Stillpoint guest {vm}")),
+        ),
         ("Slice", Variant::from(SLICE)),
         ("PIDs", Variant::from(vec![pid])),
         // Only units with delegation let processes be attached later.

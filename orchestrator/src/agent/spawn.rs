@@ -110,7 +110,11 @@ pub fn spawn(job: Job<'_>) -> Result<Gated, SpawnError> {
         .arg("--")
         .args(job.args)
         .env_clear()
-        .envs(ENVIRONMENT.iter().filter_map(|&key| Some((key, std::env::var_os(key)?))))
+        .envs(
+            ENVIRONMENT
+                .iter()
+                .filter_map(|&key| Some((key, std::env::var_os(key)?))),
+        )
         .stdin(Stdio::from(gate_in))
         .stdout(Stdio::from(job.binary))
         .stderr(Stdio::from(log))
@@ -224,7 +228,10 @@ impl LogTail {
 }
 
 fn last_lines(text: &str) -> String {
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .collect();
     if lines.is_empty() {
         return "  (nothing)".into();
     }

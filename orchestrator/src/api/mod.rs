@@ -84,8 +84,18 @@ async fn doctor(
     axum::extract::State(desk): axum::extract::State<Desk>,
 ) -> axum::Json<Vec<crate::doctor::Check>> {
     let host = &desk.host;
-    let newest = host.store.releases().await.ok().and_then(|mut all| all.pop());
+    let newest = host
+        .store
+        .releases()
+        .await
+        .ok()
+        .and_then(|mut all| all.pop());
     let binary = newest.map(|release| host.binaries.path(&release.manifest.version));
-    let store = host.store.releases().await.map(drop).map_err(|e| e.to_string());
+    let store = host
+        .store
+        .releases()
+        .await
+        .map(drop)
+        .map_err(|e| e.to_string());
     axum::Json(crate::doctor::of_daemon(binary, store).await)
 }

@@ -116,7 +116,9 @@ fn check_request(new: &NewSwap) -> Result<(), Problem> {
     let bad = |message| Err(Problem::new(Code::BadRequest, message));
     if new.component != VMM {
         let given = &new.component;
-        return bad(format!("field `component`: `{given}` can't be swapped, only `{VMM}`"));
+        return bad(format!(
+            "field `component`: `{given}` can't be swapped, only `{VMM}`"
+        ));
     }
     let ceiling = u64::try_from(MAX_BUDGET.as_nanos()).unwrap_or(u64::MAX);
     match new.budget_ns {

@@ -10,8 +10,8 @@ use stillpoint_control::spec::{MachineSpec, SpecError};
 use tokio::sync::broadcast;
 use utoipa::ToSchema;
 
-use super::refusal::{Body, Refusal};
 use super::Desk;
+use super::refusal::{Body, Refusal};
 use crate::execute::unix_ns;
 use crate::model::{Code, Event, Problem, VmName, VmRecord, VmState, Wanted};
 use crate::reconcile;
@@ -178,7 +178,13 @@ impl Desk {
             let problem = "is not an absolute path; the daemon has another working directory";
             return Err(field("kernel.path", problem.into()));
         }
-        if new.spec.kernel.initrd.as_ref().is_some_and(|path| !path.is_absolute()) {
+        if new
+            .spec
+            .kernel
+            .initrd
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute())
+        {
             return Err(field("kernel.initrd", "is not an absolute path".into()));
         }
         let vm_name = VmName::try_from(name.to_owned())?;
@@ -208,11 +214,13 @@ impl Desk {
             return Ok(self.release(&version).await?.manifest.version);
         }
         let newest = self.host.store.releases().await?.pop();
-        newest.map(|release| release.manifest.version).ok_or_else(|| {
-            let message = "there is no release of the VMM to start it with; add one with \
+        newest
+            .map(|release| release.manifest.version)
+            .ok_or_else(|| {
+                let message = "there is no release of the VMM to start it with; add one with \
                            `stillpoint release add PATH`";
-            Problem::new(Code::NotFound, message).into()
-        })
+                Problem::new(Code::NotFound, message).into()
+            })
     }
 }
 

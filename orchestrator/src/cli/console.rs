@@ -40,8 +40,8 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let path = vm.console_socket;
     let socket = std::os::unix::net::UnixStream::connect(&path)
         .map_err(|e| io_problem(format_args!("open the console at {path}"), &e))?;
-    let terminal = RawTerminal::enter()
-        .map_err(|e| io_problem("put the terminal into raw mode", &e))?;
+    let terminal =
+        RawTerminal::enter().map_err(|e| io_problem("put the terminal into raw mode", &e))?;
     if terminal.is_some() {
         notice(&format!("console of {name}; Ctrl-] q leaves"));
     }
@@ -172,7 +172,10 @@ mod tests {
         let mut escape = Escape::default();
         assert_eq!(escape.filter(b"ab\x1d"), (b"ab".to_vec(), false));
         assert_eq!(escape.filter(b"q"), (vec![], true));
-        assert_eq!(escape.filter(b"\x1dx\x1d\x1dq"), (b"\x1dx\x1dq".to_vec(), false));
+        assert_eq!(
+            escape.filter(b"\x1dx\x1d\x1dq"),
+            (b"\x1dx\x1dq".to_vec(), false)
+        );
         assert_eq!(escape.filter(b"z\x1dqrest"), (b"z".to_vec(), true));
     }
 }

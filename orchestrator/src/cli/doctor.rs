@@ -35,18 +35,26 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         say(&text(&found))?;
     }
     let failed = found.iter().any(|check| check.status == Status::Fail);
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn beside() -> Option<PathBuf> {
-    let path = std::env::current_exe().ok()?.with_file_name("stillpoint-vmm");
+    let path = std::env::current_exe()
+        .ok()?
+        .with_file_name("stillpoint-vmm");
     path.exists().then_some(path)
 }
 
 /// Without the daemon the store can't be asked; what was put there last will do.
 fn newest(state_dir: &std::path::Path) -> Option<PathBuf> {
     let releases = std::fs::read_dir(state_dir.join("releases")).ok()?;
-    let binaries = releases.flatten().map(|entry| entry.path().join("stillpoint-vmm"));
+    let binaries = releases
+        .flatten()
+        .map(|entry| entry.path().join("stillpoint-vmm"));
     let dated = binaries.filter_map(|path| {
         let changed = std::fs::metadata(&path).ok()?.modified().ok()?;
         Some((changed, path))
@@ -57,9 +65,17 @@ fn newest(state_dir: &std::path::Path) -> Option<PathBuf> {
 fn text(found: &[Check]) -> String {
     let mut rows = Vec::new();
     for check in found {
-        rows.push(vec![check.status.to_string(), check.check.clone(), check.found.clone()]);
+        rows.push(vec![
+            check.status.to_string(),
+            check.check.clone(),
+            check.found.clone(),
+        ]);
         if check.status != Status::Ok && !check.remedy.is_empty() {
-            rows.push(vec![String::new(), String::new(), format!("-> {}", check.remedy)]);
+            rows.push(vec![
+                String::new(),
+                String::new(),
+                format!("-> {}", check.remedy),
+            ]);
         }
     }
     let mut text = format::table(&["", "CHECK", "FOUND"], &[], &rows);

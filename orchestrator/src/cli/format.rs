@@ -13,7 +13,11 @@ pub(super) fn time(duration: Duration) -> String {
         1_000_000..1_000_000_000 => (ns_f / 1e6, "ms"),
         _ => (ns_f / 1e9, "s"),
     };
-    let decimals = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+    let decimals = if value < 10.0 {
+        2
+    } else {
+        usize::from(value < 100.0)
+    };
     format!("{value:.decimals$} {unit}")
 }
 
@@ -138,7 +142,10 @@ mod tests {
 
     #[test]
     fn columns_line_up() {
-        let rows = vec![vec!["a".into(), "10".into()], vec!["long".into(), "5".into()]];
+        let rows = vec![
+            vec!["a".into(), "10".into()],
+            vec!["long".into(), "5".into()],
+        ];
         let text = table(&["NAME", "N"], &[1], &rows);
         assert_eq!(text, "NAME   N\na     10\nlong   5\n");
     }

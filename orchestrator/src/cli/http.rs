@@ -78,10 +78,9 @@ impl Api {
             );
             Problem::new(Code::NoDaemon, message)
         })?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream))
-                .await
-                .map_err(broken)?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
         tokio::spawn(connection);
         let bytes = body.map(serde_json::to_vec).transpose();
         let bytes = bytes.map_err(|e| Problem::new(Code::BadRequest, e.to_string()))?;
@@ -108,13 +107,21 @@ impl Api {
 /// The body of an answer, or the problem it tells of.
 async fn checked(response: Response<Incoming>) -> Result<Bytes, Problem> {
     let status = response.status();
-    let bytes = response.into_body().collect().await.map_err(broken)?.to_bytes();
+    let bytes = response
+        .into_body()
+        .collect()
+        .await
+        .map_err(broken)?
+        .to_bytes();
     if status.is_success() {
         return Ok(bytes);
     }
     Err(serde_json::from_slice(&bytes).unwrap_or_else(|_| {
         let text = String::from_utf8_lossy(&bytes);
-        Problem::new(Code::Failed, format!("the daemon answered {status}: {text}"))
+        Problem::new(
+            Code::Failed,
+            format!("the daemon answered {status}: {text}"),
+        )
     }))
 }
 

@@ -27,7 +27,11 @@ pub(super) struct Args {
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let name = super::path_part(&args.name)?;
     let vm: VmView = desk.api.get(&format!("/v1/vms/{name}")).await?;
-    let path = if args.console { vm.console_log } else { vm.vmm_log };
+    let path = if args.console {
+        vm.console_log
+    } else {
+        vm.vmm_log
+    };
     let failed = |e: std::io::Error| io_problem(format_args!("read {path}"), &e);
     let mut file = File::open(&path).map_err(failed)?;
     if desk.json {
@@ -41,7 +45,11 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         let len = file.read(&mut buffer).map_err(failed)?;
         if len > 0 {
             let mut out = std::io::stdout().lock();
-            if out.write_all(&buffer[..len]).and_then(|()| out.flush()).is_err() {
+            if out
+                .write_all(&buffer[..len])
+                .and_then(|()| out.flush())
+                .is_err()
+            {
                 // The reader has enough.
                 return Ok(ExitCode::SUCCESS);
             }

@@ -14,7 +14,9 @@ pub(super) async fn run(desk: &Desk) -> Result<ExitCode, Problem> {
         say("no guests; `stillpoint run NAME --kernel K` starts one")?;
     } else {
         let rows: Vec<Vec<String>> = vms.iter().map(row).collect();
-        let head = ["NAME", "STATE", "CPUS", "MEMORY", "RELEASE", "SWAPS", "PID", "SINCE", ""];
+        let head = [
+            "NAME", "STATE", "CPUS", "MEMORY", "RELEASE", "SWAPS", "PID", "SINCE", "",
+        ];
         say(&format::table(&head, &[2, 3, 5, 6], &rows))?;
     }
     Ok(ExitCode::SUCCESS)
@@ -29,7 +31,9 @@ fn row(vm: &VmView) -> Vec<String> {
         format::size(vm.spec.memory.size),
         vm.release.clone(),
         vm.swaps.to_string(),
-        vm.process.as_ref().map_or("-".into(), |process| process.pid.to_string()),
+        vm.process
+            .as_ref()
+            .map_or("-".into(), |process| process.pid.to_string()),
         format::ago(vm.changed_at_unix_ns),
         reason.lines().next().unwrap_or_default().to_owned(),
     ]

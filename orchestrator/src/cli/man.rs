@@ -15,7 +15,12 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, Problem> {
-    let failed = |e| io_problem(format_args!("write man pages to {}", args.dir.display()), &e);
+    let failed = |e| {
+        io_problem(
+            format_args!("write man pages to {}", args.dir.display()),
+            &e,
+        )
+    };
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
     clap_mangen::generate_to(super::Args::command(), &args.dir).map_err(failed)?;
     Ok(ExitCode::SUCCESS)

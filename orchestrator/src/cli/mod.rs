@@ -163,7 +163,13 @@ fn say(text: &str) -> Result<(), Problem> {
     let mut out = std::io::stdout().lock();
     let printed = out
         .write_all(text.as_bytes())
-        .and_then(|()| if text.ends_with('\n') { Ok(()) } else { out.write_all(b"\n") })
+        .and_then(|()| {
+            if text.ends_with('\n') {
+                Ok(())
+            } else {
+                out.write_all(b"\n")
+            }
+        })
         .and_then(|()| out.flush());
     match printed {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {

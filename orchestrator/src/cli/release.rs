@@ -34,11 +34,7 @@ enum Verb {
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.verb {
-        Verb::Add {
-            path,
-            named,
-            args,
-        } => add(desk, path, named, args).await,
+        Verb::Add { path, named, args } => add(desk, path, named, args).await,
         Verb::Ls => ls(desk).await,
     }
 }
@@ -91,7 +87,15 @@ async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         ]
     };
     let rows: Vec<_> = releases.iter().map(row).collect();
-    let head = ["COMPONENT", "VERSION", "READS", "WRITES", "SHA256", "ADDED", "ARGS"];
+    let head = [
+        "COMPONENT",
+        "VERSION",
+        "READS",
+        "WRITES",
+        "SHA256",
+        "ADDED",
+        "ARGS",
+    ];
     say(&format::table(&head, &[], &rows))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -84,7 +84,9 @@ async fn list(desk: &Desk) -> Result<ExitCode, Problem> {
 }
 
 fn first_line(text: Option<&str>) -> String {
-    text.and_then(|text| text.lines().next()).unwrap_or_default().to_owned()
+    text.and_then(|text| text.lines().next())
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// What a person wants to know when a swap is over.
@@ -97,7 +99,10 @@ pub(super) fn summary(swap: &SwapRecord) -> String {
         state => format!("{vm}: the swap from {from} to {to} is {state}\n"),
     };
     if let Some(reason) = swap.reason.as_deref().filter(|reason| !reason.is_empty()) {
-        text.push_str(&format!("  why        {}\n", reason.replace('\n', "\n             ")));
+        text.push_str(&format!(
+            "  why        {}\n",
+            reason.replace('\n', "\n             ")
+        ));
     }
     if let Some(report) = &swap.report {
         text.push_str(&blackout(swap, report));
@@ -112,7 +117,11 @@ pub(super) fn summary(swap: &SwapRecord) -> String {
 fn blackout(swap: &SwapRecord, report: &SwapReport) -> String {
     let host = format::time(report.blackout.host);
     let guest = match report.blackout.guest_worst() {
-        Some(worst) => format!("guest {} (worst of {} vCPUs)", format::time(worst), report.vcpus),
+        Some(worst) => format!(
+            "guest {} (worst of {} vCPUs)",
+            format::time(worst),
+            report.vcpus
+        ),
         None => "guest not measured".into(),
     };
     let budget = format::time(report.budget);
@@ -174,8 +183,12 @@ fn text(swap: &SwapRecord) -> String {
 /// Bars compare like with like: what the guest waits for, and what it doesn't.
 fn phases(phases: &[Phase]) -> String {
     let longest = |in_blackout: bool| {
-        let same = phases.iter().filter(|phase| phase.in_blackout == in_blackout);
-        same.map(|phase| phase.duration).max().unwrap_or(Duration::ZERO)
+        let same = phases
+            .iter()
+            .filter(|phase| phase.in_blackout == in_blackout);
+        same.map(|phase| phase.duration)
+            .max()
+            .unwrap_or(Duration::ZERO)
     };
     let (dark, bright) = (longest(true), longest(false));
     let rows: Vec<Vec<String>> = phases

@@ -27,13 +27,20 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
 fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
     let kernel = &vm.spec.kernel;
     let mut rows = vec![
-        ("state", format!("{}, since {}", vm.state, format::ago(vm.changed_at_unix_ns))),
+        (
+            "state",
+            format!("{}, since {}", vm.state, format::ago(vm.changed_at_unix_ns)),
+        ),
         ("wanted", format!("{:?}", vm.wanted).to_lowercase()),
         ("release", vm.release.clone()),
         ("vCPUs", vm.spec.cpus.to_string()),
         (
             "memory",
-            format!("{} ({:?} pages)", format::size(vm.spec.memory.size), vm.spec.memory.pages).to_lowercase(),
+            format!(
+                "{} of {} pages",
+                format::size(vm.spec.memory.size),
+                format!("{:?}", vm.spec.memory.pages).to_lowercase()
+            ),
         ),
         ("kernel", kernel.path.display().to_string()),
         ("cmdline", kernel.cmdline.clone()),
@@ -46,14 +53,17 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         rows.insert(3, ("pid", process.pid.to_string()));
     }
     if let Some(reason) = &vm.reason {
-        rows.insert(1, ("reason", reason.replace('\n', "\n                 ")));
+        rows.insert(1, ("reason", reason.replace('\n', "\n                   ")));
     }
     if let Some(last) = swaps.last() {
-        rows.push(("last swap", format!("{} to {}: {}", last.id, last.to.version, last.state)));
+        rows.push((
+            "last swap",
+            format!("{} to {}: {}", last.id, last.to.version, last.state),
+        ));
     }
     let mut text = format!("{}\n", vm.name);
     for (key, value) in rows {
-        text.push_str(&format!("  {key:<15}{value}\n"));
+        text.push_str(&format!("  {key:<17}{value}\n"));
     }
     text
 }

@@ -96,7 +96,11 @@ async fn follow(
 fn tell(event: &Event, id: &SwapId, bar: &ProgressBar) -> bool {
     match event {
         Event::Phase { swap, phase, .. } if swap == id => {
-            bar.println(format!("  {:<12} {}", phase.name, format::time(phase.duration)));
+            bar.println(format!(
+                "  {:<12} {}",
+                phase.name,
+                format::time(phase.duration)
+            ));
             false
         }
         Event::Swap {

@@ -9,21 +9,33 @@ use super::{Check, Status};
 
 /// What is the same for every directory of this host.
 pub(super) fn host() -> Vec<Check> {
-    vec![systemd(), cgroups(), memlock(), huge_pages(), shmem_thp(), memory()]
+    vec![
+        systemd(),
+        cgroups(),
+        memlock(),
+        huge_pages(),
+        shmem_thp(),
+        memory(),
+    ]
 }
 
 /// A directory of ours: there, ours, closed to others; or to be made.
 pub(super) fn directory(check: &str, path: &Path) -> Check {
     let shown = path.display();
     let Ok(found) = std::fs::symlink_metadata(path) else {
-        return Check::ok(check, format!("{shown} will be made when the daemon starts"));
+        return Check::ok(
+            check,
+            format!("{shown} will be made when the daemon starts"),
+        );
     };
     let own = rustix::process::geteuid().as_raw();
     let (uid, mode) = (found.uid(), found.mode() & 0o7777);
     if found.is_dir() && uid == own && mode & 0o077 == 0 {
         return Check::ok(check, format!("{shown}, mode {mode:04o}"));
     }
-    let found = format!("{shown} is not a directory of uid {own} with mode 0700 (uid {uid}, mode {mode:04o})");
+    let found = format!(
+        "{shown} is not a directory of uid {own} with mode 0700 (uid {uid}, mode {mode:04o})"
+    );
     let remedy = "chown and chmod 0700 it, or give another (`--run-dir`, `--state-dir`)";
     Check::new(check, Status::Fail, found, remedy)
 }
@@ -34,7 +46,12 @@ pub(super) fn sqlite() -> Check {
         .and_then(|c| c.query_row("SELECT sqlite_version()", [], |row| row.get::<_, String>(0)));
     match version {
         Ok(version) => Check::ok("sqlite", format!("{version}, built in")),
-        Err(error) => Check::new("sqlite", Status::Fail, error.to_string(), "report this as a bug"),
+        Err(error) => Check::new(
+            "sqlite",
+            Status::Fail,
+            error.to_string(),
+            "report this as a bug",
+        ),
     }
 }
 
@@ -78,7 +95,10 @@ fn huge_pages() -> Check {
     };
     let (two, one) = (pages("2048kB"), pages("1048576kB"));
     let found = format!("{two} of 2 MiB and {one} of 1 GiB free");
-    if [&two, &one].iter().any(|n| !matches!(n.as_str(), "0" | "no")) {
+    if [&two, &one]
+        .iter()
+        .any(|n| !matches!(n.as_str(), "0" | "no"))
+    {
         return Check::ok("huge pages", found);
     }
     let remedy = "optional: `sysctl vm.nr_hugepages=N` for `--pages hugetlb2m`; without them a \
@@ -90,7 +110,12 @@ fn shmem_thp() -> Check {
     let path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let Some(text) = read(path) else {
         let remedy = "none needed; `--pages thp` then means base pages";
-        return Check::new("THP for shmem", Status::Warn, "not known to this kernel", remedy);
+        return Check::new(
+            "THP for shmem",
+            Status::Warn,
+            "not known to this kernel",
+            remedy,
+        );
     };
     let chosen = text
         .split_once('[')

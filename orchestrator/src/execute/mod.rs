@@ -31,7 +31,9 @@ const RETRY: Duration = Duration::from_secs(2);
 pub fn unix_ns() -> u64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+        .map_or(0, |since| {
+            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+        })
 }
 
 /// This host: what steps are carried out with.
@@ -97,7 +99,10 @@ impl Host {
         reason: Option<String>,
         process: Option<ProcessId>,
     ) {
-        while let Err(error) = self.observe(vm, state, reason.clone(), process.clone()).await {
+        while let Err(error) = self
+            .observe(vm, state, reason.clone(), process.clone())
+            .await
+        {
             if matches!(error, StoreError::Closed) {
                 return;
             }
@@ -113,15 +118,27 @@ impl Host {
         Ok(())
     }
 
-    /// As [`Host::record`], tried until it succeeds: the swap is over, whatever the disk says.
-    async fn record_surely(&self, swap: &SwapRecord) {
-        while let Err(error) = self.record(swap).await {
+    /// Records the end of a swap and what it made of the VM, tried until it succeeds: the swap is
+    /// over, whatever the disk says. Then tells.
+    async fn end_swap(&self, swap: &SwapRecord, vm: Option<(VmState, ProcessId)>) {
+        let observed = vm.map(|(state, process)| Observed {
+            state,
+            reason: None,
+            process: Some(process),
+            at_unix_ns: unix_ns(),
+        });
+        while let Err(error) = self.store.end_swap(swap, observed.clone()).await {
             if matches!(error, StoreError::Closed) {
                 return;
             }
             tracing::error!(vm = %swap.vm, swap = %swap.id, "not recorded, will be tried again: {error}");
             tokio::time::sleep(RETRY).await;
         }
+        if let Some(Observed { state, reason, .. }) = observed {
+            let vm = swap.vm.clone();
+            self.tell(Event::Vm { vm, state, reason });
+        }
+        self.tell_swap(swap);
     }
 
     fn tell_swap(&self, swap: &SwapRecord) {

@@ -30,7 +30,10 @@ pub async fn settle(
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
         let predecessor = vm.process.as_ref().and_then(|id| Process::open(id).ok());
-        let successor = swap.successor.as_ref().and_then(|id| Process::open(id).ok());
+        let successor = swap
+            .successor
+            .as_ref()
+            .and_then(|id| Process::open(id).ok());
         // Asked anew each time: what it said before may be over.
         let mut running = false;
         if let Ok(found) = host.expected(vm).find().await {
@@ -95,7 +98,7 @@ async fn crashed(host: &Host, mut swap: SwapRecord) {
     swap.state = SwapState::Crashed;
     swap.reason = Some("the process that ran the guest died, and the guest with it".into());
     swap.ended_at_unix_ns = Some(unix_ns());
-    host.record_surely(&swap).await;
+    host.end_swap(&swap, None).await;
 }
 
 async fn doubt(host: &Host, mut swap: SwapRecord, alive: (bool, bool)) {
@@ -107,5 +110,8 @@ async fn doubt(host: &Host, mut swap: SwapRecord, alive: (bool, bool)) {
         word(alive.0),
         word(alive.1)
     ));
-    host.record_surely(&swap).await;
+    // Not written is not worse than before: the record still says "in progress".
+    if let Err(error) = host.record(&swap).await {
+        tracing::error!(vm = %swap.vm, swap = %swap.id, "not recorded: {error}");
+    }
 }

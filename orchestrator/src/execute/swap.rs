@@ -80,7 +80,7 @@ pub async fn refuse(host: &Host, mut swap: SwapRecord, why: String) {
     swap.state = SwapState::Kept;
     swap.reason = Some(why);
     swap.ended_at_unix_ns = Some(unix_ns());
-    host.record_surely(&swap).await;
+    host.end_swap(&swap, None).await;
 }
 
 /// Starts the successor and waits until it is ready. The guest hears nothing of this.
@@ -158,7 +158,9 @@ async fn hand_over(
     };
     let _ = progress.send(start.clone());
     tokio::spawn(tell_phases(host.clone(), swap.clone(), phases));
-    let budget = swap.budget_ns.map_or(vm.spec.blackout_budget, Duration::from_nanos);
+    let budget = swap
+        .budget_ns
+        .map_or(vm.spec.blackout_budget, Duration::from_nanos);
     let asked = Asked {
         control: host.dir(&vm.name).control(),
         request: Request::HandOver {
@@ -228,7 +230,10 @@ pub(super) async fn moved(
     }
     swap.state = SwapState::Moved;
     swap.step = "done".into();
-    swap.reason = swap.report.as_ref().and_then(|report| report.reason.clone());
+    swap.reason = swap
+        .report
+        .as_ref()
+        .and_then(|report| report.reason.clone());
     if found.is_none() && !successor.is_alive() {
         swap.state = SwapState::Crashed;
         swap.reason = Some("the successor took the guest and died".into());
@@ -236,11 +241,13 @@ pub(super) async fn moved(
         swap.reason = Some("the successor runs the guest, but gave no report in time".into());
     }
     swap.ended_at_unix_ns = Some(unix_ns());
-    let alive = found.as_ref().map(|held| held.process.id().clone());
-    host.record_surely(&swap).await;
-    let state = if alive.is_some() { VmState::Running } else { VmState::Lost };
-    let process = alive.or_else(|| Some(successor.id().clone()));
-    host.observe_surely(&vm.name, state, None, process).await;
+    let state = if found.is_some() {
+        VmState::Running
+    } else {
+        VmState::Lost
+    };
+    host.end_swap(&swap, Some((state, successor.id().clone())))
+        .await;
     if let Some((process, ownership)) = predecessor {
         tokio::spawn(retire(process, ownership, swap));
     }
@@ -293,12 +300,10 @@ pub(super) async fn keep(
     swap.report = Some(report);
     swap.state = SwapState::Kept;
     swap.ended_at_unix_ns = Some(unix_ns());
-    if held.process.is_alive() {
-        let process = Some(held.process.id().clone());
-        host.observe_surely(&vm.name, VmState::Running, None, process)
-            .await;
-    }
-    host.record_surely(&swap).await;
+    // A process that has ended since is for the next look.
+    let process = held.process.id().clone();
+    host.end_swap(&swap, Some((VmState::Running, process)))
+        .await;
     Some(held)
 }
 
@@ -317,7 +322,9 @@ fn report_of_agent(vm: &VmRecord, swap: &SwapRecord, reason: String) -> SwapRepo
         memory_bytes: vm.spec.memory.size,
         state_format: 0,
         state_bytes: 0,
-        budget: swap.budget_ns.map_or(vm.spec.blackout_budget, Duration::from_nanos),
+        budget: swap
+            .budget_ns
+            .map_or(vm.spec.blackout_budget, Duration::from_nanos),
         phases: Vec::new(),
         blackout: Blackout::default(),
         clock: None,

@@ -53,10 +53,9 @@ impl Code {
             | Self::StillRunning
             | Self::SwapInProgress
             | Self::ReleaseExists => 409,
-            Self::NotARelease
-            | Self::DigestMismatch
-            | Self::NoCommonFormat
-            | Self::StartFailed => 422,
+            Self::NotARelease | Self::DigestMismatch | Self::NoCommonFormat | Self::StartFailed => {
+                422
+            }
             Self::StoreFull => 507,
             Self::StoreFailed | Self::Failed => 500,
             Self::NoDaemon => 503,

@@ -77,7 +77,9 @@ pub fn validate_version(version: &str) -> Result<(), Problem> {
     }
     Err(Problem::new(
         Code::NotARelease,
-        format!("version {version:?} is not 1 to 64 of a-z A-Z 0-9 . _ + - beginning with a letter or digit"),
+        format!(
+            "version {version:?} is not 1 to 64 of a-z A-Z 0-9 . _ + - beginning with a letter or digit"
+        ),
     ))
 }
 

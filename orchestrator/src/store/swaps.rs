@@ -6,8 +6,9 @@ use super::rows::{
     from_json, from_json_option, from_word, json, json_option, signed, unsigned, unsigned_option,
     word,
 };
+use super::vms::{Observed, write_observed};
 use super::{Store, StoreError};
-use crate::model::{SwapId, SwapRecord, VmName};
+use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json \
@@ -78,6 +79,25 @@ impl Store {
     pub async fn update_swap(&self, swap: &SwapRecord) -> Result<(), StoreError> {
         let swap = swap.clone();
         self.call(move |tx| write(tx, &swap)).await
+    }
+
+    /// Records the end of a swap together with what it made of the VM: both or neither, so a
+    /// daemon that dies in between finds the swap unfinished and settles it again.
+    pub async fn end_swap(
+        &self,
+        swap: &SwapRecord,
+        vm: Option<Observed>,
+    ) -> Result<(), StoreError> {
+        let swap = swap.clone();
+        self.call(move |tx| {
+            write(tx, &swap)?;
+            if swap.state == SwapState::Moved {
+                let query = "UPDATE vms SET release = ?2, swaps = swaps + 1 WHERE name = ?1";
+                tx.execute(query, params![swap.vm.as_str(), swap.to.version])?;
+            }
+            vm.map_or(Ok(()), |observed| write_observed(tx, &swap.vm, &observed))
+        })
+        .await
     }
 
     /// The one of that id.

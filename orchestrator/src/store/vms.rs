@@ -47,6 +47,26 @@ pub struct Observed {
     pub at_unix_ns: u64,
 }
 
+/// Writes what is seen of a VM.
+pub(super) fn write_observed(
+    tx: &rusqlite::Transaction<'_>,
+    name: &VmName,
+    observed: &Observed,
+) -> rusqlite::Result<()> {
+    tx.execute(
+        "UPDATE vms SET state = ?2, reason = ?3, process_json = ?4, changed_at_unix_ns = ?5
+         WHERE name = ?1",
+        params![
+            name.as_str(),
+            word(&observed.state)?,
+            observed.reason,
+            json_option(observed.process.as_ref())?,
+            signed(observed.at_unix_ns)
+        ],
+    )
+    .map(drop)
+}
+
 impl Store {
     /// All, by name.
     pub async fn vms(&self) -> Result<Vec<VmRecord>, StoreError> {
@@ -73,9 +93,11 @@ impl Store {
         let vm = vm.clone();
         self.call(move |tx| {
             let state: Option<VmState> = tx
-                .query_row("SELECT state FROM vms WHERE name = ?1", [vm.name.as_str()], |row| {
-                    from_word(row, 0)
-                })
+                .query_row(
+                    "SELECT state FROM vms WHERE name = ?1",
+                    [vm.name.as_str()],
+                    |row| from_word(row, 0),
+                )
                 .optional()?;
             if state.is_some_and(VmState::is_active) {
                 return Ok(false);
@@ -117,39 +139,16 @@ impl Store {
     /// Records what it is.
     pub async fn observe(&self, name: &VmName, observed: Observed) -> Result<(), StoreError> {
         let name = name.clone();
-        self.call(move |tx| {
-            tx.execute(
-                "UPDATE vms SET state = ?2, reason = ?3, process_json = ?4, \
-                 changed_at_unix_ns = ?5 WHERE name = ?1",
-                params![
-                    name.as_str(),
-                    word(&observed.state)?,
-                    observed.reason,
-                    json_option(observed.process.as_ref())?,
-                    signed(observed.at_unix_ns)
-                ],
-            )
-            .map(drop)
-        })
-        .await
-    }
-
-    /// Records that a successor of that release runs it.
-    pub async fn moved(&self, name: &VmName, release: &str) -> Result<(), StoreError> {
-        let (name, release) = (name.clone(), release.to_owned());
-        self.call(move |tx| {
-            let query = "UPDATE vms SET release = ?2, swaps = swaps + 1 WHERE name = ?1";
-            tx.execute(query, params![name.as_str(), release])
-                .map(drop)
-        })
-        .await
+        self.call(move |tx| write_observed(tx, &name, &observed))
+            .await
     }
 
     /// Removes it, unless it is active (then `false`).
     pub async fn remove_vm(&self, name: &VmName) -> Result<bool, StoreError> {
         let name = name.clone();
         self.call(move |tx| {
-            let query = "DELETE FROM vms WHERE name = ?1 AND state IN ('stopped', 'crashed', 'failed')";
+            let query =
+                "DELETE FROM vms WHERE name = ?1 AND state IN ('stopped', 'crashed', 'failed')";
             Ok(tx.execute(query, [name.as_str()])? == 1)
         })
         .await
