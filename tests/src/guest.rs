@@ -1,0 +1,189 @@
+//! What pulse writes down, read from the RAM file while the guest runs.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use stillpoint_guest_abi::probe::{self, Record};
+use stillpoint_guest_abi::pulse::{GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report};
+
+/// A view of a pulse guest.
+#[derive(Debug)]
+pub struct Pulse {
+    ram: OwnedFd,
+    table: u64,
+}
+
+/// Plain structures of the guest ABI.
+trait Plain: Default {}
+impl Plain for Globals {}
+impl Plain for Report {}
+
+/// One look at all that pulse keeps.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// What all vCPUs share.
+    pub globals: Globals,
+    /// Each vCPU that is online or was announced.
+    pub vcpus: Vec<Report>,
+    /// TSC of each vCPU's latest reading.
+    pub last_tsc: Vec<u64>,
+}
+
+impl Pulse {
+    /// Finds pulse's table in guest RAM.
+    pub fn find(ram: OwnedFd, patience: Duration) -> anyhow::Result<Self> {
+        let deadline = Instant::now() + patience;
+        loop {
+            for table in (0..64u64 << 20).step_by(4096) {
+                let mut pulse = Self {
+                    ram: ram.try_clone()?,
+                    table,
+                };
+                if pulse.word(0)? == probe::TABLE_MAGIC
+                    && pulse.word(GLOBALS_OFFSET)? == GLOBALS_MAGIC
+                {
+                    pulse.table = table;
+                    return Ok(pulse);
+                }
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "pulse did not come up within {patience:?}"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    fn bytes(&self, at: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
+        let n = rustix::io::pread(&self.ram, &mut *buffer, self.table + at)?;
+        ensure!(
+            n == buffer.len(),
+            "guest RAM ends at {:#x}",
+            self.table + at
+        );
+        Ok(())
+    }
+
+    fn word(&self, at: u64) -> anyhow::Result<u64> {
+        let mut bytes = [0; 8];
+        self.bytes(at, &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    #[allow(unsafe_code)] // A plain structure out of bytes.
+    fn structure<T: Plain>(&self, at: u64) -> anyhow::Result<T> {
+        let mut bytes = vec![0; size_of::<T>()];
+        self.bytes(at, &mut bytes)?;
+        let mut value = T::default();
+        // SAFETY: T is made of integers alone, so any bytes are a value of it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                std::ptr::from_mut(&mut value).cast(),
+                bytes.len(),
+            );
+        }
+        Ok(value)
+    }
+
+    fn record(vcpu: usize) -> u64 {
+        u64::from(probe::RECORD_STRIDE) * (vcpu as u64 + 1)
+    }
+
+    /// A look at everything.
+    pub fn look(&self) -> anyhow::Result<Snapshot> {
+        let globals: Globals = self.structure(GLOBALS_OFFSET)?;
+        let count = (self.word(8)? >> 32) as usize;
+        let vcpus = (0..count)
+            .map(|vcpu| self.structure(Self::record(vcpu) + REPORT_OFFSET))
+            .collect::<anyhow::Result<Vec<Report>>>()?;
+        let last = std::mem::offset_of!(Record, last) as u64;
+        let last_tsc = (0..count)
+            .map(|v| self.word(Self::record(v) + last))
+            .collect::<anyhow::Result<_>>()?;
+        Ok(Snapshot {
+            globals,
+            vcpus,
+            last_tsc,
+        })
+    }
+
+    /// Waits until `good` is true of what pulse shows.
+    pub fn wait(
+        &self,
+        what: &str,
+        patience: Duration,
+        good: impl Fn(&Snapshot) -> bool,
+    ) -> anyhow::Result<Snapshot> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let seen = self.look()?;
+            if good(&seen) {
+                return Ok(seen);
+            }
+            if Instant::now() > deadline {
+                bail!("waited {patience:?} for {what}; the guest shows {seen:#?}");
+            }
+            rustix::thread::nanosleep(&rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 1_000_000,
+            });
+        }
+    }
+
+    /// Waits until `n` vCPUs are in ring 3.
+    pub fn wait_online(&self, n: u32) -> anyhow::Result<Snapshot> {
+        self.wait("all vCPUs", Duration::from_secs(30), |s| {
+            s.globals.online >= n
+        })
+        .context("pulse's boot")
+    }
+
+    /// Waits until every vCPU of those given has gone through `loops` more loops.
+    pub fn wait_progress(&self, vcpus: &[usize], loops: u64) -> anyhow::Result<Snapshot> {
+        let from = self.look()?;
+        self.wait("progress on every vCPU", Duration::from_secs(30), |s| {
+            vcpus
+                .iter()
+                .all(|&v| s.vcpus[v].counter >= from.vcpus[v].counter + loops)
+        })
+    }
+}
+
+impl Snapshot {
+    /// Everything that must be zero in a guest that was treated well, by name.
+    pub fn faults(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut must_be_zero = |vcpu: Option<usize>, name: &str, value: u64| {
+            if value != 0 {
+                let whose = vcpu.map_or("guest".to_owned(), |v| format!("vCPU {v}"));
+                found.push(format!("{whose}: {name} = {value}"));
+            }
+        };
+        must_be_zero(None, "kvmclock warps between vCPUs", self.globals.warps);
+        for (v, report) in self.vcpus.iter().enumerate() {
+            let v = Some(v);
+            must_be_zero(v, "TSC readings backwards", report.tsc_backwards);
+            must_be_zero(v, "kvmclock readings backwards", report.clock_backwards);
+            must_be_zero(v, "one-shot timers doubled", report.oneshot.doubled);
+            must_be_zero(v, "one-shot timers early", report.oneshot.early);
+            must_be_zero(v, "deadline timers doubled", report.deadline.doubled);
+            must_be_zero(v, "deadline timers early", report.deadline.early);
+            must_be_zero(v, "RAM words wrong", report.ram_errors);
+            must_be_zero(
+                v,
+                "RAM checksums wrong",
+                u64::from(report.ram_checksum != report.ram_expected),
+            );
+            must_be_zero(v, "MMIO accesses wrong", report.mmio_errors);
+            must_be_zero(v, "register patterns lost", report.fpu_errors);
+            must_be_zero(v, "stray interrupts", report.stray_interrupts);
+            for (kind, timers) in [("one-shot", report.oneshot), ("deadline", report.deadline)] {
+                let lost = timers.armed.saturating_sub(timers.fired).saturating_sub(1);
+                must_be_zero(v, &format!("{kind} timers lost"), lost);
+            }
+        }
+        found
+    }
+}

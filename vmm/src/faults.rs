@@ -1,0 +1,94 @@
+//! Fault points: a closed list of places in a handover where a build with the feature
+//! `fault-injection` can be made to fail. Without the feature there is nothing here at all.
+
+/// A place in a handover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    /// Successor: before it says that it is ready to load.
+    Adopt,
+    /// Successor: saved state has come, nothing is loaded.
+    Load,
+    /// Successor: loaded, before it says so.
+    Loaded,
+    /// Successor: the guest was given up, and is not taken yet.
+    Take,
+    /// Predecessor: all vCPUs parked.
+    Frozen,
+    /// Predecessor: state saved and sealed.
+    Sealed,
+}
+
+#[cfg(not(feature = "fault-injection"))]
+mod imp {
+    /// Does nothing, and costs nothing.
+    #[inline]
+    pub fn reach(_: super::Point) -> Result<(), &'static str> {
+        Ok(())
+    }
+}
+
+#[cfg(feature = "fault-injection")]
+mod imp {
+    use super::Point;
+    use std::sync::OnceLock;
+    use std::time::Duration;
+
+    static ARMED: OnceLock<(Point, Action)> = OnceLock::new();
+
+    #[derive(Clone, Copy, Debug)]
+    enum Action {
+        Crash,
+        Hang,
+        Fail,
+        Slow(Duration),
+    }
+
+    /// Arms one fault, written `point=crash`, `=hang`, `=fail` or `=slow:MILLISECONDS`.
+    pub fn arm(text: &str) -> Result<(), String> {
+        let bad = || format!("`{text}` is no fault; write for example load=crash or take=slow:50");
+        let (point, action) = text.split_once('=').ok_or_else(bad)?;
+        let point = match point {
+            "adopt" => Point::Adopt,
+            "load" => Point::Load,
+            "loaded" => Point::Loaded,
+            "take" => Point::Take,
+            "frozen" => Point::Frozen,
+            "sealed" => Point::Sealed,
+            _ => return Err(bad()),
+        };
+        let action = match action {
+            "crash" => Action::Crash,
+            "hang" => Action::Hang,
+            "fail" => Action::Fail,
+            other => {
+                let ms = other.strip_prefix("slow:").and_then(|ms| ms.parse().ok());
+                Action::Slow(Duration::from_millis(ms.ok_or_else(bad)?))
+            }
+        };
+        ARMED
+            .set((point, action))
+            .map_err(|_| "only one fault at a time".to_owned())
+    }
+
+    /// Fails here if this point is armed.
+    pub fn reach(point: Point) -> Result<(), &'static str> {
+        match ARMED.get() {
+            Some((armed, action)) if *armed == point => match action {
+                Action::Crash => std::process::abort(),
+                Action::Hang => loop {
+                    std::thread::park();
+                },
+                Action::Fail => Err("a fault was injected here"),
+                Action::Slow(time) => {
+                    std::thread::sleep(*time);
+                    Ok(())
+                }
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(feature = "fault-injection")]
+pub use imp::arm;
+pub use imp::reach;

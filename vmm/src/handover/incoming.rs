@@ -1,0 +1,342 @@
+//! The successor's side: adopt, load, take, run.
+//!
+//! Until the word is taken this process enters no vCPU and changes no byte of guest RAM, disk,
+//! tap or socket; it only reads and builds its own things beside them.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use stillpoint_control::frame::FrameError;
+use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
+use stillpoint_control::report::SwapReport;
+use stillpoint_control::secret::Secret;
+use stillpoint_control::spec::{MachineSpec, SpecError};
+use stillpoint_state::{StateError, Unclaimed};
+
+use super::measure::Evidence;
+use super::{
+    Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, out_of_turn,
+};
+use crate::boot::cpuid;
+use crate::clock::Page;
+use crate::console;
+use crate::doors::Doors;
+use crate::machine::build::{Blank, BuildError, Loaded as LoadedMachine, Promise};
+use crate::machine::frozen::Guest;
+use crate::machine::{Event, Machine, Timing};
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::VcpusError;
+use crate::{faults, release};
+
+/// How long the predecessor may take to make its offer, and to freeze after we have adopted.
+const OFFER_PATIENCE: Duration = Duration::from_secs(60);
+/// A predecessor that has closed its end is dead, or about to say otherwise by its pidfd.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the predecessor may take to tell its part of the report.
+const TELL_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a vCPU may take to enter; after the take there is no way back, so this only bounds
+/// how long a failure stays unseen.
+const ENTER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why the guest was not adopted.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// The predecessor.
+    #[error("waiting for the predecessor's {what}: {source}")]
+    Channel {
+        /// For what.
+        what: &'static str,
+        /// What happened.
+        source: ChannelError,
+    },
+    /// It offers something we can't read.
+    #[error(
+        "the running release writes saved state in formats {offered:?}, this one reads {:?}",
+        release::FORMATS
+    )]
+    Formats {
+        /// What it writes.
+        offered: Vec<u32>,
+    },
+    /// Its offer lacks file descriptors.
+    #[error("the offer came with {0} file descriptors, {OFFERED_FDS} belong to it")]
+    Fds(usize),
+    /// The spec.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The machine.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// Saved state.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The state's memfd.
+    #[error("cannot read the saved state: {0}")]
+    Read(rustix::io::Errno),
+    /// The word.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// Entering.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// Sockets and log.
+    #[error("cannot serve the guest's sockets: {0}")]
+    Doors(std::io::Error),
+    /// A fault that was injected.
+    #[error("{0}")]
+    Injected(&'static str),
+}
+
+/// A guest that was taken and runs.
+#[derive(Debug)]
+pub struct Arrived {
+    /// The guest.
+    pub guest: Guest,
+    /// Its doors: control listener; console listener and log (a duplicate of the console's).
+    pub doors: Doors,
+    /// Its secret.
+    pub secret: Option<Secret>,
+    /// Its directory.
+    pub dir: String,
+    /// Swaps lived through, this one included.
+    pub swaps: u64,
+    /// Id of the swap.
+    pub swap: String,
+    /// What the report will be made of.
+    pub evidence: Evidence,
+}
+
+struct Prepared {
+    offer: Offer,
+    format: u32,
+    blank: Blank,
+    ownership: Ownership,
+    state: OwnedFd,
+    predecessor: OwnedFd,
+    doors: [OwnedFd; 3],
+    timing: Timing,
+}
+
+/// Adopts the guest that is offered on `channel`, and runs it. On an error before the take the
+/// predecessor was told, and keeps it.
+pub fn adopt(channel: &mut Channel, events: &Sender<Event>) -> Result<Arrived, AdoptError> {
+    prepare(channel, events)
+        .and_then(|prepared| take_over(prepared, channel))
+        .inspect_err(|error| channel.refuse(&error.to_string()))
+}
+
+fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, AdoptError> {
+    let failed = |source| AdoptError::Channel {
+        what: "offer",
+        source,
+    };
+    let (body, fds) = channel
+        .receive(Instant::now() + OFFER_PATIENCE)
+        .map_err(failed)?;
+    let Body::Offer(offer) = body else {
+        return Err(failed(out_of_turn(&body)));
+    };
+    let mut timing = Timing::start();
+    let count = fds.len();
+    let fds: [OwnedFd; OFFERED_FDS] = fds.try_into().map_err(|_| AdoptError::Fds(count))?;
+    let [ram, ownership, state, predecessor, control, console, log] = fds;
+    let format = release::choose_format(&offer.formats).ok_or_else(|| AdoptError::Formats {
+        offered: offer.formats.clone(),
+    })?;
+    let spec = MachineSpec::from_json(&offer.spec)?;
+    let ram = Arc::new(GuestRam::adopt(ram, &spec.memory)?);
+    let promise = Promise {
+        cpuid: Some(cpuid::from_bytes(&offer.cpuid)?),
+        tsc_khz: Some(offer.tsc_khz),
+        tsc_offset: offer.tsc_offset,
+    };
+    let blank = Blank::new(&spec, &ram, events, promise, |_| Ok(()))?;
+    timing.mark("build");
+    let populated = ram.populate(|| true);
+    timing.mark("populate");
+    let ownership = Ownership::map(ownership)?;
+    faults::reach(faults::Point::Adopt).map_err(AdoptError::Injected)?;
+    channel
+        .send(Body::Adopted(Adopted { format, populated }), &[])
+        .map_err(|source| AdoptError::Channel {
+            what: "ear",
+            source,
+        })?;
+    Ok(Prepared {
+        offer,
+        format,
+        blank,
+        ownership,
+        state,
+        predecessor,
+        doors: [control, console, log],
+        timing,
+    })
+}
+
+fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, AdoptError> {
+    let failed = |source| AdoptError::Channel {
+        what: "state",
+        source,
+    };
+    let (body, viewers) = channel
+        .receive(Instant::now() + OFFER_PATIENCE)
+        .map_err(failed)?;
+    let Body::State(state) = body else {
+        return Err(failed(out_of_turn(&body)));
+    };
+    // From here to `enter` the guest stands still.
+    let mut timing = Timing::start();
+    faults::reach(faults::Point::Load).map_err(AdoptError::Injected)?;
+    let bytes = read_state(&prepared.state, state.len)?;
+    let unclaimed = Unclaimed::decode(&bytes)?;
+    check_header(&unclaimed, &prepared)?;
+    let epoch = Epoch(prepared.offer.epoch);
+    let (machine, loaded) = prepared.blank.load(unclaimed, OFFER_PATIENCE)?;
+    let pages = pages_before(&machine, &loaded);
+    timing.mark("load");
+    faults::reach(faults::Point::Loaded).map_err(AdoptError::Injected)?;
+    let took_ns = timing.marks.iter().map(|(_, d)| d.as_nanos()).sum::<u128>() as u64;
+    // A predecessor that died meanwhile can't hear this; what is next shows it.
+    let _ = channel.send(Body::Loaded(Loaded { took_ns }), &[]);
+    let kicked_tsc = await_word(channel, &prepared.predecessor, &prepared.ownership, epoch)?;
+    timing.mark("await");
+    // The guest is ours. No error from here on may be answered by anything but carrying on or
+    // ending: nobody else may run it again.
+    let entered_tsc = machine.enter(ENTER_PATIENCE)?;
+    timing.mark("enter");
+    let _ = channel.send(Body::Running(Running {}), &[]);
+    let evidence = Evidence {
+        kicked_tsc,
+        entered_tsc,
+        loaded,
+        pages,
+        brownout: std::mem::take(&mut prepared.timing.marks),
+        blackout: timing.marks,
+    };
+    let owner = Owner::Taken(epoch);
+    let guest = Guest {
+        machine,
+        ownership: prepared.ownership,
+        owner,
+    };
+    settle_in(guest, prepared.offer, prepared.doors, viewers, evidence)
+}
+
+/// Connects the running guest to its doors.
+fn settle_in(
+    mut guest: Guest,
+    offer: Offer,
+    doors: [OwnedFd; 3],
+    viewers: Vec<OwnedFd>,
+    evidence: Evidence,
+) -> Result<Arrived, AdoptError> {
+    let [control, listener, log] = doors;
+    let doors = Doors {
+        control,
+        console: console::Doors {
+            listener,
+            log: File::from(log),
+        },
+    };
+    doors.answer().map_err(AdoptError::Doors)?;
+    let console = doors.console.try_clone().map_err(AdoptError::Doors)?;
+    guest
+        .machine
+        .open_console(console, viewers)
+        .map_err(AdoptError::Doors)?;
+    Ok(Arrived {
+        guest,
+        doors,
+        secret: Secret::from_bytes(&offer.secret),
+        dir: offer.dir,
+        swaps: offer.swaps + 1,
+        swap: offer.swap,
+        evidence,
+    })
+}
+
+fn read_state(fd: &OwnedFd, len: u64) -> Result<Vec<u8>, AdoptError> {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    if len > stillpoint_state::codec::MAX_STATE {
+        return Err(StateError::Container("larger than any state of ours").into());
+    }
+    let mut bytes = vec![0; len];
+    let mut at = 0;
+    while at < len {
+        match rustix::io::pread(fd, &mut bytes[at..], at as u64).map_err(AdoptError::Read)? {
+            0 => return Err(StateError::Container("cut off").into()),
+            n => at += n,
+        }
+    }
+    Ok(bytes)
+}
+
+fn check_header(state: &Unclaimed, prepared: &Prepared) -> Result<(), StateError> {
+    let header = state.of();
+    if header.format != prepared.format {
+        return Err(StateError::Container(
+            "not in the format that was agreed on",
+        ));
+    }
+    if header.epoch != prepared.offer.epoch {
+        return Err(StateError::Container("saved for another attempt"));
+    }
+    Ok(())
+}
+
+/// The guest's pvclock pages as the predecessor's KVM left them.
+fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> {
+    let page = |&msr: &u64| {
+        let at = vm_memory::GuestAddress(msr & !1);
+        (msr & 1 == 1)
+            .then(|| Page::read(machine.ram().map(), at))
+            .flatten()
+    };
+    loaded.system_time.iter().map(page).collect()
+}
+
+/// Waits until the guest is ours to take, and takes it. Gives the host TSC of the kick, 0 if the
+/// predecessor died before it could say.
+fn await_word(
+    channel: &mut Channel,
+    predecessor: &OwnedFd,
+    ownership: &Ownership,
+    epoch: Epoch,
+) -> Result<u64, AdoptError> {
+    let failed = |source| AdoptError::Channel {
+        what: "word",
+        source,
+    };
+    match channel.receive(Instant::now() + OFFER_PATIENCE) {
+        Ok((Body::GiveUp(give_up), _)) => {
+            faults::reach(faults::Point::Take).map_err(AdoptError::Injected)?;
+            ownership.take(epoch)?;
+            Ok(give_up.kicked_tsc)
+        }
+        Ok((other, _)) => Err(failed(out_of_turn(&other))),
+        Err(ChannelError::Frame(FrameError::Closed)) => {
+            // Dead? Its pidfd knows; a closed socket alone proves nothing.
+            if !super::wait_readable(predecessor.as_fd(), Instant::now() + DEATH_PATIENCE) {
+                return Err(failed(FrameError::Closed.into()));
+            }
+            ownership.take_from_dead(epoch)?;
+            Ok(0)
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Waits a little for the predecessor's part of the report; nothing but the report hangs on it.
+pub fn hear_predecessor(channel: &mut Channel) -> Option<SwapReport> {
+    match channel.receive(Instant::now() + TELL_PATIENCE) {
+        Ok((Body::Phases(phases), _)) => serde_json::from_str(&phases.report).ok(),
+        _ => None,
+    }
+}

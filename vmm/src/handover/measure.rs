@@ -1,0 +1,214 @@
+//! What a swap did to the guest, measured after it: the blackout as host and guest saw it, and
+//! the error of its clock.
+//!
+//! Runs beside the guest, when nothing is urgent any more.
+
+use std::time::{Duration, Instant};
+
+use stillpoint_control::report::{
+    Blackout, ClockReceipt, Outcome, Phase, ReleaseName, Side, SwapReport,
+};
+use vm_memory::GuestAddress;
+
+use crate::clock::{self, Page};
+use crate::devices::probe;
+use crate::machine::Machine;
+use crate::machine::build::Loaded;
+
+/// How long a guest may take to log the gap it saw, and KVM to write the clock pages.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// How often they are looked at meanwhile.
+const GLANCE: Duration = Duration::from_millis(2);
+/// The clock's hard bound, ns; beyond it the report warns.
+const CLOCK_BOUND_NS: u64 = 50;
+
+/// What was seen while the guest stood still.
+#[derive(Clone, Debug)]
+pub struct Evidence {
+    /// Host TSC at the kick; 0 if the predecessor died before it could say.
+    pub kicked_tsc: u64,
+    /// Host TSC when the last vCPU was let in.
+    pub entered_tsc: u64,
+    /// What loading showed.
+    pub loaded: Loaded,
+    /// Each vCPU's clock page of before.
+    pub pages: Vec<Option<Page>>,
+    /// Phases before the freeze.
+    pub brownout: Vec<(&'static str, Duration)>,
+    /// Phases within the blackout.
+    pub blackout: Vec<(&'static str, Duration)>,
+}
+
+/// Makes the report. `told` is the predecessor's part, if it came.
+pub fn report(
+    evidence: &Evidence,
+    machine: &Machine,
+    told: Option<SwapReport>,
+    swap: &str,
+    us: &ReleaseName,
+) -> SwapReport {
+    let mut report = told.unwrap_or_else(|| unheard(machine, swap));
+    report.to = us.clone();
+    report.outcome = Outcome::Moved;
+    report.phases = phases(evidence, std::mem::take(&mut report.phases));
+    let khz = machine.tsc_khz();
+    if evidence.kicked_tsc != 0 {
+        let cycles = evidence.entered_tsc.saturating_sub(evidence.kicked_tsc);
+        report.blackout.host = clock::duration(cycles, khz);
+    }
+    report.blackout.guest_ns = guest_gaps(evidence, machine);
+    report.clock = Some(receipt(evidence, machine));
+    report.warnings = warnings(&report);
+    report
+}
+
+/// A report for a swap whose predecessor died before it could tell its part.
+fn unheard(machine: &Machine, swap: &str) -> SwapReport {
+    SwapReport {
+        swap: swap.to_owned(),
+        vm: machine.spec().name.clone(),
+        component: "vmm".into(),
+        from: ReleaseName::default(),
+        to: ReleaseName::default(),
+        outcome: Outcome::Moved,
+        reason: Some("the predecessor died after its state was sealed".into()),
+        started_at_unix_ns: 0,
+        vcpus: u32::try_from(machine.vcpu_count()).unwrap_or(u32::MAX),
+        memory_bytes: machine.ram().size(),
+        state_format: 0,
+        state_bytes: 0,
+        budget: machine.spec().blackout_budget,
+        phases: Vec::new(),
+        blackout: Blackout::default(),
+        clock: None,
+        warnings: Vec::new(),
+    }
+}
+
+/// Both sides' phases in the order in which they happened.
+fn phases(evidence: &Evidence, told: Vec<Phase>) -> Vec<Phase> {
+    let own = |marks: &[(&'static str, Duration)], in_blackout| -> Vec<Phase> {
+        let phase = |(name, duration): &(&'static str, Duration)| Phase {
+            name: (*name).to_owned(),
+            side: Side::Successor,
+            in_blackout,
+            duration: *duration,
+        };
+        marks.iter().map(phase).collect()
+    };
+    let mut all = own(&evidence.brownout, false);
+    // The predecessor saw our load as one wait; ours is the finer account of it.
+    let frozen = told
+        .into_iter()
+        .filter(|p| p.in_blackout && p.side == Side::Predecessor);
+    all.extend(frozen);
+    all.extend(own(&evidence.blackout, true));
+    all
+}
+
+fn guest_gaps(evidence: &Evidence, machine: &Machine) -> Vec<Option<u64>> {
+    let count = machine.vcpu_count();
+    let Some(table) = machine.probe().table().filter(|_| evidence.kicked_tsc != 0) else {
+        return vec![None; count];
+    };
+    let offset = machine.tsc_offset().unwrap_or(0);
+    let guest = |tsc: u64| tsc.wrapping_add_signed(offset);
+    let window = guest(evidence.kicked_tsc)..guest(evidence.entered_tsc);
+    let khz = machine.tsc_khz();
+    let gap = |vcpu: u8| {
+        let cycles = probe::gap_over(machine.ram().map(), table, vcpu, window.clone())?;
+        u64::try_from(clock::duration(cycles, khz).as_nanos()).ok()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let gaps: Vec<_> = (0..count)
+            .map(|vcpu| u8::try_from(vcpu).ok().and_then(gap))
+            .collect();
+        if gaps.iter().all(Option::is_some) || Instant::now() > deadline {
+            return gaps;
+        }
+        std::thread::sleep(GLANCE);
+    }
+}
+
+fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
+    let loaded = &evidence.loaded;
+    let deltas: Vec<_> = loaded
+        .vcpus
+        .iter()
+        .map(|vcpu| vcpu.tsc_offset_delta)
+        .collect();
+    let before = clock::is_master(loaded.saved_clock.flags);
+    let ignored = deltas.iter().flatten().any(|&delta| delta != 0);
+    let fallback = if ignored {
+        Some("this KVM ignores TSC offsets; the guest's TSC is the host's")
+    } else if deltas.iter().any(Option::is_none) {
+        Some("this kernel has no TSC offset attribute (before 5.16)")
+    } else if !loaded.clock.master {
+        Some("no masterclock: kvmclock was set once, right to microseconds")
+    } else {
+        None
+    };
+    ClockReceipt {
+        policy: "advance".into(),
+        tsc_offset_delta: deltas.iter().map(|delta| delta.unwrap_or(0)).collect(),
+        kvmclock_error_ns: page_error(evidence, machine),
+        loop_error_ns: loaded.clock.error_ns,
+        tries: loaded.clock.tries,
+        loop_time: loaded.clock.took,
+        masterclock_before: before,
+        masterclock_after: loaded.clock.master,
+        fallback: fallback.map(str::to_owned),
+    }
+}
+
+/// The worst error of any vCPU's clock page against the page of before, at one guest TSC.
+fn page_error(evidence: &Evidence, machine: &Machine) -> Option<i64> {
+    let offset = machine.tsc_offset().unwrap_or(0);
+    let memory = machine.ram().map();
+    let deadline = Instant::now() + PATIENCE;
+    let mut worst: Option<i64> = None;
+    for (before, msr) in evidence.pages.iter().zip(&evidence.loaded.system_time) {
+        let Some(before) = before else { continue };
+        // KVM writes the page at the vCPU's first entry; one that stays halted enters too.
+        let after = loop {
+            match Page::read(memory, GuestAddress(msr & !1)) {
+                Some(page) if page.version != before.version => break Some(page),
+                _ if Instant::now() > deadline => break None,
+                _ => std::thread::sleep(GLANCE),
+            }
+        };
+        if let Some(after) = after {
+            let now = clock::host_tsc().wrapping_add_signed(offset);
+            let error = after.error_to(before, now);
+            worst = Some(worst.filter(|w| w.abs() >= error.abs()).unwrap_or(error));
+        }
+    }
+    worst
+}
+
+fn warnings(report: &SwapReport) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let Blackout { host, .. } = report.blackout;
+    if host > report.budget {
+        let budget = report.budget;
+        warnings.push(format!(
+            "the blackout of {host:?} overran its budget of {budget:?}"
+        ));
+    }
+    if let Some(clock) = &report.clock {
+        if let Some(error) = clock
+            .kvmclock_error_ns
+            .filter(|e| e.unsigned_abs() > CLOCK_BOUND_NS)
+        {
+            warnings.push(format!(
+                "kvmclock is off by {error} ns, bound {CLOCK_BOUND_NS} ns"
+            ));
+        }
+        if clock.masterclock_before && !clock.masterclock_after {
+            warnings.push("the masterclock was on before the swap and is off now".into());
+        }
+        warnings.extend(clock.fallback.clone());
+    }
+    warnings
+}

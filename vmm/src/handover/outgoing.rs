@@ -1,0 +1,395 @@
+//! The predecessor's side: offer, freeze, save, give up, retire.
+//!
+//! Everything up to `give_up` can be undone, and is, by the drop of the guard. Nothing between
+//! freeze and give-up logs, allocates much, or waits without a deadline.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::fs::SealFlags;
+use stillpoint_control::frame::FrameError;
+use stillpoint_control::message::Handover;
+use stillpoint_control::ownership::Owner;
+use stillpoint_control::report::{Blackout, Outcome, Phase, ReleaseName, Side, SwapReport};
+
+use super::{Body, Channel, ChannelError, GiveUp, Offer, Phases, State, out_of_turn};
+use crate::boot::cpuid;
+use crate::machine::FreezeError;
+use crate::machine::frozen::{Frozen, GivenUp, Guest};
+use crate::release;
+
+/// What follows give-up costs at least this much, however quick loading was.
+const LEAST_RESERVE: Duration = Duration::from_millis(1);
+/// How often the wait for the successor looks whether the guest still wants to be swapped.
+const GLANCE: Duration = Duration::from_millis(10);
+/// How long a successor that has the guest may take to say so.
+const TELL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A handover as it was asked for.
+#[derive(Debug)]
+pub struct Errand {
+    /// Id of the swap.
+    pub swap: String,
+    /// This process's release.
+    pub from: ReleaseName,
+    /// The successor's.
+    pub to: ReleaseName,
+    /// Our end of the socketpair.
+    pub socket: OwnedFd,
+    /// Where the saved state goes.
+    pub state: OwnedFd,
+    /// Listeners and log: control, console, console log.
+    pub doors: [OwnedFd; 3],
+    /// The longest blackout.
+    pub budget: Duration,
+    /// The longest preparation.
+    pub brownout: Duration,
+    /// The VM's secret.
+    pub secret: Vec<u8>,
+    /// Swaps lived through.
+    pub swaps: u64,
+    /// The guest's directory.
+    pub dir: String,
+    /// When it was asked for, nanoseconds since the Unix epoch.
+    pub started_at_unix_ns: u64,
+}
+
+/// Why the guest stays.
+#[derive(Debug, thiserror::Error)]
+pub enum KeptReason {
+    /// The successor could not be heard, or refused.
+    #[error("{what}: {source}")]
+    Channel {
+        /// In which phase.
+        what: &'static str,
+        /// What happened.
+        source: ChannelError,
+    },
+    /// The guest did not come to rest, or could not be saved.
+    #[error("{0}")]
+    Freeze(#[from] FreezeError),
+    /// The state could not be written.
+    #[error("cannot write the saved state: {0}")]
+    State(rustix::io::Errno),
+    /// The budget would have been broken.
+    #[error(
+        "the blackout budget of {budget:?} would have been broken: {used:?} were gone when the \
+         successor had loaded, and what follows takes about {reserve:?}"
+    )]
+    Budget {
+        /// Allowed.
+        budget: Duration,
+        /// Gone.
+        used: Duration,
+        /// Needed still.
+        reserve: Duration,
+    },
+    /// The successor did not take the guest in time.
+    #[error("the successor did not take the guest within the budget; it was taken back")]
+    NotTaken,
+    /// The guest ended, or wants to begin anew.
+    #[error("the guest switched itself off or reset while the swap was prepared")]
+    GuestEnded,
+    /// Our own fds.
+    #[error("cannot hand over a file descriptor: {0}")]
+    Fds(std::io::Error),
+}
+
+/// A handover under way, as the report will tell it.
+#[derive(Debug)]
+struct Log {
+    phases: Vec<Phase>,
+    format: u32,
+    state_bytes: u64,
+    blackout: Duration,
+}
+
+impl Log {
+    fn add(&mut self, name: &str, side: Side, in_blackout: bool, duration: Duration) {
+        self.phases.push(Phase {
+            name: name.to_owned(),
+            side,
+            in_blackout,
+            duration,
+        });
+    }
+}
+
+/// Hands the guest over. `progress` hears of each phase before the freeze; `ended` is asked
+/// whether the guest has ended meanwhile.
+pub fn hand_over(
+    guest: &mut Guest,
+    errand: &Errand,
+    channel: &mut Channel,
+    mut progress: impl FnMut(&Phase),
+    mut ended: impl FnMut() -> bool,
+) -> Handover {
+    let mut log = Log {
+        phases: Vec::new(),
+        format: 0,
+        state_bytes: 0,
+        blackout: Duration::ZERO,
+    };
+    let prepared = prepare(guest, errand, channel, &mut log, &mut ended);
+    if let Some(phase) = log.phases.first() {
+        progress(phase);
+    }
+    let result = prepared.and_then(|()| blackout(guest, errand, channel, &mut log, &mut ended));
+    match result {
+        Ok(()) => {
+            let report = report(guest, errand, &log, Outcome::Moved, None);
+            if let Ok(report) = serde_json::to_string(&report) {
+                let _ = channel.send(Body::Phases(Phases { report }), &[]);
+            }
+            Handover::Moved
+        }
+        Err(reason) => {
+            let text = reason.to_string();
+            channel.refuse(&text);
+            let report = report(guest, errand, &log, Outcome::Kept, Some(text));
+            Handover::Kept {
+                report: Box::new(report),
+            }
+        }
+    }
+}
+
+fn report(
+    guest: &Guest,
+    errand: &Errand,
+    log: &Log,
+    outcome: Outcome,
+    reason: Option<String>,
+) -> SwapReport {
+    let machine = &guest.machine;
+    SwapReport {
+        swap: errand.swap.clone(),
+        vm: machine.spec().name.clone(),
+        component: "vmm".into(),
+        from: errand.from.clone(),
+        to: errand.to.clone(),
+        outcome,
+        reason,
+        started_at_unix_ns: errand.started_at_unix_ns,
+        vcpus: u32::try_from(machine.vcpu_count()).unwrap_or(u32::MAX),
+        memory_bytes: machine.ram().size(),
+        state_format: log.format,
+        state_bytes: log.state_bytes,
+        budget: errand.budget,
+        phases: log.phases.clone(),
+        blackout: Blackout {
+            host: log.blackout,
+            guest_ns: Vec::new(),
+        },
+        clock: None,
+        warnings: Vec::new(),
+    }
+}
+
+/// Brownout: the successor builds its machine while the guest runs here.
+fn prepare(
+    guest: &Guest,
+    errand: &Errand,
+    channel: &mut Channel,
+    log: &mut Log,
+    ended: &mut impl FnMut() -> bool,
+) -> Result<(), KeptReason> {
+    let began = Instant::now();
+    let failed = |source| KeptReason::Channel {
+        what: "preparing the successor",
+        source,
+    };
+    offer(guest, errand, channel)?;
+    let deadline = began + errand.brownout;
+    let adopted = loop {
+        match channel.receive(deadline.min(Instant::now() + GLANCE)) {
+            Ok((Body::Adopted(adopted), _)) => break adopted,
+            Ok((other, _)) => return Err(failed(out_of_turn(&other))),
+            Err(ChannelError::Frame(FrameError::TimedOut)) if Instant::now() < deadline => {}
+            Err(error) => return Err(failed(error)),
+        }
+        if ended() {
+            return Err(KeptReason::GuestEnded);
+        }
+    };
+    if !release::FORMATS.contains(&adopted.format) {
+        let text = format!(
+            "it asks for state format {}, which we don't write",
+            adopted.format
+        );
+        return Err(failed(ChannelError::Refused(text)));
+    }
+    log.format = adopted.format;
+    log.add("adopt", Side::Successor, false, began.elapsed());
+    Ok(())
+}
+
+fn offer(guest: &Guest, errand: &Errand, channel: &Channel) -> Result<(), KeptReason> {
+    let machine = &guest.machine;
+    let offer = Offer {
+        swap: errand.swap.clone(),
+        spec: serde_json::to_string(machine.spec()).unwrap_or_default(),
+        epoch: guest.owner.epoch().next().0,
+        cpuid: cpuid::to_bytes(machine.cpuid()),
+        tsc_khz: machine.tsc_khz(),
+        formats: release::FORMATS.to_vec(),
+        secret: errand.secret.clone(),
+        swaps: errand.swaps,
+        dir: errand.dir.clone(),
+        tsc_offset: machine.tsc_offset(),
+    };
+    let us = rustix::process::getpid();
+    let pidfd = rustix::process::pidfd_open(us, rustix::process::PidfdFlags::empty())
+        .map_err(|errno| KeptReason::Fds(errno.into()))?;
+    let fds = [
+        machine.ram().as_fd(),
+        guest.ownership.as_fd(),
+        errand.state.as_fd(),
+        pidfd.as_fd(),
+        errand.doors[0].as_fd(),
+        errand.doors[1].as_fd(),
+        errand.doors[2].as_fd(),
+    ];
+    channel
+        .send(Body::Offer(offer), &fds)
+        .map_err(|source| KeptReason::Channel {
+            what: "offering the guest",
+            source,
+        })
+}
+
+/// Freeze to retirement. Whatever fails before give-up lets the guest run on by leaving here.
+fn blackout(
+    guest: &mut Guest,
+    errand: &Errand,
+    channel: &mut Channel,
+    log: &mut Log,
+    ended: &mut impl FnMut() -> bool,
+) -> Result<(), KeptReason> {
+    let began = Instant::now();
+    let deadline = began + errand.budget;
+    let frozen = match guest.freeze(deadline) {
+        Ok(frozen) => frozen,
+        Err(error) => {
+            log.blackout = began.elapsed();
+            return Err(error.into());
+        }
+    };
+    let kicked_tsc = frozen.kicked_tsc;
+    let result = frozen_to_given_up(frozen, errand, channel, log, deadline, ended);
+    log.blackout = began.elapsed();
+    let given_up = result?;
+    let told = channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[]);
+    await_running(given_up, channel, deadline, told.is_ok())
+}
+
+fn frozen_to_given_up<'g>(
+    mut frozen: Frozen<'g>,
+    errand: &Errand,
+    channel: &mut Channel,
+    log: &mut Log,
+    deadline: Instant,
+    ended: &mut impl FnMut() -> bool,
+) -> Result<GivenUp<'g>, KeptReason> {
+    let began = Instant::now();
+    let saved = save(&mut frozen, errand, channel, log, deadline);
+    for (name, duration) in &frozen.timing.marks {
+        log.add(name, Side::Predecessor, true, *duration);
+    }
+    saved?;
+    if ended() {
+        return Err(KeptReason::GuestEnded);
+    }
+    let sent = Instant::now();
+    let failed = |source| KeptReason::Channel {
+        what: "loading in the successor",
+        source,
+    };
+    let loaded = match channel.receive(deadline).map_err(failed)? {
+        (Body::Loaded(loaded), _) => loaded,
+        (other, _) => return Err(failed(out_of_turn(&other))),
+    };
+    log.add("load", Side::Successor, true, sent.elapsed());
+    // What is left (late MSRs, one entry) costs less than the load did.
+    let reserve = Duration::from_nanos(loaded.took_ns).max(LEAST_RESERVE);
+    if Instant::now() + reserve > deadline {
+        let (budget, used) = (errand.budget, began.elapsed());
+        return Err(KeptReason::Budget {
+            budget,
+            used,
+            reserve,
+        });
+    }
+    Ok(frozen.give_up()?)
+}
+
+fn save(
+    frozen: &mut Frozen<'_>,
+    errand: &Errand,
+    channel: &Channel,
+    log: &mut Log,
+    deadline: Instant,
+) -> Result<(), KeptReason> {
+    let bytes = frozen.save(log.format, deadline)?;
+    log.state_bytes = bytes.len() as u64;
+    write_sealed(&errand.state, &bytes).map_err(KeptReason::State)?;
+    frozen.seal()?;
+    let viewers = frozen.machine().viewers();
+    let viewers: Vec<_> = viewers.iter().map(|viewer| viewer.as_fd()).collect();
+    channel
+        .send(
+            Body::State(State {
+                len: log.state_bytes,
+            }),
+            &viewers,
+        )
+        .map_err(|source| KeptReason::Channel {
+            what: "sending the state",
+            source,
+        })?;
+    frozen.timing.mark("seal");
+    Ok(())
+}
+
+/// Writes the state and seals it: nobody can change it after this, ourselves included.
+fn write_sealed(fd: &OwnedFd, bytes: &[u8]) -> Result<(), rustix::io::Errno> {
+    let mut at = 0;
+    while at < bytes.len() {
+        at += rustix::io::pwrite(fd, &bytes[at..], at as u64)?;
+    }
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(fd, seals)
+}
+
+/// After give-up: the successor says that it runs the guest, or the guest is taken back.
+fn await_running(
+    mut given_up: GivenUp<'_>,
+    channel: &mut Channel,
+    deadline: Instant,
+    told: bool,
+) -> Result<(), KeptReason> {
+    let mut patience = if told { deadline } else { Instant::now() };
+    loop {
+        match channel.receive(patience) {
+            Ok((Body::Running(_), _)) => return Ok(()),
+            Ok(_) => continue,
+            Err(_) => {}
+        }
+        // Late, refused or dead. The word decides, and it decides once.
+        match given_up.reclaim() {
+            Ok(()) => return Err(KeptReason::NotTaken),
+            Err(still) => given_up = still,
+        }
+        match given_up.owner() {
+            Ok(Owner::Taken(_)) if Instant::now() > patience + TELL_PATIENCE => return Ok(()),
+            Ok(Owner::Taken(_)) => {
+                // It has the guest, and says so soon; if its end is closed, it said all it will.
+                match channel.receive(Instant::now() + TELL_PATIENCE) {
+                    Ok((Body::Running(_), _)) | Err(_) => return Ok(()),
+                    Ok(_) => patience = Instant::now(),
+                }
+            }
+            _ => return Ok(()),
+        }
+    }
+}

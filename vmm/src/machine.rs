@@ -1,0 +1,232 @@
+//! A machine: vCPUs, RAM, interrupt controllers, devices.
+//!
+//! [`build`] makes one, for a cold boot and for adoption alike; [`frozen`] makes it stand still.
+
+pub mod build;
+pub mod frozen;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::VmFd;
+use stillpoint_control::spec::MachineSpec;
+use stillpoint_state::{Saved, StateError};
+
+use crate::bus::Bus;
+use crate::console::{self, Console, ConsoleStuck};
+use crate::devices::Device;
+use crate::devices::probe::Probe;
+use crate::devices::serial::SerialPort;
+use crate::irq::IrqError;
+use crate::memory::GuestRam;
+use crate::vcpu::{VcpuSet, VcpusError};
+use crate::{clock, irq};
+
+/// What can happen to a machine while its thread waits.
+#[derive(Debug)]
+pub enum Event {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest wants to begin anew.
+    Reset,
+    /// A vCPU can't go on. `None`: it shut down by itself (triple fault), which resets a PC.
+    VcpuOver {
+        /// Which.
+        vcpu: u8,
+        /// What KVM said.
+        failure: Option<String>,
+    },
+    /// A request that changes the guest.
+    Control(crate::process::Job),
+}
+
+/// Why a machine did not come to rest or could not be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleStuck),
+    /// The interrupt controllers.
+    #[error(transparent)]
+    Irq(#[from] IrqError),
+    /// The clock.
+    #[error("KVM refused to read the clock: {0}")]
+    Clock(kvm_ioctls::Error),
+    /// The codec.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The ownership word.
+    #[error(transparent)]
+    Ownership(#[from] stillpoint_control::ownership::OwnershipError),
+    /// A fault that was injected.
+    #[error("{0}")]
+    Injected(&'static str),
+}
+
+/// A machine. Fields are dropped in order: the threads first, then what they use.
+#[derive(Debug)]
+pub struct Machine {
+    vcpus: VcpuSet,
+    console: Option<Console>,
+    /// The console's output buffer; there before the console's thread is.
+    buffer: console::Buffer,
+    devices: Vec<Arc<dyn Device>>,
+    serial: Arc<SerialPort>,
+    probe: Arc<Probe>,
+    bus: Arc<Bus>,
+    vm: VmFd,
+    ram: Arc<GuestRam>,
+    spec: MachineSpec,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    tsc_khz: u32,
+    tsc_offset: Option<i64>,
+}
+
+impl Machine {
+    /// What it is.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// Its RAM.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// CPUID as its guest sees it (before each vCPU's own ids).
+    pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
+        &self.cpuid
+    }
+
+    /// Frequency of the guest's TSC.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// TSC offset of vCPU 0 when it was made: a guest may have changed it since.
+    pub fn tsc_offset(&self) -> Option<i64> {
+        self.tsc_offset
+    }
+
+    /// How many vCPUs it has.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.count()
+    }
+
+    /// The probe device, to see what the guest saw of a pause.
+    pub fn probe(&self) -> &Probe {
+        &self.probe
+    }
+
+    /// Sockets of the console's viewers.
+    pub fn viewers(&self) -> Vec<Arc<OwnedFd>> {
+        self.console
+            .as_ref()
+            .map(Console::viewers)
+            .unwrap_or_default()
+    }
+
+    /// Connects the console to the outside. A machine runs without; output waits in memory.
+    pub fn open_console(
+        &mut self,
+        doors: console::Doors,
+        viewers: Vec<OwnedFd>,
+    ) -> std::io::Result<()> {
+        let serial = Arc::clone(&self.serial);
+        self.console = Some(Console::start(self.buffer.clone(), doors, viewers, serial)?);
+        Ok(())
+    }
+
+    /// Runs a machine that was built and has not run: devices first, then the vCPUs. Gives the
+    /// host TSC at which the last vCPU was let in. The guest must be ours.
+    pub fn enter(&self, patience: Duration) -> Result<u64, VcpusError> {
+        for device in &self.devices {
+            device.resume();
+        }
+        self.buffer.thaw();
+        self.vcpus.enter(&self.bus, patience)
+    }
+
+    /// Ends it for good: vCPUs parked, console at rest. Gives the viewers' sockets, for the
+    /// machine that comes after it.
+    pub fn stop(&mut self) -> std::io::Result<Vec<OwnedFd>> {
+        // A vCPU that does not park can't be helped; its thread ends with the machine.
+        let _ = self.vcpus.park(Duration::from_secs(10));
+        let viewers = self.viewers().iter().map(|fd| fd.try_clone()).collect();
+        self.console = None;
+        viewers
+    }
+
+    /// Parks the vCPUs and quiesces the devices. On an error call [`Machine::run_on`].
+    fn stand_still(&self, deadline: Instant, timing: &mut Timing) -> Result<(), FreezeError> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        self.vcpus.park(patience)?;
+        timing.mark("park");
+        // After the vCPUs: nothing new can reach a device now.
+        for device in &self.devices {
+            device.freeze();
+        }
+        self.buffer.freeze(deadline)?;
+        timing.mark("quiesce");
+        Ok(())
+    }
+
+    /// Undoes [`Machine::stand_still`], wherever it came to.
+    fn run_on(&self) {
+        for device in &self.devices {
+            device.resume();
+        }
+        self.buffer.thaw();
+        // A thread that is gone has reported why, and the machine's loop ends on that report.
+        let _ = self.vcpus.unpark();
+    }
+
+    /// Saves everything. It stands still.
+    fn save(&self, format: u32, deadline: Instant) -> Result<Saved, FreezeError> {
+        let mut saved = Saved::with_capacity(64 << 10);
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let vcpus = self.vcpus.save(format, patience)?;
+        // The clock next to the vCPUs, so that their timers and it are of one moment.
+        let clock = clock::save(&self.vm, self.tsc_khz).map_err(FreezeError::Clock)?;
+        saved.put("", &clock)?;
+        for (id, (section, version)) in vcpus.iter().enumerate() {
+            saved.put_version(&id.to_string(), section, *version)?;
+        }
+        saved.put("", &irq::save(&self.vm)?)?;
+        for device in &self.devices {
+            device.save(&mut saved)?;
+        }
+        self.buffer.save(self.viewers().len(), &mut saved)?;
+        Ok(saved)
+    }
+}
+
+/// Marks of time within a freeze.
+#[derive(Clone, Debug)]
+pub struct Timing {
+    since: Instant,
+    /// Name and length of each phase so far.
+    pub marks: Vec<(&'static str, Duration)>,
+}
+
+impl Timing {
+    /// Starts now.
+    pub fn start() -> Self {
+        Self {
+            since: Instant::now(),
+            marks: Vec::with_capacity(16),
+        }
+    }
+
+    /// Ends a phase.
+    pub fn mark(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.marks.push((name, now - self.since));
+        self.since = now;
+    }
+}

@@ -1,0 +1,356 @@
+//! Making a machine: the same steps for a cold boot and for adoption.
+//!
+//! ```text
+//! Blank::new   VM, controllers, vCPUs, CPUID, interrupt lines, threads, memory slots   (brownout)
+//!    │
+//!    ├── boot()  kernel into fresh RAM, vCPU 0 at its entry, fresh devices
+//!    └── load()  everything from saved state                                           (blackout)
+//! ```
+//!
+//! Until its guest is ours a blank machine writes no byte of guest RAM.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use stillpoint_control::spec::MachineSpec;
+use stillpoint_guest_abi::{power as power_abi, probe as probe_abi};
+use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
+use stillpoint_state::{StateError, Unclaimed};
+
+use super::{Event, Machine};
+use crate::boot::{self, BootError, Images, cpuid};
+use crate::bus::{Bus, Space};
+use crate::clock::Alignment;
+use crate::console::Buffer;
+use crate::devices::Device;
+use crate::devices::power::Power;
+use crate::devices::probe::Probe;
+use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
+use crate::irq::{IrqError, Line};
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::state::LoadedVcpu;
+use crate::vcpu::{Surroundings, VcpuSet, VcpusError, msrs};
+use crate::{clock, irq, raw};
+
+/// Where Intel hosts keep a TSS and an identity map of their own: below 4 GiB, in the hole.
+const KVM_TSS: usize = 0xfffb_d000;
+const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// MTRR default type: enabled, write-back. What firmware leaves on a PC.
+const MTRR_DEFAULT_TYPE: (u32, u64) = (0x2ff, 0x806);
+/// IA32_MISC_ENABLE: fast string operations.
+const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// /dev/kvm.
+    #[error(
+        "cannot open /dev/kvm: {source}; {} (`stillpoint doctor` shows what this host lacks)",
+        kvm_remedy(source)
+    )]
+    NoKvm {
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// What was to be done.
+        what: &'static str,
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel to boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Interrupts.
+    #[error(transparent)]
+    Irq(#[from] IrqError),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+    /// Saved state that doesn't fit.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Something of the host's.
+    #[error("cannot make the console: {0}")]
+    Console(#[from] std::io::Error),
+}
+
+fn kvm_remedy(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT => "load the kvm_intel or kvm_amd module, or enable nested virtualization",
+        libc::EACCES | libc::EPERM => "give this user the right to it, as a rule by its group",
+        libc::ENODEV | libc::ENXIO => "enable virtualization in the firmware",
+        _ => "look at the kernel's log",
+    }
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
+    move |source| BuildError::Kvm { what, source }
+}
+
+/// What a machine's guest was promised at its boot and keeps for its life.
+#[derive(Clone, Debug, Default)]
+pub struct Promise {
+    /// CPUID entries; made from the host's for a cold boot.
+    pub cpuid: Option<Vec<kvm_cpuid_entry2>>,
+    /// TSC frequency, kHz.
+    pub tsc_khz: Option<u32>,
+    /// TSC offset of vCPU 0, cycles.
+    pub tsc_offset: Option<i64>,
+}
+
+/// A machine without a guest.
+#[derive(Debug)]
+pub struct Blank {
+    vcpus: VcpuSet,
+    /// The serial port's interrupt line; the port itself comes with the guest.
+    line: Line,
+    buffer: Buffer,
+    events: Sender<Event>,
+    vm: VmFd,
+    ram: Arc<GuestRam>,
+    spec: MachineSpec,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    tsc_khz: u32,
+    tsc_offset: Option<i64>,
+}
+
+/// What loading showed.
+#[derive(Clone, Debug, Default)]
+pub struct Loaded {
+    /// Each vCPU.
+    pub vcpus: Vec<LoadedVcpu>,
+    /// kvmclock.
+    pub clock: Alignment,
+    /// The clock as it was saved.
+    pub saved_clock: Clock,
+    /// `MSR_KVM_SYSTEM_TIME` of each vCPU: where its pvclock page is.
+    pub system_time: Vec<u64>,
+    /// Console viewers whose sockets come beside the state.
+    pub viewers: usize,
+}
+
+impl Blank {
+    /// Makes one. `prepare` has the vCPU fds before their threads do.
+    pub fn new(
+        spec: &MachineSpec,
+        ram: &Arc<GuestRam>,
+        events: &Sender<Event>,
+        promise: Promise,
+        prepare: impl FnOnce(&[VcpuFd]) -> Result<(), BuildError>,
+    ) -> Result<Self, BuildError> {
+        let kvm_fd = Kvm::new().map_err(|source| BuildError::NoKvm { source })?;
+        let vm = kvm_fd
+            .create_vm()
+            .map_err(kvm("create a virtual machine"))?;
+        vm.set_tss_address(KVM_TSS)
+            .map_err(kvm("set the TSS address"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(kvm("set the identity map"))?;
+        irq::create(&vm)?;
+        let (vcpus, cpuid, tsc_khz) = make_vcpus(&kvm_fd, &vm, spec, promise)?;
+        prepare(&vcpus)?;
+        let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
+        let line = Line::new(&vm, COM1_GSI)?;
+        let around = Surroundings {
+            memory: ram.map().clone(),
+            events: events.clone(),
+        };
+        // Before the threads prime their vCPUs: a KVM with shadow paging has no root to load
+        // without a memory slot. Priming runs no guest instruction, so it writes nothing there.
+        ram.register(&vm)?;
+        let vcpus = VcpuSet::start(vcpus, &around)?;
+        Ok(Self {
+            vcpus,
+            line,
+            buffer: Buffer::new()?,
+            events: events.clone(),
+            vm,
+            ram: Arc::clone(ram),
+            spec: spec.clone(),
+            cpuid,
+            tsc_khz,
+            tsc_offset,
+        })
+    }
+
+    /// Puts the guest's devices in their places.
+    fn with_devices(
+        self,
+        make: impl FnOnce(Line, &Buffer, Sender<Event>) -> Result<Parts, BuildError>,
+    ) -> Result<Machine, BuildError> {
+        let Parts {
+            serial,
+            power,
+            probe,
+        } = make(self.line, &self.buffer, self.events)?;
+        let mut bus = Bus::default();
+        bus.attach(Space::Pio, COM1, 8, Arc::clone(&serial) as Arc<dyn Device>);
+        let ports = u64::from(power_abi::PORTS);
+        bus.attach(
+            Space::Pio,
+            power_abi::PORT.into(),
+            ports,
+            Arc::clone(&power),
+        );
+        let registers = Arc::clone(&probe) as Arc<dyn Device>;
+        bus.attach(
+            Space::Mmio,
+            probe_abi::MMIO_BASE,
+            probe_abi::MMIO_SIZE,
+            registers,
+        );
+        let devices = vec![Arc::clone(&serial) as _, power, Arc::clone(&probe) as _];
+        Ok(Machine {
+            vcpus: self.vcpus,
+            console: None,
+            buffer: self.buffer,
+            devices,
+            serial,
+            probe,
+            bus: Arc::new(bus),
+            vm: self.vm,
+            ram: self.ram,
+            spec: self.spec,
+            cpuid: self.cpuid,
+            tsc_khz: self.tsc_khz,
+            tsc_offset: self.tsc_offset,
+        })
+    }
+
+    /// Loads saved state: vCPUs in parallel on their own threads, everything else meanwhile, the
+    /// clock last (after every TSC write).
+    pub fn load(
+        mut self,
+        mut state: Unclaimed,
+        patience: Duration,
+    ) -> Result<(Machine, Loaded), BuildError> {
+        let count = self.vcpus.count();
+        let sections: Vec<Vcpu> = (0..count)
+            .map(|id| state.take(&id.to_string()))
+            .collect::<Result<_, _>>()?;
+        let system_time = sections
+            .iter()
+            .map(system_time_of)
+            .collect::<Result<_, _>>()?;
+        // The guest may have moved its TSC since the predecessor's machine was made.
+        self.tsc_offset = sections.first().and_then(|first| first.tsc_offset);
+        self.vcpus.load(sections)?;
+        irq::load(&self.vm, &state.take::<Irqchip>("")?)?;
+        let saved_clock: Clock = state.take("")?;
+        let viewers = self.buffer.load(&mut state)?;
+        let vcpus = self.vcpus.loaded(patience)?;
+        let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
+        let machine = self.with_devices(|line, buffer, events| {
+            Ok(Parts {
+                serial: Arc::new(SerialPort::restore(line, buffer.output(), &mut state)?),
+                power: Arc::new(Power::restore(events, &mut state)?),
+                probe: Arc::new(Probe::restore(&mut state)?),
+            })
+        })?;
+        state.finish()?;
+        Ok((
+            machine,
+            Loaded {
+                vcpus,
+                clock,
+                saved_clock,
+                system_time,
+                viewers,
+            },
+        ))
+    }
+}
+
+struct Parts {
+    serial: Arc<SerialPort>,
+    power: Arc<dyn Device>,
+    probe: Arc<Probe>,
+}
+
+fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
+    let found = section
+        .msrs()?
+        .into_iter()
+        .find(|(index, _)| *index == msrs::SYSTEM_TIME);
+    Ok(found.map_or(0, |(_, value)| value))
+}
+
+type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
+
+fn make_vcpus(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    spec: &MachineSpec,
+    promise: Promise,
+) -> Result<Vcpus, BuildError> {
+    let mut fds = Vec::with_capacity(spec.cpus.into());
+    let first = vm.create_vcpu(0).map_err(kvm("create vCPU 0"))?;
+    let host_khz = first.get_tsc_khz().map_err(kvm("tell the TSC frequency"))?;
+    let tsc_khz = promise.tsc_khz.unwrap_or(host_khz);
+    if tsc_khz != host_khz {
+        first
+            .set_tsc_khz(tsc_khz)
+            .map_err(kvm("set the TSC frequency"))?;
+    }
+    if let Some(offset) = promise.tsc_offset.filter(|_| raw::has_tsc_offset(&first)) {
+        // Before the others exist: KVM gives a new vCPU the TSC generation of the machine.
+        // A refusal shows again, and is reported, when the saved offset is loaded.
+        let _ = raw::set_tsc_offset(&first, offset);
+    }
+    clock::settle_masterclock(vm).map_err(kvm("set the clock"))?;
+    fds.push(first);
+    for id in 1..spec.cpus {
+        fds.push(vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?);
+    }
+    let cpuid = match promise.cpuid {
+        Some(cpuid) => cpuid,
+        None => cpuid::host(kvm_fd, spec.cpus, tsc_khz).map_err(kvm("tell its CPUID"))?,
+    };
+    for (id, fd) in (0..spec.cpus).zip(&fds) {
+        let own = cpuid::for_vcpu(&cpuid, id).ok_or(StateError::Value {
+            section: "cpuid",
+            problem: "more CPUID entries than KVM takes".into(),
+        })?;
+        fd.set_cpuid2(&own).map_err(kvm("set the CPUID"))?;
+    }
+    Ok((fds, cpuid, tsc_khz))
+}
+
+impl Machine {
+    /// Boots a guest in fresh RAM.
+    pub fn boot(
+        spec: &MachineSpec,
+        ram: &Arc<GuestRam>,
+        images: &mut Images,
+        events: &Sender<Event>,
+    ) -> Result<Self, BuildError> {
+        let entry = boot::load(images, ram)?;
+        let blank = Blank::new(spec, ram, events, Promise::default(), |vcpus| {
+            for vcpu in vcpus {
+                // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
+                // same, which then sets its own.
+                for msr in [MTRR_DEFAULT_TYPE, MISC_ENABLE] {
+                    let _ = msrs::write(vcpu, &[msr]);
+                }
+            }
+            Ok(entry.apply(&vcpus[0])?)
+        })?;
+        blank.with_devices(|line, buffer, events| {
+            Ok(Parts {
+                serial: Arc::new(SerialPort::new(line, buffer.output())),
+                power: Arc::new(Power::new(events)),
+                probe: Arc::new(Probe::default()),
+            })
+        })
+    }
+}

@@ -1,0 +1,155 @@
+//! A guest and who may run it; the guard around a guest that stands still.
+//!
+//! ```text
+//!  Guest ──freeze()──▶ Frozen ──save(), seal()──▶ Frozen ──give_up()──▶ GivenUp ──▶ (retire)
+//!    ▲                    │                          │                     │
+//!    └────────────────────┴──── drop ────────────────┘      reclaim() ─────┘
+//! ```
+//!
+//! Dropping a [`Frozen`] lets the guest run on here: every error before the point of no return
+//! ends that way by scope. [`Frozen::give_up`] consumes it. What it gives, [`GivenUp`], runs
+//! nothing when dropped; the only way back is [`GivenUp::reclaim`], which needs the ownership
+//! word, and the successor needs the very same word.
+
+use std::time::Instant;
+
+use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
+
+use super::{FreezeError, Machine, Timing};
+use crate::{clock, faults, release};
+
+/// A machine, and this process's claim to run it.
+#[derive(Debug)]
+pub struct Guest {
+    /// The machine.
+    pub machine: Machine,
+    /// The word shared with successor and daemon.
+    pub ownership: Ownership,
+    /// What the word says while the guest is ours.
+    pub owner: Owner,
+}
+
+/// A guest standing still. Dropping it lets the guest run on.
+#[must_use]
+#[derive(Debug)]
+pub struct Frozen<'g> {
+    guest: &'g mut Guest,
+    sealed: Option<Epoch>,
+    given_up: bool,
+    /// Host TSC at the kick: the blackout began here.
+    pub kicked_tsc: u64,
+    /// Phases so far.
+    pub timing: Timing,
+}
+
+/// A guest that this process may not run, unless it takes it back by the word.
+#[derive(Debug)]
+pub struct GivenUp<'g> {
+    frozen: Frozen<'g>,
+    epoch: Epoch,
+}
+
+impl Guest {
+    /// Brings the guest to rest. On an error it runs on.
+    pub fn freeze(&mut self, deadline: Instant) -> Result<Frozen<'_>, FreezeError> {
+        let mut frozen = Frozen {
+            guest: self,
+            sealed: None,
+            given_up: false,
+            kicked_tsc: clock::host_tsc(),
+            timing: Timing::start(),
+        };
+        // The guard stands before the first kick: leaving here by `?` runs its drop.
+        frozen
+            .guest
+            .machine
+            .stand_still(deadline, &mut frozen.timing)?;
+        faults::reach(faults::Point::Frozen).map_err(FreezeError::Injected)?;
+        Ok(frozen)
+    }
+}
+
+impl<'g> Frozen<'g> {
+    /// The machine that stands still.
+    pub fn machine(&self) -> &Machine {
+        &self.guest.machine
+    }
+
+    /// Saves the guest's state in `format`.
+    pub fn save(&mut self, format: u32, deadline: Instant) -> Result<Vec<u8>, FreezeError> {
+        let machine = &self.guest.machine;
+        let saved = machine.save(format, deadline)?;
+        let epoch = self.guest.owner.epoch().next();
+        let bytes = saved.finish(format, release::VERSION, &machine.spec().name, epoch.0);
+        self.timing.mark("save");
+        Ok(bytes)
+    }
+
+    /// Says that the saved state is complete and lies where the others can reach it.
+    pub fn seal(&mut self) -> Result<Epoch, FreezeError> {
+        let epoch = self.guest.ownership.seal(self.guest.owner)?;
+        self.sealed = Some(epoch);
+        faults::reach(faults::Point::Sealed).map_err(FreezeError::Injected)?;
+        Ok(epoch)
+    }
+
+    /// The point of no return. On an error the guest runs on here, or, if the word was lost to
+    /// somebody, stays still for good.
+    pub fn give_up(mut self) -> Result<GivenUp<'g>, FreezeError> {
+        let epoch = match self.sealed {
+            Some(epoch) => epoch,
+            None => self.seal()?,
+        };
+        self.guest.ownership.give_up(epoch)?;
+        self.given_up = true;
+        Ok(GivenUp {
+            frozen: self,
+            epoch,
+        })
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        if self.given_up {
+            return;
+        }
+        if let Some(epoch) = self.sealed {
+            match self.guest.ownership.unseal(epoch) {
+                Ok(owner) => self.guest.owner = owner,
+                // Somebody took the guest for ours being dead: it must not run twice.
+                Err(error) => {
+                    tracing::error!(%error, "the guest is not ours any more; it stays still here");
+                    return;
+                }
+            }
+        }
+        self.guest.machine.run_on();
+    }
+}
+
+impl<'g> GivenUp<'g> {
+    /// The attempt it was given up in.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// What the ownership word says now.
+    pub fn owner(&self) -> Result<Owner, OwnershipError> {
+        self.frozen.guest.ownership.read()
+    }
+
+    /// Takes the guest back, if the successor has not taken it; it runs on here then.
+    pub fn reclaim(mut self) -> Result<(), Self> {
+        match self.frozen.guest.ownership.reclaim(self.epoch) {
+            Ok(owner) => {
+                self.frozen.guest.owner = owner;
+                self.frozen.sealed = None;
+                self.frozen.given_up = false;
+                drop(self.frozen);
+                Ok(())
+            }
+            Err(_) => Err(self),
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! stillpoint-vmm: see the library for what it does. This file is its command line.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use stillpoint_control::message::Ready;
+use stillpoint_control::secret::{self, Secret};
+use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec, parse_size};
+use stillpoint_vmm::process::{End, Process, Start};
+use stillpoint_vmm::{doctor, release};
+
+/// Runs one guest, and hands it over to a successor when asked to.
+#[derive(Parser)]
+#[command(name = "stillpoint-vmm", version = release::VERSION)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Fail at a point of the handover: POINT=crash|hang|fail|slow:MS.
+    #[cfg(feature = "fault-injection")]
+    #[arg(long, global = true, value_name = "POINT=ACTION")]
+    fault: Option<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a guest.
+    Run(Run),
+    /// Take a guest over from its predecessor (started by the daemon).
+    Adopt(Adopt),
+    /// Say what this release is.
+    Describe {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Look at this host's KVM.
+    Doctor {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct Told {
+    /// Where to say, once, that it runs or why not (one line of JSON).
+    #[arg(long, value_name = "FD")]
+    ready_fd: Option<RawFd>,
+    /// Version of the release that this binary belongs to.
+    #[arg(long, value_name = "VERSION")]
+    release_version: Option<String>,
+    /// Digest of this binary, as it was verified before it was started.
+    #[arg(long, value_name = "HEX")]
+    release_sha256: Option<String>,
+}
+
+#[derive(Args)]
+struct Run {
+    /// Machine spec as JSON; - for standard input. Instead of the flags below.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "kernel"])]
+    spec: Option<PathBuf>,
+    /// Directory of the guest's sockets and log; made with mode 0700.
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Where to read the 32 bytes of the VM's secret.
+    #[arg(long, value_name = "FD")]
+    secret_fd: Option<RawFd>,
+    /// Name of the machine.
+    #[arg(long, default_value = "guest")]
+    name: String,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1)]
+    cpus: u8,
+    /// Guest RAM, such as 256M or 2G.
+    #[arg(long, default_value = "256M", value_parser = parse_size)]
+    memory: u64,
+    /// Kernel: ELF (PVH or 64-bit entry) or bzImage.
+    #[arg(long, value_name = "FILE", required_unless_present = "spec")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "")]
+    cmdline: String,
+    #[command(flatten)]
+    told: Told,
+}
+
+#[derive(Args)]
+struct Adopt {
+    /// Our end of the handover socketpair.
+    #[arg(long, value_name = "FD")]
+    handover_fd: RawFd,
+    #[command(flatten)]
+    told: Told,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = tracing_subscriber::EnvFilter::try_from_env("STILLPOINT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    #[cfg(feature = "fault-injection")]
+    if let Some(Err(error)) = cli.fault.as_deref().map(stillpoint_vmm::faults::arm) {
+        eprintln!("stillpoint-vmm: {error}");
+        return ExitCode::from(2);
+    }
+    let result = match cli.command {
+        Command::Run(run) => boot(run),
+        Command::Adopt(adopt) => take_over(adopt),
+        Command::Describe { json } => describe(json),
+        Command::Doctor { json } => examine(json),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stillpoint-vmm: {}", explain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A descriptor that was handed to us by number.
+#[allow(unsafe_code)]
+fn inherited(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    anyhow::ensure!(
+        fd > 2,
+        "file descriptor {fd} is not one of those handed over"
+    );
+    // SAFETY: checked to be open right below, and nothing in this process owns it yet.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Err(error) = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC) {
+        // Not ours to close: it isn't open.
+        std::mem::forget(fd);
+        return Err(error).context("a file descriptor on the command line");
+    }
+    Ok(fd)
+}
+
+/// Tells whoever started us, once.
+fn tell(ready: Option<OwnedFd>, word: &Ready) {
+    if let (Some(fd), Ok(line)) = (ready, serde_json::to_string(word)) {
+        let _ = writeln!(File::from(fd), "{line}");
+    }
+}
+
+/// Tells of a failure, and passes it on.
+fn told<T>(ready: &mut Option<OwnedFd>, result: anyhow::Result<T>) -> anyhow::Result<T> {
+    result.inspect_err(|error| {
+        tell(
+            ready.take(),
+            &Ready::No {
+                error: explain(error),
+            },
+        )
+    })
+}
+
+/// An error and its causes, each said once: many of ours tell their cause themselves.
+fn explain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |text, cause| {
+        let cause = cause.to_string();
+        match text.as_str() {
+            "" => cause,
+            said if said.contains(&cause) => text,
+            said => format!("{said}: {cause}"),
+        }
+    })
+}
+
+fn boot(run: Run) -> anyhow::Result<()> {
+    let mut ready = run.told.ready_fd.map(inherited).transpose()?;
+    let start = start(&run);
+    let started = start.and_then(|(spec, start)| Process::boot(&spec, &run.dir, start));
+    let process = told(&mut ready, started)?;
+    tell(ready, &Ready::Yes);
+    process.run().map(drop)
+}
+
+fn start(run: &Run) -> anyhow::Result<(MachineSpec, Start)> {
+    let spec = match &run.spec {
+        Some(path) => MachineSpec::from_json(&read_spec(path)?)?,
+        None => from_flags(run)?,
+    };
+    let secret = run
+        .secret_fd
+        .map(|fd| inherited(fd).and_then(read_secret))
+        .transpose()?;
+    let release = release::name(
+        run.told.release_version.clone(),
+        run.told.release_sha256.clone(),
+    );
+    Ok((spec, Start { release, secret }))
+}
+
+fn read_spec(path: &PathBuf) -> anyhow::Result<String> {
+    if path.as_os_str() == "-" {
+        return std::io::read_to_string(std::io::stdin()).context("machine spec: standard input");
+    }
+    std::fs::read_to_string(path).with_context(|| format!("machine spec: {}", path.display()))
+}
+
+fn from_flags(run: &Run) -> anyhow::Result<MachineSpec> {
+    let spec = MachineSpec {
+        name: run.name.clone(),
+        cpus: run.cpus,
+        memory: MemorySpec {
+            size: run.memory,
+            ..MemorySpec::default()
+        },
+        kernel: KernelSpec {
+            path: run.kernel.clone().unwrap_or_default(),
+            initrd: run.initrd.clone(),
+            cmdline: run.cmdline.clone(),
+        },
+        blackout_budget: stillpoint_control::spec::DEFAULT_BUDGET,
+    };
+    spec.validate()?;
+    Ok(spec)
+}
+
+fn read_secret(fd: OwnedFd) -> anyhow::Result<Secret> {
+    let mut bytes = [0; secret::LEN];
+    File::from(fd)
+        .read_exact(&mut bytes)
+        .context("the VM's secret")?;
+    Secret::from_bytes(&bytes).context("the VM's secret")
+}
+
+fn take_over(adopt: Adopt) -> anyhow::Result<()> {
+    let mut ready = adopt.told.ready_fd.map(inherited).transpose()?;
+    let socket = told(&mut ready, inherited(adopt.handover_fd))?;
+    tell(ready, &Ready::Yes);
+    let release = release::name(adopt.told.release_version, adopt.told.release_sha256);
+    match Process::adopt(socket, release)?.run()? {
+        End::PoweredOff | End::Moved => Ok(()),
+    }
+}
+
+fn describe(json: bool) -> anyhow::Result<()> {
+    let text = if json {
+        serde_json::to_string(&serde_json::json!({
+            "component": "vmm",
+            "version": release::VERSION,
+            "reads": release::FORMATS,
+            "writes": release::FORMATS,
+        }))?
+    } else {
+        let formats = release::FORMATS;
+        format!(
+            "vmm {}: reads and writes state formats {formats:?}",
+            release::VERSION
+        )
+    };
+    Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+fn examine(json: bool) -> anyhow::Result<()> {
+    let findings = doctor::examine();
+    let mut out = std::io::stdout();
+    if json {
+        writeln!(out, "{}", serde_json::to_string(&findings)?)?;
+    } else {
+        for finding in &findings {
+            writeln!(
+                out,
+                "{:?}\t{}\t{}",
+                finding.status, finding.check, finding.found
+            )?;
+        }
+    }
+    let failed = findings.iter().any(|f| f.status == doctor::Status::Fail);
+    anyhow::ensure!(
+        !failed,
+        "this host can't run guests yet; see the failed checks"
+    );
+    Ok(())
+}

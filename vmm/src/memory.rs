@@ -1,0 +1,317 @@
+//! Guest RAM over its memory backend, a memfd of sealed size.
+//!
+//! The file outlives any process that maps it: predecessor, successor and daemon all hold it.
+//! Layout: RAM from 0 to [`HOLE_START`], then from [`HOLE_END`] on; the hole holds device
+//! registers and the APICs. In the file the two parts lie one after the other.
+//!
+//! Must never: write a byte of a guest that another process owns. [`GuestRam::populate`] maps
+//! pages that the file already holds and changes no content.
+#![allow(unsafe_code)] // Memory slots and madvise take raw addresses.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use stillpoint_control::spec::{MemorySpec, Pages};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// The one type of mapped guest memory.
+pub type Memory = GuestMemoryMmap<()>;
+
+/// End of low RAM; device registers begin here (3 GiB).
+pub const HOLE_START: u64 = 0xc000_0000;
+/// Start of high RAM (4 GiB).
+pub const HOLE_END: u64 = 0x1_0000_0000;
+
+/// Bytes populated by one call, so that a swap can be called off in between.
+const POPULATE_STEP: u64 = 32 << 20;
+
+/// Why guest RAM could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than there is.
+    #[error(
+        "machine spec: field `memory.size`: {wanted} MiB is more than this host's {total} MiB of RAM"
+    )]
+    TooLarge {
+        /// Asked for, MiB.
+        wanted: u64,
+        /// `MemTotal`, MiB.
+        total: u64,
+    },
+    /// The memfd could not be made, sized or sealed.
+    #[error("cannot {what} guest RAM: {source}{remedy}")]
+    File {
+        /// What was to be done.
+        what: &'static str,
+        /// Why not.
+        source: Errno,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// It could not be mapped.
+    #[error("cannot map guest RAM: {0}")]
+    Map(#[from] vm_memory::mmap::FromRangesError),
+    /// KVM refused a memory slot.
+    #[error("KVM refused a memory slot: {0}")]
+    Slot(#[from] kvm_ioctls::Error),
+}
+
+/// Guest RAM: the file and this process's mapping of it.
+#[derive(Debug)]
+pub struct GuestRam {
+    fd: OwnedFd,
+    map: Memory,
+    size: u64,
+}
+
+/// Guest-physical ranges of `size` bytes of RAM: (start, bytes), lowest first.
+pub fn ranges(size: u64) -> Vec<(GuestAddress, u64)> {
+    let low = size.min(HOLE_START);
+    let mut ranges = vec![(GuestAddress(0), low)];
+    if size > low {
+        ranges.push((GuestAddress(HOLE_END), size - low));
+    }
+    ranges
+}
+
+fn memfd_flags(pages: Pages) -> MemfdFlags {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    match pages {
+        Pages::Base | Pages::Thp => flags,
+        Pages::Hugetlb2m => flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        Pages::Hugetlb1g => flags | MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
+    }
+}
+
+fn mem_total_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kib >> 10)
+}
+
+impl GuestRam {
+    /// New, zeroed RAM.
+    pub fn create(spec: &MemorySpec) -> Result<Self, MemoryError> {
+        let wanted = spec.size >> 20;
+        if let Some(total) = mem_total_mib().filter(|&total| wanted > total) {
+            return Err(MemoryError::TooLarge { wanted, total });
+        }
+        let huge = matches!(spec.pages, Pages::Hugetlb2m | Pages::Hugetlb1g);
+        let remedy = if huge {
+            " (reserve huge pages first: /sys/kernel/mm/hugepages/*/nr_hugepages)"
+        } else {
+            ""
+        };
+        let file = |what| {
+            move |source| MemoryError::File {
+                what,
+                source,
+                remedy,
+            }
+        };
+        let fd = rustix::fs::memfd_create("stillpoint-ram", memfd_flags(spec.pages))
+            .map_err(file("create"))?;
+        rustix::fs::ftruncate(&fd, spec.size).map_err(file("size"))?;
+        // Nobody who is lent this file may cut it off under the guest.
+        let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&fd, seals).map_err(file("seal"))?;
+        Self::adopt(fd, spec)
+    }
+
+    /// RAM that another process made.
+    pub fn adopt(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
+        let file = |what| {
+            move |source| MemoryError::File {
+                what,
+                source,
+                remedy: "",
+            }
+        };
+        let len = rustix::fs::fstat(&fd).map_err(file("look at"))?.st_size;
+        if u64::try_from(len) != Ok(spec.size) {
+            return Err(file("adopt: its size is not the spec's;")(Errno::INVAL));
+        }
+        let dup = || fd.try_clone().map_err(|_| file("duplicate")(Errno::MFILE));
+        let mut offset = 0;
+        let mut parts = Vec::new();
+        for (start, len) in ranges(spec.size) {
+            let backing = FileOffset::new(File::from(dup()?), offset);
+            parts.push((
+                start,
+                usize::try_from(len).unwrap_or(usize::MAX),
+                Some(backing),
+            ));
+            offset += len;
+        }
+        let map = Memory::from_ranges_with_files(parts)?;
+        let ram = Self {
+            fd,
+            map,
+            size: spec.size,
+        };
+        if spec.pages == Pages::Thp {
+            // Best effort: whether it does anything is the host's setting, which `doctor` shows.
+            let _ = ram.advise(0..spec.size, Advice::LinuxHugepage);
+        }
+        Ok(ram)
+    }
+
+    /// This process's mapping.
+    pub fn map(&self) -> &Memory {
+        &self.map
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Makes the RAM known to a virtual machine, one slot a range.
+    pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        for (slot, region) in self.map.iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr().addr() as u64,
+            };
+            // SAFETY: the region is mapped for as long as `self`, which outlives the VM: both are
+            // fields of one `Machine`, the VM dropped first.
+            unsafe { vm.set_user_memory_region(region) }?;
+        }
+        Ok(())
+    }
+
+    /// Gives the RAM back to the host and reads as zero afterwards (a reset of the machine).
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&self.fd, flags, 0, self.size).map_err(|source| MemoryError::File {
+            what: "clear",
+            source,
+            remedy: "",
+        })
+    }
+
+    /// Fills this process's page tables for every page the file already holds, and for no other:
+    /// populating holes would blow a sparse guest up to its full size. `go_on` is asked between
+    /// steps. Gives the bytes populated; a host that can't do it leaves them to be faulted in.
+    pub fn populate(&self, mut go_on: impl FnMut() -> bool) -> u64 {
+        let mut done = 0;
+        let mut at = 0;
+        while let Ok(start) = rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
+            let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(self.size);
+            let mut from = start;
+            while from < end {
+                let to = end.min(from + POPULATE_STEP);
+                if !go_on() || self.advise(from..to, Advice::LinuxPopulateWrite).is_err() {
+                    return done;
+                }
+                done += to - from;
+                from = to;
+            }
+            at = end;
+        }
+        done
+    }
+
+    /// Advises on a range of the file, in every region that maps a part of it.
+    fn advise(&self, range: std::ops::Range<u64>, advice: Advice) -> Result<(), Errno> {
+        let mut offset = 0;
+        for region in self.map.iter() {
+            let from = range.start.max(offset);
+            let to = range.end.min(offset + region.len());
+            if from < to {
+                let base = region.as_ptr().wrapping_add((from - offset) as usize);
+                // SAFETY: the range lies within the region's mapping, and neither advice used
+                // here changes what it holds.
+                unsafe { rustix::mm::madvise(base.cast(), (to - from) as usize, advice) }?;
+            }
+            offset += region.len();
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for GuestRam {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    fn spec(size: u64) -> MemorySpec {
+        MemorySpec {
+            size,
+            pages: Pages::Base,
+        }
+    }
+
+    #[test]
+    fn ram_skips_the_hole() {
+        assert_eq!(ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
+        let big = ranges(5 << 30);
+        assert_eq!(
+            big,
+            [
+                (GuestAddress(0), 3 << 30),
+                (GuestAddress(HOLE_END), 2 << 30)
+            ]
+        );
+    }
+
+    #[test]
+    fn two_mappings_are_one_ram_and_its_size_is_fixed() {
+        let ram = GuestRam::create(&spec(16 << 20)).expect("create");
+        let fd = ram.as_fd().try_clone_to_owned().expect("dup");
+        let other = GuestRam::adopt(fd, &spec(16 << 20)).expect("adopt");
+        ram.map()
+            .write_obj(42u64, GuestAddress(0x5000))
+            .expect("write");
+        assert_eq!(
+            other
+                .map()
+                .read_obj::<u64>(GuestAddress(0x5000))
+                .expect("read"),
+            42
+        );
+        rustix::fs::ftruncate(&ram, 4096).expect_err("the size is sealed");
+        let fd = ram.as_fd().try_clone_to_owned().expect("dup");
+        GuestRam::adopt(fd, &spec(32 << 20)).expect_err("not its size");
+    }
+
+    #[test]
+    fn populating_leaves_holes_holes() {
+        let ram = GuestRam::create(&spec(64 << 20)).expect("create");
+        ram.map()
+            .write_obj(1u8, GuestAddress(10 << 20))
+            .expect("write");
+        ram.map()
+            .write_obj(1u8, GuestAddress(40 << 20))
+            .expect("write");
+        let blocks = || rustix::fs::fstat(&ram).expect("stat").st_blocks;
+        let before = blocks();
+        assert!(ram.populate(|| true) >= 8192);
+        assert_eq!(blocks(), before, "populating must not allocate");
+        assert_eq!(ram.populate(|| false), 0, "it can be called off");
+    }
+
+    #[test]
+    fn more_ram_than_the_host_has_names_the_field() {
+        let error = GuestRam::create(&spec(1 << 44)).expect_err("16 TiB");
+        assert!(error.to_string().contains("`memory.size`"), "{error}");
+    }
+}

@@ -1,0 +1,306 @@
+//! The process around a guest: the machine thread's loop, and the control socket before it.
+//!
+//! Control connections have threads of their own. What only asks is answered from the
+//! [`desk`]; what changes the guest becomes an event of the machine thread, which is the only
+//! one to change anything.
+
+pub mod desk;
+mod serve;
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use stillpoint_control::message::{GuestState, Handover, Reply, Request};
+use stillpoint_control::ownership::{Epoch, Owner, Ownership};
+use stillpoint_control::report::ReleaseName;
+use stillpoint_control::secret::Secret;
+use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
+
+use crate::boot::Images;
+use crate::doors::Doors;
+use crate::handover::incoming::{self, Arrived};
+use crate::handover::outgoing::{self, Errand};
+use crate::handover::{Channel, measure};
+use crate::machine::frozen::Guest;
+use crate::machine::{Event, Machine};
+use crate::memory::GuestRam;
+use desk::Desk;
+
+/// How long a vCPU may take to enter at a cold boot.
+const ENTER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A request for the machine thread.
+#[derive(Debug)]
+pub struct Job {
+    /// What is asked.
+    pub request: Request,
+    /// File descriptors that came with it.
+    pub fds: Vec<OwnedFd>,
+    /// Where replies go; closed after the last one.
+    pub reply: Sender<Reply>,
+}
+
+/// How a process ends that had a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest ended as it wanted, or as was asked.
+    PoweredOff,
+    /// The guest lives on in a successor.
+    Moved,
+}
+
+/// What a process is told at its start beside the machine itself.
+#[derive(Debug)]
+pub struct Start {
+    /// This process's release.
+    pub release: ReleaseName,
+    /// The VM's secret.
+    pub secret: Option<Secret>,
+}
+
+/// A process with its guest.
+#[derive(Debug)]
+pub struct Process {
+    guest: Guest,
+    doors: Doors,
+    desk: Arc<Desk>,
+    events: Receiver<Event>,
+    sender: Sender<Event>,
+    /// Events that came while the machine thread was busy with a handover.
+    waiting: VecDeque<Event>,
+    dir: String,
+}
+
+impl Process {
+    /// Boots a guest.
+    pub fn boot(spec: &MachineSpec, dir: &Path, start: Start) -> anyhow::Result<Self> {
+        let mut images = Images::open(&spec.kernel)?;
+        let doors = Doors::open(dir)?;
+        let ram = Arc::new(GuestRam::create(&spec.memory)?);
+        let (sender, events) = channel();
+        let mut machine = Machine::boot(spec, &ram, &mut images, &sender)?;
+        machine.open_console(doors.console.try_clone()?, Vec::new())?;
+        let owner = Owner::Held(Epoch::default());
+        let guest = Guest {
+            machine,
+            ownership: Ownership::create()?,
+            owner,
+        };
+        let desk = Desk::new(spec.clone(), start.release, start.secret, 0, &guest)?;
+        let dir = dir.display().to_string();
+        let process = Self {
+            guest,
+            doors,
+            desk,
+            events,
+            sender,
+            waiting: VecDeque::new(),
+            dir,
+        };
+        process.open()?;
+        process.guest.machine.enter(ENTER_PATIENCE)?;
+        Ok(process)
+    }
+
+    /// Adopts a guest from a predecessor.
+    pub fn adopt(socket: OwnedFd, release: ReleaseName) -> anyhow::Result<Self> {
+        let (sender, events) = channel();
+        let mut channel = Channel::new(socket);
+        let arrived = incoming::adopt(&mut channel, &sender)?;
+        let Arrived {
+            guest,
+            doors,
+            secret,
+            dir,
+            swaps,
+            swap,
+            evidence,
+        } = arrived;
+        let spec = guest.machine.spec().clone();
+        let desk = Desk::new(spec, release, secret, swaps, &guest)?;
+        desk.set_last_swap(&swap);
+        let process = Self {
+            guest,
+            doors,
+            desk,
+            events,
+            sender,
+            waiting: VecDeque::new(),
+            dir,
+        };
+        // Callers first: they may ask while the report is still being measured.
+        process.open()?;
+        let told = incoming::hear_predecessor(&mut channel);
+        let us = process.desk.release();
+        let report = measure::report(&evidence, &process.guest.machine, told, &swap, us);
+        process.desk.set_report(report);
+        Ok(process)
+    }
+
+    fn open(&self) -> anyhow::Result<()> {
+        let control = self.doors.control.try_clone()?;
+        Ok(serve::start(
+            control,
+            Arc::clone(&self.desk),
+            self.sender.clone(),
+        )?)
+    }
+
+    /// Runs until the guest ends or lives elsewhere.
+    pub fn run(mut self) -> anyhow::Result<End> {
+        loop {
+            let event = match self.waiting.pop_front() {
+                Some(event) => event,
+                None => self.events.recv()?,
+            };
+            match event {
+                Event::PowerOff => return Ok(self.power_off()),
+                Event::Reset | Event::VcpuOver { failure: None, .. } => self.reset()?,
+                Event::VcpuOver {
+                    vcpu,
+                    failure: Some(failure),
+                } => {
+                    self.desk.set_state(GuestState::Stopped);
+                    anyhow::bail!("vCPU {vcpu}: {failure}");
+                }
+                Event::Control(job) => {
+                    if let Some(end) = self.carry_out(job) {
+                        return Ok(end);
+                    }
+                }
+            }
+        }
+    }
+
+    fn power_off(&self) -> End {
+        self.desk.set_state(GuestState::Stopped);
+        End::PoweredOff
+    }
+
+    /// The machine begins anew: same RAM file, same doors and viewers, fresh everything else.
+    fn reset(&mut self) -> anyhow::Result<()> {
+        let spec = self.guest.machine.spec().clone();
+        let ram = Arc::clone(self.guest.machine.ram());
+        let mut images = Images::open(&spec.kernel)?;
+        let viewers = self.guest.machine.stop()?;
+        ram.clear()?;
+        let mut machine = Machine::boot(&spec, &ram, &mut images, &self.sender)?;
+        machine.open_console(self.doors.console.try_clone()?, viewers)?;
+        self.guest.machine = machine;
+        // What the old vCPUs had still to say is about a machine that is no more.
+        self.waiting.extend(self.events.try_iter());
+        self.waiting
+            .retain(|event| matches!(event, Event::Control(_)));
+        self.guest.machine.enter(ENTER_PATIENCE)?;
+        Ok(())
+    }
+
+    fn carry_out(&mut self, job: Job) -> Option<End> {
+        match job.request {
+            Request::PowerOff => {
+                let end = self.power_off();
+                let _ = job.reply.send(Reply::Done);
+                Some(end)
+            }
+            Request::HandOver { .. } => self.hand_over(job),
+            _ => None,
+        }
+    }
+
+    fn hand_over(&mut self, job: Job) -> Option<End> {
+        let reply = job.reply.clone();
+        let errand = match self.errand(job) {
+            Ok(errand) => errand,
+            Err(message) => {
+                let code = "bad_request".to_owned();
+                let _ = reply.send(Reply::Error { code, message });
+                return None;
+            }
+        };
+        self.desk.set_state(GuestState::Swapping);
+        self.desk.close();
+        let (events, waiting) = (&self.events, &mut self.waiting);
+        let ended = || {
+            waiting.extend(events.try_iter());
+            let over = |e: &Event| !matches!(e, Event::Control(_));
+            waiting.iter().any(over)
+        };
+        let mut channel = match errand.socket.try_clone() {
+            Ok(socket) => Channel::new(socket),
+            Err(error) => {
+                let message = format!("out of file descriptors: {error}");
+                let _ = reply.send(Reply::Error {
+                    code: "failed".into(),
+                    message,
+                });
+                self.stay();
+                return None;
+            }
+        };
+        let progress = |phase: &_| drop(reply.send(Reply::Progress(Clone::clone(phase))));
+        let outcome = outgoing::hand_over(&mut self.guest, &errand, &mut channel, progress, ended);
+        let moved = outcome == Handover::Moved;
+        if let Handover::Kept { report } = &outcome {
+            self.desk.set_last_swap(&errand.swap);
+            self.desk.set_report((**report).clone());
+            self.stay();
+        }
+        let _ = reply.send(Reply::Handover(outcome));
+        moved.then_some(End::Moved)
+    }
+
+    fn stay(&self) {
+        self.desk.set_epoch(self.guest.owner.epoch());
+        self.desk.set_state(GuestState::Running);
+        self.desk.reopen();
+    }
+
+    fn errand(&self, job: Job) -> Result<Errand, String> {
+        let Request::HandOver {
+            swap,
+            to,
+            budget_ns,
+            brownout,
+            ..
+        } = job.request
+        else {
+            return Err("not a handover".into());
+        };
+        let [socket, state]: [OwnedFd; 2] = job.fds.try_into().map_err(|fds: Vec<_>| {
+            format!(
+                "a handover comes with 2 file descriptors, this one with {}",
+                fds.len()
+            )
+        })?;
+        let own = self.guest.machine.spec().blackout_budget;
+        let budget = budget_ns.map_or(own, Duration::from_nanos);
+        if budget.is_zero() || budget > MAX_BUDGET {
+            return Err(format!(
+                "a budget of {budget:?} is not more than 0 and at most 30 s"
+            ));
+        }
+        let doors = self
+            .doors
+            .duplicate()
+            .map_err(|e| format!("out of file descriptors: {e}"))?;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        Ok(Errand {
+            swap,
+            from: self.desk.release().clone(),
+            to,
+            socket,
+            state,
+            doors,
+            budget,
+            brownout,
+            secret: self.desk.secret_bytes(),
+            swaps: self.desk.swaps(),
+            dir: self.dir.clone(),
+            started_at_unix_ns: now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(0)),
+        })
+    }
+}

@@ -1,0 +1,139 @@
+//! The control socket: one thread that lets callers in, and one for each caller.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::Builder;
+use std::time::{Duration, Instant};
+
+use rustix::net::SocketFlags;
+use stillpoint_control::frame;
+use stillpoint_control::message::{GuestState, Reply, Request};
+
+use super::Job;
+use super::desk::Desk;
+use crate::machine::Event;
+use crate::{doors, handover};
+
+/// The most callers at a time.
+const MAX_CALLERS: usize = 32;
+/// How often the door looks whether it is open.
+const GLANCE: Duration = Duration::from_millis(20);
+
+/// Starts serving.
+pub(super) fn start(
+    listener: OwnedFd,
+    desk: Arc<Desk>,
+    events: Sender<Event>,
+) -> std::io::Result<()> {
+    rustix::io::ioctl_fionbio(&listener, true)?;
+    let callers = Arc::new(AtomicUsize::new(0));
+    Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            loop {
+                let caller = handover::wait_readable(&listener, Instant::now() + GLANCE)
+                    .then(|| desk.is_open().then(|| accept(&listener)))
+                    .flatten()
+                    .flatten();
+                match caller {
+                    Some(caller) => admit(caller, &desk, &events, &callers),
+                    // Callers wait in the backlog while the guest is handed over.
+                    None if !desk.is_open() => std::thread::sleep(GLANCE),
+                    None => {}
+                }
+            }
+        })
+        .map(drop)
+}
+
+fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
+    rustix::net::accept_with(listener, SocketFlags::CLOEXEC).ok()
+}
+
+fn admit(caller: OwnedFd, desk: &Arc<Desk>, events: &Sender<Event>, callers: &Arc<AtomicUsize>) {
+    if !doors::peer_may_enter(&caller) || callers.load(Ordering::SeqCst) >= MAX_CALLERS {
+        return;
+    }
+    callers.fetch_add(1, Ordering::SeqCst);
+    let (desk, events, callers_of_thread) = (Arc::clone(desk), events.clone(), Arc::clone(callers));
+    let spawned = Builder::new().name("caller".into()).spawn(move || {
+        while answer(&caller, &desk, &events) {}
+        callers_of_thread.fetch_sub(1, Ordering::SeqCst);
+    });
+    if spawned.is_err() {
+        callers.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Answers one request; false when the caller is gone.
+fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
+    let (request, fds) = match frame::receive_json::<Request>(caller) {
+        Ok(received) => received,
+        Err(frame::FrameError::Malformed(error)) => {
+            let message = format!("not a request of this protocol: {error}");
+            let reply = Reply::Error {
+                code: "bad_request".into(),
+                message,
+            };
+            return frame::send_json(caller, &reply, &[]).is_ok();
+        }
+        Err(_) => return false,
+    };
+    let sent = match request {
+        Request::Hello { nonce } => frame::send_json(caller, &desk.identity(&nonce), &[]),
+        Request::Describe => frame::send_json(caller, &desk.describe(), &[]),
+        Request::LastReport => frame::send_json(caller, &desk.last_report(), &[]),
+        Request::LendGuest => frame::send_json(caller, &Reply::Guest, &desk.lent()),
+        Request::PowerOff | Request::HandOver { .. } => {
+            return change(caller, desk, events, request, fds);
+        }
+    };
+    sent.is_ok()
+}
+
+fn change(
+    caller: &OwnedFd,
+    desk: &Desk,
+    events: &Sender<Event>,
+    request: Request,
+    fds: Vec<OwnedFd>,
+) -> bool {
+    if let Some(refusal) = refuse(desk) {
+        return frame::send_json(caller, &refusal, &[]).is_ok();
+    }
+    let (reply, replies) = channel();
+    if events
+        .send(Event::Control(Job {
+            request,
+            fds,
+            reply,
+        }))
+        .is_err()
+    {
+        return false;
+    }
+    let mut alive = true;
+    // Until the machine thread drops its end. Whoever asked may have gone away meanwhile; what
+    // was asked goes on all the same.
+    for reply in replies {
+        alive = alive && frame::send_json(caller, &reply, &[]).is_ok();
+    }
+    alive
+}
+
+fn refuse(desk: &Desk) -> Option<Reply> {
+    let (code, message) = match desk.state() {
+        GuestState::Running => return None,
+        GuestState::Swapping => (
+            "busy",
+            "this guest is being swapped; wait until that swap is over",
+        ),
+        GuestState::Stopped => ("not_running", "this guest is stopped"),
+    };
+    Some(Reply::Error {
+        code: code.into(),
+        message: message.into(),
+    })
+}

@@ -1,0 +1,309 @@
+//! All vCPUs of a machine: one thread each, steered by broadcast and gather.
+//!
+//! ```text
+//!            Run / Enter                 Stop
+//!   Parked ─────────────▶ Running    ──────────▶ Stopped
+//!     ▲  ◀───────────────    │
+//!     │    Park + kick       │ shutdown, failure
+//!     └── Save, Load ──      ▼
+//!                          Ended (parks, but never runs again)
+//! ```
+//!
+//! An order is sent to every thread before any answer is awaited, so the pause does not grow with
+//! the number of vCPUs while there are cores. A vCPU counts as parked only when `KVM_RUN` came
+//! back with `EINTR`: by then KVM has completed every port or memory access that the vCPU was in
+//! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
+
+pub mod msrs;
+pub mod state;
+pub mod timer;
+
+mod exit;
+mod run;
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VcpuFd;
+use stillpoint_state::sections::Vcpu as VcpuSection;
+
+use crate::bus::Bus;
+use crate::machine::Event;
+use crate::memory::Memory;
+use state::{LoadedVcpu, VcpuError};
+
+/// How long an answer is spun for before the thread sleeps: a wake-up costs more than most of
+/// the steps of a freeze.
+const SPIN: Duration = Duration::from_micros(150);
+
+/// What a vCPU thread is told.
+#[derive(Debug)]
+enum Order {
+    /// Run on after a freeze that was called off.
+    Run,
+    /// Come to rest; a kick follows.
+    Park,
+    /// Save, in this state format.
+    Save { format: u32 },
+    /// Load everything that changes nothing outside this process.
+    Load(Box<VcpuSection>),
+    /// The guest is ours: load the rest and run, with exits going to this bus.
+    Enter(Arc<Bus>),
+    /// End the thread.
+    Stop,
+}
+
+/// What it answers.
+#[derive(Debug)]
+enum Answer {
+    Ready(Result<(), VcpuError>),
+    Parked,
+    Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
+    Loaded(Result<LoadedVcpu, VcpuError>),
+    Entering(Result<u64, VcpuError>),
+}
+
+/// Why not all vCPUs did as they were told.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpusError {
+    /// Some did not answer in time.
+    #[error("{missing} of {count} vCPUs did not {what} within {waited:?}")]
+    Late {
+        /// How many.
+        missing: usize,
+        /// Of how many.
+        count: usize,
+        /// What they were told.
+        what: &'static str,
+        /// How long they were given.
+        waited: Duration,
+    },
+    /// One failed.
+    #[error("vCPU {vcpu}: {source}")]
+    Vcpu {
+        /// Which.
+        vcpu: u8,
+        /// Why.
+        source: VcpuError,
+    },
+    /// A thread could not be started.
+    #[error("cannot start a vCPU thread: {0}")]
+    Spawn(std::io::Error),
+    /// A thread died.
+    #[error("a vCPU thread died")]
+    Died,
+}
+
+#[derive(Debug)]
+struct Thread {
+    orders: Sender<Order>,
+    handle: Option<JoinHandle<()>>,
+}
+
+/// The vCPUs.
+#[derive(Debug)]
+pub struct VcpuSet {
+    threads: Vec<Thread>,
+    answers: Receiver<(u8, Answer)>,
+}
+
+/// What every vCPU thread shares.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// Guest RAM.
+    pub memory: Memory,
+    /// The machine thread's queue.
+    pub events: Sender<Event>,
+}
+
+impl VcpuSet {
+    /// Starts a thread for each, parked.
+    pub fn start(fds: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, VcpusError> {
+        let (answer, answers) = channel();
+        let mut set = Self {
+            threads: Vec::with_capacity(fds.len()),
+            answers,
+        };
+        let count = fds.len();
+        for (id, fd) in (0u8..).zip(fds) {
+            let (orders, inbox) = channel();
+            let answer = answer.clone();
+            let around = around.clone();
+            let thread = std::thread::Builder::new().name(format!("vcpu{id}"));
+            let handle = thread
+                .spawn(move || run::Runner::new(id, fd, around, inbox, answer).run())
+                .map_err(VcpusError::Spawn)?;
+            set.threads.push(Thread {
+                orders,
+                handle: Some(handle),
+            });
+        }
+        // Each thread primes its vCPU first: KVM binds it to the thread (a first KVM_RUN from
+        // another one waits for an RCU grace period) and consumes requests left by its creation.
+        set.gather(
+            count,
+            "get ready",
+            Duration::from_secs(10),
+            |answer| match answer {
+                Answer::Ready(result) => Some(result),
+                _ => None,
+            },
+        )?;
+        Ok(set)
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.threads.len()
+    }
+
+    fn tell(&self, mut order: impl FnMut(usize) -> Order) -> Result<(), VcpusError> {
+        for (id, thread) in self.threads.iter().enumerate() {
+            thread
+                .orders
+                .send(order(id))
+                .map_err(|_| VcpusError::Died)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for `count` answers that `pick` takes; others are late ones of a gather that was
+    /// given up on, and are dropped.
+    fn gather<T>(
+        &self,
+        count: usize,
+        what: &'static str,
+        patience: Duration,
+        mut pick: impl FnMut(Answer) -> Option<Result<T, VcpuError>>,
+    ) -> Result<Vec<T>, VcpusError> {
+        let began = Instant::now();
+        let mut got: Vec<Option<T>> = (0..count).map(|_| None).collect();
+        let mut missing = count;
+        let mut failure = None;
+        while missing > 0 {
+            let Some((vcpu, answer)) = wait_for(&self.answers, began + patience)? else {
+                return Err(VcpusError::Late {
+                    missing,
+                    count,
+                    what,
+                    waited: began.elapsed(),
+                });
+            };
+            match pick(answer) {
+                Some(Ok(value)) => got[usize::from(vcpu)] = Some(value),
+                Some(Err(source)) => failure = Some(VcpusError::Vcpu { vcpu, source }),
+                None => continue,
+            }
+            missing -= 1;
+        }
+        match failure {
+            Some(error) => Err(error),
+            None => Ok(got.into_iter().flatten().collect()),
+        }
+    }
+
+    /// Brings every vCPU to rest. On an error some may be parked: call [`VcpuSet::unpark`].
+    pub fn park(&self, patience: Duration) -> Result<(), VcpusError> {
+        self.tell(|_| Order::Park)?;
+        self.kick();
+        self.gather(self.count(), "park", patience, |answer| {
+            matches!(answer, Answer::Parked).then_some(Ok(()))
+        })
+        .map(drop)
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            if let Some(handle) = &thread.handle {
+                run::kick(handle);
+            }
+        }
+    }
+
+    /// Lets every vCPU run on after a freeze that was called off.
+    pub fn unpark(&self) -> Result<(), VcpusError> {
+        self.tell(|_| Order::Run)
+    }
+
+    /// Saves every vCPU, in order, with the section version for `format`.
+    pub fn save(
+        &self,
+        format: u32,
+        patience: Duration,
+    ) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
+        self.tell(|_| Order::Save { format })?;
+        self.gather(
+            self.count(),
+            "save their state",
+            patience,
+            |answer| match answer {
+                Answer::Saved(result) => Some(result.map(|saved| *saved)),
+                _ => None,
+            },
+        )
+    }
+
+    /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
+    pub fn load(&self, sections: Vec<VcpuSection>) -> Result<(), VcpusError> {
+        let mut sections = sections.into_iter();
+        self.tell(|_| Order::Load(Box::new(sections.next().unwrap_or_default())))
+    }
+
+    /// Waits till every vCPU has loaded.
+    pub fn loaded(&self, patience: Duration) -> Result<Vec<LoadedVcpu>, VcpusError> {
+        self.gather(
+            self.count(),
+            "load their state",
+            patience,
+            |answer| match answer {
+                Answer::Loaded(result) => Some(result),
+                _ => None,
+            },
+        )
+    }
+
+    /// The guest is ours: every vCPU loads what may write guest memory, and runs. Gives the host
+    /// TSC at which the last was let in.
+    pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<u64, VcpusError> {
+        self.tell(|_| Order::Enter(Arc::clone(bus)))?;
+        let entries = self.gather(self.count(), "enter the guest", patience, |a| match a {
+            Answer::Entering(result) => Some(result),
+            _ => None,
+        })?;
+        Ok(entries.into_iter().max().unwrap_or_default())
+    }
+}
+
+impl Drop for VcpuSet {
+    fn drop(&mut self) {
+        for thread in &self.threads {
+            let _ = thread.orders.send(Order::Stop);
+        }
+        self.kick();
+        for thread in &mut self.threads {
+            if let Some(handle) = thread.handle.take() {
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+/// Waits for a message: spins a little, then sleeps. `None` when the deadline passes.
+fn wait_for<T>(from: &Receiver<T>, deadline: Instant) -> Result<Option<T>, VcpusError> {
+    let spun = Instant::now();
+    loop {
+        match from.try_recv() {
+            Ok(message) => return Ok(Some(message)),
+            Err(TryRecvError::Disconnected) => return Err(VcpusError::Died),
+            Err(TryRecvError::Empty) if spun.elapsed() < SPIN => std::thread::yield_now(),
+            Err(TryRecvError::Empty) => break,
+        }
+    }
+    match from.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        Ok(message) => Ok(Some(message)),
+        Err(RecvTimeoutError::Timeout) => Ok(None),
+        Err(RecvTimeoutError::Disconnected) => Err(VcpusError::Died),
+    }
+}

@@ -1,0 +1,208 @@
+//! Model-specific registers: which are saved, and in what order they are loaded.
+//!
+//! Three groups, because of what a write does besides storing a value:
+//! * *plain*: loaded with the rest of the vCPU;
+//! * *TSC deadline*: loaded after the local APIC, or KVM drops it without a word (lapic.c,
+//!   `kvm_set_lapic_tscdeadline_msr`);
+//! * *late*: writing them may change guest memory at once (KVM's paravirtual ones), so they wait
+//!   until the guest is ours.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::state::VcpuError;
+use crate::memory::Memory;
+
+/// IA32_TSC: never saved, never written. The TSC offset carries it, exactly.
+const TSC: u32 = 0x10;
+/// IA32_TSC_ADJUST: stored by KVM without an effect on the offset.
+const TSC_ADJUST: u32 = 0x3b;
+/// IA32_TSC_DEADLINE.
+pub const TSC_DEADLINE: u32 = 0x6e0;
+
+// arch/x86/include/uapi/asm/kvm_para.h
+const WALL_CLOCK_OLD: u32 = 0x11;
+const SYSTEM_TIME_OLD: u32 = 0x12;
+const WALL_CLOCK: u32 = 0x4b56_4d00;
+/// Guest-physical address of the vCPU's pvclock page, bit 0 for enabled.
+pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
+const ASYNC_PF: u32 = 0x4b56_4d02;
+const STEAL_TIME: u32 = 0x4b56_4d03;
+const PV_EOI: u32 = 0x4b56_4d04;
+const ASYNC_PF_INTERRUPT: u32 = 0x4b56_4d06;
+/// A doorbell, not a value.
+const ASYNC_PF_ACK: u32 = 0x4b56_4d07;
+
+/// Late ones in the order of their loading: the wall clock last, since KVM computes what it
+/// writes into guest memory from kvmclock as it is then.
+const LATE: [u32; 6] = [
+    SYSTEM_TIME,
+    STEAL_TIME,
+    ASYNC_PF_INTERRUPT,
+    ASYNC_PF,
+    PV_EOI,
+    WALL_CLOCK,
+];
+
+/// Not saved: the TSC (see above), the old names of the two clock MSRs (the new ones read the
+/// same value), and the doorbell.
+const SKIPPED: [u32; 4] = [TSC, WALL_CLOCK_OLD, SYSTEM_TIME_OLD, ASYNC_PF_ACK];
+
+fn entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
+}
+
+fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuError> {
+    Msrs::from_entries(entries).map_err(|_| VcpuError::MsrList)
+}
+
+/// MSRs that carry guest state and that KVM does not list: speculation control, memory type
+/// ranges (SDM vol. 3, 12.11), TSC_AUX. KVM_GET_MSR_INDEX_LIST leaves them out though KVM_GET_MSRS and KVM_SET_MSRS know them.
+fn unlisted() -> impl Iterator<Item = u32> {
+    let fixed = [
+        0x250,
+        0x258,
+        0x259,
+        0x2ff,
+        0x48,
+        0xc000_0103,
+        TSC_ADJUST,
+        TSC_DEADLINE,
+    ];
+    (0x200..0x210).chain(0x268..0x270).chain(fixed)
+}
+
+/// The MSRs of this kernel that this vCPU lets us read. Kernels list some that they refuse.
+pub fn readable(fd: &VcpuFd) -> Result<Vec<u32>, VcpuError> {
+    let kvm = Kvm::new().map_err(VcpuError::kvm("open /dev/kvm"))?;
+    let listed = kvm
+        .get_msr_index_list()
+        .map_err(VcpuError::kvm("list the MSRs"))?;
+    let mut wanted: Vec<u32> = listed.as_slice().to_vec();
+    wanted.extend(LATE.into_iter().chain(unlisted()));
+    wanted.sort_unstable();
+    wanted.dedup();
+    wanted.retain(|index| !SKIPPED.contains(index));
+    read(fd, &mut wanted)?;
+    Ok(wanted)
+}
+
+/// Reads `wanted`, dropping from it what KVM refuses.
+pub fn read(fd: &VcpuFd, wanted: &mut Vec<u32>) -> Result<Vec<(u32, u64)>, VcpuError> {
+    loop {
+        let entries: Vec<_> = wanted.iter().map(|&index| entry(index, 0)).collect();
+        let mut msrs = list(&entries)?;
+        let got = fd
+            .get_msrs(&mut msrs)
+            .map_err(VcpuError::kvm("read the MSRs"))?;
+        if got == wanted.len() {
+            return Ok(msrs.as_slice().iter().map(|e| (e.index, e.data)).collect());
+        }
+        wanted.remove(got);
+    }
+}
+
+/// Reads one MSR; `None` if KVM refuses it.
+pub fn read_one(fd: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuError> {
+    let mut msrs = list(&[entry(index, 0)])?;
+    let got = fd
+        .get_msrs(&mut msrs)
+        .map_err(VcpuError::kvm("read an MSR"))?;
+    Ok((got == 1).then(|| msrs.as_slice()[0].data))
+}
+
+/// Writes MSRs. KVM stops at the first it refuses: a refusal of zero is passed over (another
+/// kernel's counters and the like), any other is an error that names the MSR.
+pub fn write(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuError> {
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let entries: Vec<_> = rest
+            .iter()
+            .map(|&(index, value)| entry(index, value))
+            .collect();
+        let done = fd
+            .set_msrs(&list(&entries)?)
+            .map_err(VcpuError::kvm("write the MSRs"))?;
+        rest = &rest[done.min(rest.len())..];
+        if let Some(((index, value), after)) = rest.split_first() {
+            if *value != 0 {
+                return Err(VcpuError::MsrRefused {
+                    index: *index,
+                    value: *value,
+                });
+            }
+            rest = after;
+        }
+    }
+    Ok(())
+}
+
+/// MSRs that wait until the guest is ours.
+#[derive(Debug, Default)]
+pub struct Late(Vec<(u32, u64)>);
+
+/// Splits saved MSRs: (plain ones, the TSC deadline, late ones).
+pub fn split(msrs: Vec<(u32, u64)>) -> (Vec<(u32, u64)>, Option<u64>, Late) {
+    let deadline = msrs
+        .iter()
+        .find(|(index, _)| *index == TSC_DEADLINE)
+        .map(|(_, v)| *v);
+    let late = LATE
+        .iter()
+        .filter_map(|wanted| msrs.iter().find(|(index, _)| index == wanted).copied())
+        // Zero is what they are in a fresh vCPU: off.
+        .filter(|(_, value)| *value != 0)
+        .collect();
+    let plain = msrs
+        .into_iter()
+        .filter(|(index, _)| *index != TSC_DEADLINE && !LATE.contains(index))
+        .filter(|(index, _)| !SKIPPED.contains(index))
+        .collect();
+    (plain, deadline, Late(late))
+}
+
+impl Late {
+    /// Loads them. KVM rewrites the guest's wall clock structure with each write of its MSR; for
+    /// a clock that advanced with the pause the old content is right to the bit, so it is put
+    /// back (12 bytes: `struct pvclock_wall_clock`).
+    pub fn load(self, fd: &VcpuFd, memory: &Memory) -> Result<(), VcpuError> {
+        for (index, value) in self.0 {
+            let wall = (index == WALL_CLOCK).then_some(GuestAddress(value & !1));
+            let before: Option<[u8; 12]> = wall.and_then(|at| memory.read_obj(at).ok());
+            write(fd, &[(index, value)])?;
+            if let (Some(at), Some(bytes)) = (wall, before) {
+                memory
+                    .write_obj(bytes, at)
+                    .map_err(|_| VcpuError::WallClock)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_writes_guest_memory_waits_and_the_wall_clock_is_last() {
+        let saved = vec![
+            (WALL_CLOCK, 0x1000),
+            (0x174, 8),
+            (TSC_DEADLINE, 99),
+            (TSC, 5),
+            (SYSTEM_TIME, 0x2001),
+            (STEAL_TIME, 0),
+            (TSC_ADJUST, 3),
+        ];
+        let (plain, deadline, late) = split(saved);
+        assert_eq!(plain, [(0x174, 8), (TSC_ADJUST, 3)]);
+        assert_eq!(deadline, Some(99));
+        assert_eq!(late.0, [(SYSTEM_TIME, 0x2001), (WALL_CLOCK, 0x1000)]);
+    }
+}
