@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::{Client, ClientError};
@@ -55,8 +55,8 @@ pub struct Successor {
     to: Release,
     /// Id of the swap it was started for.
     pub swap: String,
-    /// The predecessor's end of the handover socketpair.
-    pub socket: OwnedFd,
+    /// The predecessor's end of the handover socketpair; gone when it was given away.
+    pub socket: Option<OwnedFd>,
     /// Where the saved state goes.
     pub state: OwnedFd,
 }
@@ -86,15 +86,17 @@ impl Successor {
         })
     }
 
-    /// Has `client`'s VMM hand its guest over, and waits for the outcome.
+    /// Has `client`'s VMM hand its guest over, and waits for the outcome. Our duplicate of the
+    /// predecessor's end is gone afterwards: the successor hears when the other one closes.
     pub fn ask(
-        &self,
+        &mut self,
         client: &Client,
         terms: &Terms,
         progress: impl FnMut(&Phase),
     ) -> anyhow::Result<Result<Handover, ClientError>> {
         let request = self.request(terms)?;
-        Ok(client.hand_over(&request, self.socket.as_fd(), self.state.as_fd(), progress))
+        let socket = self.socket.take().context("a second handover to it")?;
+        Ok(client.hand_over(&request, socket.as_fd(), self.state.as_fd(), progress))
     }
 }
 
@@ -128,7 +130,7 @@ impl Vm {
             child: start(&mut command, &[&theirs, &writer])?,
             to,
             swap: format!("swap-{}", self.swaps),
-            socket,
+            socket: Some(socket),
             state: rustix::fs::memfd_create("stillpoint-state", state)?,
         };
         drop((theirs, writer));
@@ -138,7 +140,7 @@ impl Vm {
 
     /// Swaps the VMM on these terms. `Ok` is the report, moved or kept.
     pub fn swap(&mut self, to: Release, terms: &Terms) -> anyhow::Result<SwapReport> {
-        let successor = self.start_successor(to)?;
+        let mut successor = self.start_successor(to)?;
         match successor.ask(&self.client()?, terms, |_| {})?? {
             Handover::Moved => self.follow(successor),
             Handover::Kept { report } => Ok(*report),
