@@ -15,6 +15,7 @@
 //! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
 
 pub mod msrs;
+pub mod placement;
 pub mod state;
 pub mod timer;
 
@@ -32,11 +33,12 @@ use stillpoint_state::sections::Vcpu as VcpuSection;
 use crate::bus::Bus;
 use crate::machine::Event;
 use crate::memory::Memory;
+use placement::Home;
 use state::{LoadedVcpu, VcpuError};
 
-/// How long an answer is spun for before the thread sleeps: a wake-up costs more than most of
-/// the steps of a freeze.
-const SPIN: Duration = Duration::from_micros(150);
+/// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a
+/// wake-up costs more than most of the steps of a freeze.
+const SPIN: Duration = Duration::from_micros(300);
 
 /// What a vCPU thread is told.
 #[derive(Debug)]
@@ -47,6 +49,8 @@ enum Order {
     Park,
     /// Save, in this state format.
     Save { format: u32 },
+    /// The next order comes at once: stay awake for it.
+    StandBy,
     /// Load everything that changes nothing outside this process.
     Load(Box<VcpuSection>),
     /// The guest is ours: load the rest and run, with exits going to this bus.
@@ -58,7 +62,7 @@ enum Order {
 /// What it answers.
 #[derive(Debug)]
 enum Answer {
-    Ready(Result<(), VcpuError>),
+    Ready(Result<Home, VcpuError>),
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
@@ -100,6 +104,7 @@ pub enum VcpusError {
 struct Thread {
     orders: Sender<Order>,
     handle: Option<JoinHandle<()>>,
+    home: Home,
 }
 
 /// The vCPUs.
@@ -138,20 +143,27 @@ impl VcpuSet {
             set.threads.push(Thread {
                 orders,
                 handle: Some(handle),
+                home: Home::default(),
             });
         }
         // Each thread primes its vCPU first: KVM binds it to the thread (a first KVM_RUN from
         // another one waits for an RCU grace period) and consumes requests left by its creation.
-        set.gather(
-            count,
-            "get ready",
-            Duration::from_secs(10),
-            |answer| match answer {
-                Answer::Ready(result) => Some(result),
-                _ => None,
-            },
-        )?;
+        let ready = Duration::from_secs(10);
+        let homes = set.gather(count, "get ready", ready, |answer| match answer {
+            Answer::Ready(result) => Some(result),
+            _ => None,
+        })?;
+        for (thread, home) in set.threads.iter_mut().zip(homes) {
+            thread.home = home;
+        }
         Ok(set)
+    }
+
+    /// Lets the threads run wherever they were allowed to before they were spread.
+    pub fn release_cpus(&self) {
+        for thread in &self.threads {
+            thread.home.return_to();
+        }
     }
 
     /// How many.
@@ -183,7 +195,7 @@ impl VcpuSet {
         let mut missing = count;
         let mut failure = None;
         while missing > 0 {
-            let Some((vcpu, answer)) = wait_for(&self.answers, began + patience)? else {
+            let Some((vcpu, answer)) = wait_for(&self.answers, SPIN, began + patience)? else {
                 return Err(VcpusError::Late {
                     missing,
                     count,
@@ -245,6 +257,11 @@ impl VcpuSet {
         )
     }
 
+    /// Wakes the threads ahead of an order that comes at once.
+    pub fn stand_by(&self) -> Result<(), VcpusError> {
+        self.tell(|_| Order::StandBy)
+    }
+
     /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
     pub fn load(&self, sections: Vec<VcpuSection>) -> Result<(), VcpusError> {
         let mut sections = sections.into_iter();
@@ -291,13 +308,17 @@ impl Drop for VcpuSet {
 }
 
 /// Waits for a message: spins a little, then sleeps. `None` when the deadline passes.
-fn wait_for<T>(from: &Receiver<T>, deadline: Instant) -> Result<Option<T>, VcpusError> {
+fn wait_for<T>(
+    from: &Receiver<T>,
+    spin: Duration,
+    deadline: Instant,
+) -> Result<Option<T>, VcpusError> {
     let spun = Instant::now();
     loop {
         match from.try_recv() {
             Ok(message) => return Ok(Some(message)),
             Err(TryRecvError::Disconnected) => return Err(VcpusError::Died),
-            Err(TryRecvError::Empty) if spun.elapsed() < SPIN => std::thread::yield_now(),
+            Err(TryRecvError::Empty) if spun.elapsed() < spin => std::thread::yield_now(),
             Err(TryRecvError::Empty) => break,
         }
     }
