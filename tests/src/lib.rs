@@ -9,9 +9,11 @@
 //! | [`guest`] | what pulse writes down, read from the RAM file |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
+//! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod console;
+pub mod daemon;
 pub mod ground;
 pub mod guest;
 pub mod patience;
