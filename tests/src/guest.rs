@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use stillpoint_guest_abi::probe::{self, Record};
+use stillpoint_guest_abi::probe::{self, Gap, Record};
 use stillpoint_guest_abi::pulse::{GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report};
 
 /// A view of a pulse guest.
@@ -138,6 +138,25 @@ impl Pulse {
             s.globals.online >= n
         })
         .context("pulse's boot")
+    }
+
+    /// Waits until the guest has written all the RAM that `touch=` told it to.
+    pub fn wait_touched(&self, patience: Duration) -> anyhow::Result<Snapshot> {
+        self.wait("touch= to end", patience, |s| {
+            s.globals.touched >= s.globals.touch_wanted
+        })
+    }
+
+    /// The gaps that a vCPU has in its ring, in guest TSC cycles, in no order.
+    pub fn gaps(&self, vcpu: usize) -> anyhow::Result<Vec<Gap>> {
+        let count = self.word(Self::record(vcpu))?.min(probe::RING as u64);
+        let ring = Self::record(vcpu) + std::mem::offset_of!(Record, ring) as u64;
+        (0..count)
+            .map(|n| {
+                let (start, end) = (self.word(ring + n * 16)?, self.word(ring + n * 16 + 8)?);
+                Ok(Gap { start, end })
+            })
+            .collect()
     }
 
     /// Waits until every vCPU of those given has gone through `loops` more loops.
