@@ -19,3 +19,8 @@ releases: images ## build the VMM releases that tests and demo swap between
 	$(VMM) --features compat-0-1 && cp -f target/release/stillpoint-vmm $(RELEASES)/compat/
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
+
+.PHONY: bench
+bench: releases ## measure the blackout beside the floor (BENCH="--quick" for less)
+	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
+	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
