@@ -206,8 +206,7 @@ impl Vm {
             brownout: PATIENCE,
         };
         let client = self.client()?;
-        let handover = client.hand_over(&request, ours.as_fd(), state.as_fd(), |_| {})?;
-        drop(ours);
+        let handover = client.hand_over(&request, ours, state.as_fd(), |_| {})?;
         if let Handover::Kept { report } = handover {
             let _ = successor.kill();
             let _ = successor.wait();

@@ -38,7 +38,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use stillpoint_control::frame::{self, FrameError};
 
 /// How long a wait spins before it sleeps: waking up costs more than most answers take.
-const SPIN: Duration = Duration::from_micros(200);
+const SPIN: Duration = Duration::from_micros(100);
 
 /// What the predecessor offers. Beside it travel, in this order: guest RAM, ownership page, state
 /// memfd, pidfd of the predecessor, control listener, console listener, console log.
@@ -212,7 +212,24 @@ impl Channel {
 
     /// Receives one packet; [`FrameError::TimedOut`] when the deadline passes first.
     pub fn receive(&mut self, deadline: Instant) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        let (len, fds) = self.receive_bytes(deadline)?;
+        self.receive_spinning(Duration::ZERO, deadline)
+    }
+
+    /// As [`Channel::receive`], for an answer that is a few microseconds away: stays awake for it
+    /// a little. Only where no vCPU thread waits for this core.
+    pub fn receive_soon(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
+        self.receive_spinning(SPIN, deadline)
+    }
+
+    fn receive_spinning(
+        &mut self,
+        spin: Duration,
+        deadline: Instant,
+    ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
+        let (len, fds) = self.receive_bytes(spin, deadline)?;
         match Packet::decode(&self.buffer[..len])?.body {
             Some(Body::Refused(Refused { reason })) => Err(ChannelError::Refused(reason)),
             Some(body) => Ok((body, fds)),
@@ -220,14 +237,18 @@ impl Channel {
         }
     }
 
-    fn receive_bytes(&mut self, deadline: Instant) -> Result<(usize, Vec<OwnedFd>), ChannelError> {
+    fn receive_bytes(
+        &mut self,
+        spin: Duration,
+        deadline: Instant,
+    ) -> Result<(usize, Vec<OwnedFd>), ChannelError> {
         let began = Instant::now();
         loop {
             match frame::try_receive(&self.socket, &mut self.buffer) {
                 Err(FrameError::TimedOut) => {}
                 other => return Ok(other?),
             }
-            if began.elapsed() < SPIN {
+            if began.elapsed() < spin {
                 std::thread::yield_now();
             } else if !wait_readable(&self.socket, deadline) {
                 return Err(FrameError::TimedOut.into());

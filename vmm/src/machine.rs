@@ -176,6 +176,11 @@ impl Machine {
         Ok(())
     }
 
+    /// The machine runs and nothing is urgent: its threads go where the scheduler wants them.
+    pub fn release_cpus(&self) {
+        self.vcpus.release_cpus();
+    }
+
     /// Undoes [`Machine::stand_still`], wherever it came to.
     fn run_on(&self) {
         for device in &self.devices {

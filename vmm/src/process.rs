@@ -103,6 +103,7 @@ impl Process {
         };
         process.open()?;
         process.guest.machine.enter(ENTER_PATIENCE)?;
+        process.guest.machine.release_cpus();
         Ok(process)
     }
 
@@ -134,6 +135,7 @@ impl Process {
         };
         // Callers first: they may ask while the report is still being measured.
         process.open()?;
+        process.guest.machine.release_cpus();
         let told = incoming::hear_predecessor(&mut channel);
         let us = process.desk.release();
         let report = measure::report(&evidence, &process.guest.machine, told, &swap, us);
@@ -196,6 +198,7 @@ impl Process {
         self.waiting
             .retain(|event| matches!(event, Event::Control(_)));
         self.guest.machine.enter(ENTER_PATIENCE)?;
+        self.guest.machine.release_cpus();
         Ok(())
     }
 
@@ -250,7 +253,12 @@ impl Process {
             self.stay();
         }
         let _ = reply.send(Reply::Handover(outcome));
-        moved.then_some(End::Moved)
+        // Callers read to the end of replies; they need not wait for our retirement.
+        drop(reply);
+        moved.then(|| {
+            outgoing::retire(channel);
+            End::Moved
+        })
     }
 
     fn stay(&self) {

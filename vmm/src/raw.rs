@@ -8,12 +8,17 @@ use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 use stillpoint_state::StateError;
 use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::ioctl_iow_nr;
 
-ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
-ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
-ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
-ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
+/// Numbers of the ioctls (include/uapi/linux/kvm.h).
+mod nr {
+    #![allow(missing_docs, unreachable_pub)] // The macro makes undocumented public functions.
+    use super::{KVMIO, kvm_device_attr, kvm_signal_mask};
+    use vmm_sys_util::ioctl_iow_nr;
+    ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
+    ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+    ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
+}
 
 /// A kernel structure that is plain bytes: any bit pattern is a value, and `Default` is zeroes.
 ///
@@ -82,7 +87,7 @@ pub fn set_signal_mask(vcpu: &VcpuFd, blocked: u64) -> Result<(), Errno> {
         set: blocked.to_ne_bytes(),
     };
     // SAFETY: the structure is what KVM_SET_SIGNAL_MASK reads: its head and `len` bytes.
-    errno(unsafe { ioctl_with_ref(vcpu, KVM_SET_SIGNAL_MASK(), &mask.head) })
+    errno(unsafe { ioctl_with_ref(vcpu, nr::KVM_SET_SIGNAL_MASK(), &mask.head) })
 }
 
 fn tsc_offset_attr(addr: u64) -> kvm_device_attr {
@@ -97,7 +102,7 @@ fn tsc_offset_attr(addr: u64) -> kvm_device_attr {
 /// Whether this kernel has the TSC offset attribute (5.16 and later).
 pub fn has_tsc_offset(vcpu: &VcpuFd) -> bool {
     // SAFETY: reads the attribute's description only.
-    unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &tsc_offset_attr(0)) == 0 }
+    unsafe { ioctl_with_ref(vcpu, nr::KVM_HAS_DEVICE_ATTR(), &tsc_offset_attr(0)) == 0 }
 }
 
 /// Guest TSC less host TSC, cycles (Documentation/virt/kvm/devices/vcpu.rst section 4.1).
@@ -105,7 +110,7 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Result<i64, Errno> {
     let mut offset = 0i64;
     let attr = tsc_offset_attr(std::ptr::from_mut(&mut offset).expose_provenance() as u64);
     // SAFETY: the kernel writes 8 bytes at `addr`, which is `offset`, alive and exclusive.
-    errno(unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attr) })?;
+    errno(unsafe { ioctl_with_ref(vcpu, nr::KVM_GET_DEVICE_ATTR(), &attr) })?;
     // SAFETY: a plain volatile read of our own local, which the kernel wrote behind the
     // compiler's back.
     Ok(unsafe { std::ptr::read_volatile(&raw const offset) })
@@ -115,7 +120,7 @@ pub fn tsc_offset(vcpu: &VcpuFd) -> Result<i64, Errno> {
 pub fn set_tsc_offset(vcpu: &VcpuFd, offset: i64) -> Result<(), Errno> {
     let attr = tsc_offset_attr(std::ptr::from_ref(&offset).expose_provenance() as u64);
     // SAFETY: the kernel reads 8 bytes at `addr`, which is `offset`, alive.
-    errno(unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) })
+    errno(unsafe { ioctl_with_ref(vcpu, nr::KVM_SET_DEVICE_ATTR(), &attr) })
 }
 
 fn errno(ret: i32) -> Result<(), Errno> {

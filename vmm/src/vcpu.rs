@@ -15,6 +15,7 @@
 //! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
 
 pub mod msrs;
+pub mod placement;
 pub mod state;
 pub mod timer;
 
@@ -32,11 +33,15 @@ use stillpoint_state::sections::Vcpu as VcpuSection;
 use crate::bus::Bus;
 use crate::machine::Event;
 use crate::memory::Memory;
+use placement::Home;
 use state::{LoadedVcpu, VcpuError};
 
-/// How long an answer is spun for before the thread sleeps: a wake-up costs more than most of
-/// the steps of a freeze.
-const SPIN: Duration = Duration::from_micros(150);
+/// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a
+/// wake-up costs more than most of the steps of a freeze.
+const SPIN: Duration = Duration::from_micros(300);
+
+/// How long the machine thread leaves the cores to vCPUs that were just let in.
+const HEAD_START: Duration = Duration::from_millis(1);
 
 /// What a vCPU thread is told.
 #[derive(Debug)]
@@ -47,6 +52,8 @@ enum Order {
     Park,
     /// Save, in this state format.
     Save { format: u32 },
+    /// The next order comes at once: stay awake for it.
+    StandBy,
     /// Load everything that changes nothing outside this process.
     Load(Box<VcpuSection>),
     /// The guest is ours: load the rest and run, with exits going to this bus.
@@ -58,7 +65,7 @@ enum Order {
 /// What it answers.
 #[derive(Debug)]
 enum Answer {
-    Ready(Result<(), VcpuError>),
+    Ready(Result<Home, VcpuError>),
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
@@ -100,6 +107,7 @@ pub enum VcpusError {
 struct Thread {
     orders: Sender<Order>,
     handle: Option<JoinHandle<()>>,
+    home: Home,
 }
 
 /// The vCPUs.
@@ -107,6 +115,16 @@ struct Thread {
 pub struct VcpuSet {
     threads: Vec<Thread>,
     answers: Receiver<(u8, Answer)>,
+}
+
+/// How long answers are waited for.
+struct Wait {
+    /// What the vCPUs were told, for the error.
+    what: &'static str,
+    /// Stay awake this long: only where no vCPU that is to run waits for this core.
+    spin: Duration,
+    /// Give up after this.
+    patience: Duration,
 }
 
 /// What every vCPU thread shares.
@@ -126,7 +144,6 @@ impl VcpuSet {
             threads: Vec::with_capacity(fds.len()),
             answers,
         };
-        let count = fds.len();
         for (id, fd) in (0u8..).zip(fds) {
             let (orders, inbox) = channel();
             let answer = answer.clone();
@@ -138,20 +155,34 @@ impl VcpuSet {
             set.threads.push(Thread {
                 orders,
                 handle: Some(handle),
+                home: Home::default(),
             });
         }
         // Each thread primes its vCPU first: KVM binds it to the thread (a first KVM_RUN from
         // another one waits for an RCU grace period) and consumes requests left by its creation.
-        set.gather(
-            count,
-            "get ready",
-            Duration::from_secs(10),
+        let ready = Duration::from_secs(10);
+        let homes = set.gather(
+            Wait {
+                what: "get ready",
+                spin: Duration::ZERO,
+                patience: ready,
+            },
             |answer| match answer {
                 Answer::Ready(result) => Some(result),
                 _ => None,
             },
         )?;
+        for (thread, home) in set.threads.iter_mut().zip(homes) {
+            thread.home = home;
+        }
         Ok(set)
+    }
+
+    /// Lets the threads run wherever they were allowed to before they were spread.
+    pub fn release_cpus(&self) {
+        for thread in &self.threads {
+            thread.home.return_to();
+        }
     }
 
     /// How many.
@@ -169,21 +200,24 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Waits for `count` answers that `pick` takes; others are late ones of a gather that was
+    /// Waits for an answer of each vCPU that `pick` takes; others are late ones of a gather that was
     /// given up on, and are dropped.
     fn gather<T>(
         &self,
-        count: usize,
-        what: &'static str,
-        patience: Duration,
+        wait: Wait,
         mut pick: impl FnMut(Answer) -> Option<Result<T, VcpuError>>,
     ) -> Result<Vec<T>, VcpusError> {
-        let began = Instant::now();
+        let Wait {
+            what,
+            spin,
+            patience,
+        } = wait;
+        let (began, count) = (Instant::now(), self.count());
         let mut got: Vec<Option<T>> = (0..count).map(|_| None).collect();
         let mut missing = count;
         let mut failure = None;
         while missing > 0 {
-            let Some((vcpu, answer)) = wait_for(&self.answers, began + patience)? else {
+            let Some((vcpu, answer)) = wait_for(&self.answers, spin, began + patience)? else {
                 return Err(VcpusError::Late {
                     missing,
                     count,
@@ -208,9 +242,14 @@ impl VcpuSet {
     pub fn park(&self, patience: Duration) -> Result<(), VcpusError> {
         self.tell(|_| Order::Park)?;
         self.kick();
-        self.gather(self.count(), "park", patience, |answer| {
-            matches!(answer, Answer::Parked).then_some(Ok(()))
-        })
+        self.gather(
+            Wait {
+                what: "park",
+                spin: SPIN,
+                patience,
+            },
+            |answer| matches!(answer, Answer::Parked).then_some(Ok(())),
+        )
         .map(drop)
     }
 
@@ -235,14 +274,21 @@ impl VcpuSet {
     ) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
         self.tell(|_| Order::Save { format })?;
         self.gather(
-            self.count(),
-            "save their state",
-            patience,
+            Wait {
+                what: "save their state",
+                spin: SPIN,
+                patience,
+            },
             |answer| match answer {
                 Answer::Saved(result) => Some(result.map(|saved| *saved)),
                 _ => None,
             },
         )
+    }
+
+    /// Wakes the threads ahead of an order that comes at once.
+    pub fn stand_by(&self) -> Result<(), VcpusError> {
+        self.tell(|_| Order::StandBy)
     }
 
     /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
@@ -254,9 +300,11 @@ impl VcpuSet {
     /// Waits till every vCPU has loaded.
     pub fn loaded(&self, patience: Duration) -> Result<Vec<LoadedVcpu>, VcpusError> {
         self.gather(
-            self.count(),
-            "load their state",
-            patience,
+            Wait {
+                what: "load their state",
+                spin: SPIN,
+                patience,
+            },
             |answer| match answer {
                 Answer::Loaded(result) => Some(result),
                 _ => None,
@@ -268,10 +316,19 @@ impl VcpuSet {
     /// TSC at which the last was let in.
     pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<u64, VcpusError> {
         self.tell(|_| Order::Enter(Arc::clone(bus)))?;
-        let entries = self.gather(self.count(), "enter the guest", patience, |a| match a {
-            Answer::Entering(result) => Some(result),
-            _ => None,
-        })?;
+        // Their answers would wake this thread on the very cores they are about to use.
+        std::thread::sleep(HEAD_START);
+        let entries = self.gather(
+            Wait {
+                what: "enter the guest",
+                spin: Duration::ZERO,
+                patience,
+            },
+            |a| match a {
+                Answer::Entering(result) => Some(result),
+                _ => None,
+            },
+        )?;
         Ok(entries.into_iter().max().unwrap_or_default())
     }
 }
@@ -291,13 +348,17 @@ impl Drop for VcpuSet {
 }
 
 /// Waits for a message: spins a little, then sleeps. `None` when the deadline passes.
-fn wait_for<T>(from: &Receiver<T>, deadline: Instant) -> Result<Option<T>, VcpusError> {
+fn wait_for<T>(
+    from: &Receiver<T>,
+    spin: Duration,
+    deadline: Instant,
+) -> Result<Option<T>, VcpusError> {
     let spun = Instant::now();
     loop {
         match from.try_recv() {
             Ok(message) => return Ok(Some(message)),
             Err(TryRecvError::Disconnected) => return Err(VcpusError::Died),
-            Err(TryRecvError::Empty) if spun.elapsed() < SPIN => std::thread::yield_now(),
+            Err(TryRecvError::Empty) if spun.elapsed() < spin => std::thread::yield_now(),
             Err(TryRecvError::Empty) => break,
         }
     }

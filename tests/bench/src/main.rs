@@ -55,7 +55,7 @@ pub(crate) struct Options {
 fn main() -> ExitCode {
     let mut options = Options::parse();
     if options.quick {
-        options.swaps = options.swaps.min(20);
+        options.swaps = options.swaps.min(10);
         options.big_swaps = 0;
     }
     if let Some(reason) = ground::no_kvm() {

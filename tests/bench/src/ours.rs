@@ -49,9 +49,22 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Phases within the blackout. The last ends where the blackout does: what the report counts
+/// further is the wait until the new process notices that its vCPUs run.
+fn within(report: &SwapReport) -> Vec<(String, u64)> {
+    let mut left = report.blackout.host;
+    let phases = report.phases.iter().filter(|phase| phase.in_blackout);
+    phases
+        .map(|phase| {
+            let took = phase.duration.min(left);
+            left -= took;
+            (phase.name.clone(), nanos(took))
+        })
+        .collect()
+}
+
 fn sample(report: &SwapReport) -> Sample {
-    let (within, before): (Vec<_>, Vec<_>) =
-        report.phases.iter().partition(|phase| phase.in_blackout);
+    let before = report.phases.iter().filter(|phase| !phase.in_blackout);
     Sample {
         host_ns: nanos(report.blackout.host),
         guest_ns: report
@@ -60,12 +73,8 @@ fn sample(report: &SwapReport) -> Sample {
             .iter()
             .map(|gap| gap.unwrap_or(0))
             .collect(),
-        phases: within
-            .iter()
-            .map(|phase| (phase.name.clone(), nanos(phase.duration)))
-            .collect(),
+        phases: within(report),
         brownout: before
-            .iter()
             .map(|phase| (phase.name.clone(), nanos(phase.duration)))
             .collect(),
     }

@@ -13,6 +13,8 @@ use crate::{Options, control, environment, floor, ours};
 
 /// Swaps before the other side has its turn.
 const BATCH: u32 = 10;
+/// The same in a quick run.
+const QUICK_BATCH: u32 = 5;
 /// The same for the machines of two sizes.
 const BIG_BATCH: u32 = 5;
 /// After a stopped VMM goes on: to be itself again.
@@ -48,7 +50,7 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     for scene in [BASE, PAIR] {
         measured
             .series
-            .extend(beside_floor(scene, options.swaps, tsc_khz)?);
+            .extend(beside_floor(scene, options, tsc_khz)?);
     }
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
@@ -91,11 +93,13 @@ fn middle(samples: &[Sample]) -> u64 {
 }
 
 /// Ours, nobody and the floor, in turns.
-fn beside_floor(scene: Scene, swaps: u32, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
+fn beside_floor(scene: Scene, options: &Options, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
+    let swaps = options.swaps;
+    let batch = if options.quick { QUICK_BATCH } else { BATCH };
     let mut all = [Who::Ours, Who::Floor, Who::NoSwap].map(|who| Series::new(scene, who));
     let [own, bare, none] = &mut all;
     let mut done = 0;
-    for count in batches(swaps, BATCH) {
+    for count in batches(swaps, batch) {
         progress(scene.title, done, swaps);
         small_batch(own, Some((none, tsc_khz)), count)?;
         let taken = floor::swaps(&scene, count).context("a batch of the floor")?;

@@ -88,9 +88,9 @@ pub(crate) struct Noise {
     pub(crate) effect_p50: f64,
     /// And p99.
     pub(crate) effect_p99: f64,
-    /// Whether the gaps of nobody's making reach the effect at the median.
+    /// Whether the median's ratio could as well be 1.
     pub(crate) hides_p50: bool,
-    /// And at p99.
+    /// Whether that of p99 could, or gaps of nobody's making reach what we add there.
     pub(crate) hides_p99: bool,
 }
 
@@ -240,14 +240,22 @@ fn noise(measured: &Measured, scene: &Scene) -> Option<Noise> {
             .and_then(|s| stats::summary(&s.guest()))
     };
     let (ours, floor, no_swap) = (of(Who::Ours)?, of(Who::Floor)?, of(Who::NoSwap)?);
+    let guest = |who| measured.get(scene, who).map(Series::guest);
+    let even = |q| {
+        let (ours, floor) = (guest(Who::Ours), guest(Who::Floor));
+        let ratio = ours
+            .zip(floor)
+            .and_then(|(ours, floor)| stats::ratio(&ours, &floor, q));
+        ratio.is_none_or(|ratio| (ratio.low..=ratio.high).contains(&1.0))
+    };
     let (effect_p50, effect_p99) = (ours.p50 - floor.p50, ours.p99 - floor.p99);
     Some(Noise {
         scene: scene.title,
         no_swap,
         effect_p50,
         effect_p99,
-        hides_p50: no_swap.p50 >= effect_p50.abs(),
-        hides_p99: no_swap.p99 >= effect_p99.abs(),
+        hides_p50: even(0.5),
+        hides_p99: even(0.99) || no_swap.p99 >= effect_p99.abs(),
     })
 }
 

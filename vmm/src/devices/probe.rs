@@ -120,7 +120,7 @@ pub fn gap_over(
             let entry = ring.checked_add(slot * 16)?;
             Some(word(entry)?..word(entry.checked_add(8)?)?)
         })
-        .filter(|gap| gap.start < window.end && window.start < gap.end)
+        .filter(|gap| gap.start < gap.end && gap.start < window.end && window.start < gap.end)
         .map(|gap| gap.end - gap.start)
         .max()
 }

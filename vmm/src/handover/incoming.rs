@@ -314,7 +314,7 @@ fn await_word(
         what: "word",
         source,
     };
-    match channel.receive(Instant::now() + OFFER_PATIENCE) {
+    match channel.receive_soon(Instant::now() + OFFER_PATIENCE) {
         Ok((Body::GiveUp(give_up), _)) => {
             faults::reach(faults::Point::Take).map_err(AdoptError::Injected)?;
             ownership.take(epoch)?;

@@ -17,11 +17,14 @@ use crate::boot::cpuid;
 use crate::machine::FreezeError;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
 use crate::release;
+use crate::vcpu::placement;
 
 /// What follows give-up costs at least this much, however quick loading was.
 const LEAST_RESERVE: Duration = Duration::from_millis(1);
 /// How often the wait for the successor looks whether the guest still wants to be swapped.
 const GLANCE: Duration = Duration::from_millis(10);
+/// The longest a predecessor stays when it has nothing left to do.
+const LINGER: Duration = Duration::from_secs(1);
 /// How long a successor that has the guest may take to say so.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -359,6 +362,15 @@ fn write_sealed(fd: &OwnedFd, bytes: &[u8]) -> Result<(), rustix::io::Errno> {
     }
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     rustix::fs::fcntl_add_seals(fd, seals)
+}
+
+/// The guest runs elsewhere. Clearing up here takes milliseconds of kernel time, which a busy
+/// guest would miss in its first moments: so wait until the successor has taken its measurements
+/// (it closes the channel then), and step behind everybody else.
+pub fn retire(mut channel: Channel) {
+    let deadline = Instant::now() + LINGER;
+    while channel.receive(deadline).is_ok() {}
+    placement::stand_back();
 }
 
 /// After give-up: the successor says that it runs the guest, or the guest is taken back.

@@ -234,6 +234,7 @@ impl Blank {
         mut state: Unclaimed,
         patience: Duration,
     ) -> Result<(Machine, Loaded), BuildError> {
+        self.vcpus.stand_by()?;
         let count = self.vcpus.count();
         let sections: Vec<Vcpu> = (0..count)
             .map(|id| state.take(&id.to_string()))

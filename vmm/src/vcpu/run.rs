@@ -18,8 +18,9 @@ use vmm_sys_util::signal::{SIGRTMIN, block_signal, clear_signal};
 
 use super::exit::{self, Exit};
 use super::msrs::{self, Late};
+use super::placement::Home;
 use super::state::{self, VcpuError};
-use super::{Answer, Order, Surroundings, wait_for};
+use super::{Answer, Order, SPIN, Surroundings, wait_for};
 use crate::bus::Bus;
 use crate::clock;
 use crate::machine::Event;
@@ -59,6 +60,8 @@ pub(super) struct Runner {
     /// MSRs to load once the guest is ours.
     late: Late,
     ended: bool,
+    /// Whether the next order is microseconds away, so that it pays to stay awake.
+    awake: bool,
 }
 
 impl Runner {
@@ -80,6 +83,7 @@ impl Runner {
             msrs: Vec::new(),
             late,
             ended: false,
+            awake: false,
         }
     }
 
@@ -102,7 +106,12 @@ impl Runner {
         let _ = self.answers.send((self.id, answer));
     }
 
-    fn prime(&mut self) -> Result<(), VcpuError> {
+    fn come_to_rest(&mut self) {
+        self.answer(Answer::Parked);
+        self.awake = true;
+    }
+
+    fn prime(&mut self) -> Result<Home, VcpuError> {
         state::warm_up();
         let kick = kick_signal();
         block_signal(kick).map_err(|_| VcpuError::Signal)?;
@@ -111,20 +120,25 @@ impl Runner {
         unsafe { libc::pthread_kill(libc::pthread_self(), kick) };
         settle(&mut self.fd)?;
         self.msrs = msrs::readable(&self.fd)?;
-        Ok(())
+        Ok(Home::spread(self.id))
     }
 
     fn parked(&mut self) -> Phase {
-        // During a swap the next order is microseconds away, at other times hours.
+        let spin = if std::mem::take(&mut self.awake) {
+            SPIN
+        } else {
+            Duration::ZERO
+        };
         let far = Instant::now() + Duration::from_secs(3600);
-        let order = match wait_for(&self.orders, far) {
+        let order = match wait_for(&self.orders, spin, far) {
             Ok(Some(order)) => order,
             Ok(None) => return Phase::Parked,
             Err(_) => return Phase::Stopped,
         };
         match order {
             Order::Stop => return Phase::Stopped,
-            Order::Park => self.answer(Answer::Parked),
+            Order::Park => self.come_to_rest(),
+            Order::StandBy => self.awake = true,
             Order::Save { format } => {
                 let saved = state::save(&mut self.fd, &mut self.msrs, format);
                 self.answer(Answer::Saved(saved.map(Box::new)));
@@ -136,6 +150,7 @@ impl Runner {
                     loaded
                 });
                 self.answer(Answer::Loaded(loaded));
+                self.awake = true;
             }
             Order::Run => return self.enter(),
             Order::Enter(bus) => {
@@ -171,7 +186,7 @@ impl Runner {
                 Exit::Handled => {}
                 Exit::Kicked => match self.orders.try_recv() {
                     Ok(Order::Park) => {
-                        self.answer(Answer::Parked);
+                        self.come_to_rest();
                         return Phase::Parked;
                     }
                     Ok(Order::Stop) => return Phase::Stopped,

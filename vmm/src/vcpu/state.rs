@@ -57,6 +57,7 @@ impl VcpuError {
 }
 
 /// Either crate's errno.
+#[derive(Debug)]
 pub struct KvmErrno(std::io::Error);
 
 impl From<kvm_ioctls::Error> for KvmErrno {
@@ -84,12 +85,15 @@ pub fn save(
     msr_list: &mut Vec<u32>,
     format: u32,
 ) -> Result<(VcpuSection, u32), VcpuError> {
-    let mut section = VcpuSection::default();
     // First: reading it accepts a pending INIT or SIPI, which changes registers and local APIC.
-    section.mp_state = fd
+    let mp_state = fd
         .get_mp_state()
         .map_err(VcpuError::kvm("save MP state"))?
         .mp_state;
+    let mut section = VcpuSection {
+        mp_state,
+        ..VcpuSection::default()
+    };
     section.tsc_khz = fd.get_tsc_khz().unwrap_or(0);
     section.tsc_offset = raw::tsc_offset(fd).ok();
     let mut msrs = msrs::read(fd, msr_list)?;

@@ -108,7 +108,7 @@ fn bar(svg: &mut Svg, phases: &Phases, y: f64, x: impl Fn(f64) -> f64) {
             (width, BAR),
             &format!("{name}: {ms:.3} ms"),
         );
-        let class = if known.2 { "on" } else { "onlight" };
+        let class = if known.2 { "on" } else { "ondark" };
         let middle = f64::midpoint(left, right);
         if width > 54.0 {
             svg.text(middle, y + 15.0, class, Anchor::Middle, name);

@@ -2,35 +2,57 @@
 
 use std::fmt::Write;
 
-/// Colours and type. A viewer that knows no media queries shows the light ones.
-const STYLE: &str = "
-svg { --page:#ffffff; --ink:#1f2430; --soft:#5b6475; --line:#dfe3ea; --mark:#1f2430;
-  --ours:#2563eb; --floor:#d9730d; --none:#8a93a3;
-  --p0:#1e3a8a; --p1:#2563eb; --p2:#60a5fa; --p3:#a9cdfb;
-  --s0:#9a4a06; --s1:#e07b16; --s2:#f7b267; --rest:#b6bdc9; }
-@media (prefers-color-scheme: dark) {
-  svg { --page:#14171d; --ink:#e8ebf1; --soft:#a2abba; --line:#2c323d; --mark:#f4f6fa;
-    --ours:#6ea8fe; --floor:#ffab57; --none:#7d8798;
-    --p0:#3f6ad8; --p1:#6ea8fe; --p2:#9cc5ff; --p3:#cfe2ff;
-    --s0:#c9690f; --s1:#ff9f43; --s2:#ffd09b; --rest:#5a6372; } }
+/// What does not depend on light or dark.
+const SHAPES: &str = "
 text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif;
-  font-size: 13px; fill: var(--ink, #1f2430); }
+  font-size: 13px; }
 .title { font-size: 19px; font-weight: 600; }
-.soft { fill: var(--soft, #5b6475); }
 .small { font-size: 12px; }
 .bold { font-weight: 600; }
-.on { fill: #ffffff; font-size: 12px; font-weight: 600; }
-.onlight { fill: #1f2430; font-size: 12px; font-weight: 600; }
-.page { fill: var(--page); }
-.grid { stroke: var(--line); stroke-width: 1; }
-.mark { stroke: var(--mark); stroke-width: 2.5; }
-.thin { stroke: var(--mark); stroke-width: 1.5; fill: none; }
-.box { fill: var(--page); fill-opacity: .55; stroke: var(--mark); stroke-width: 1.5; }
-.dot { fill-opacity: .55; }
-.ours { fill: var(--ours); } .floor { fill: var(--floor); } .none { fill: var(--none); }
-.p0 { fill: var(--p0); } .p1 { fill: var(--p1); } .p2 { fill: var(--p2); } .p3 { fill: var(--p3); }
-.s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); } .rest { fill: var(--rest); }
+text.on, text.ondark { font-size: 12px; font-weight: 600; }
+.grid { stroke-width: 1; }
+.mark { stroke-width: 2.5; }
+.thin { stroke-width: 1.5; }
+.box { fill-opacity: .6; stroke-width: 1.5; }
+.dot { fill-opacity: .5; }
 ";
+
+/// Selector, property, colour on a light page, on a dark one. No CSS variables: not every viewer
+/// knows them. One that knows no media queries shows the light ones.
+const COLOURS: [(&str, &str, &str, &str); 19] = [
+    ("text", "fill", "#1f2430", "#e8ebf1"),
+    ("text.soft", "fill", "#5b6475", "#a2abba"),
+    ("text.on", "fill", "#ffffff", "#ffffff"),
+    ("text.ondark", "fill", "#1f2430", "#14171d"),
+    (".page, .box", "fill", "#ffffff", "#14171d"),
+    (".grid", "stroke", "#e1e5ec", "#2c323d"),
+    (".mark, .thin", "stroke", "#1f2430", "#f4f6fa"),
+    (".box", "stroke", "#1f2430", "#f4f6fa"),
+    (".ours", "fill", "#2563eb", "#6ea8fe"),
+    (".floor", "fill", "#d9730d", "#ffab57"),
+    (".none", "fill", "#8a93a3", "#7d8798"),
+    (".p0", "fill", "#1e3a8a", "#2f56bd"),
+    (".p1", "fill", "#2563eb", "#4d86ee"),
+    (".p2", "fill", "#6aa5fb", "#8fbcff"),
+    (".p3", "fill", "#b3d2fc", "#c9dfff"),
+    (".s0", "fill", "#9a4a06", "#a9570c"),
+    (".s1", "fill", "#e07b16", "#f08c2c"),
+    (".s2", "fill", "#f7b267", "#ffc78a"),
+    (".rest", "fill", "#b6bdc9", "#6a7382"),
+];
+
+fn style() -> String {
+    let rules = |colour: fn(&(&str, &str, &'static str, &'static str)) -> &'static str| {
+        let mut rules = String::new();
+        for row in &COLOURS {
+            // Writing to a string does not fail.
+            let _ = writeln!(rules, "{} {{ {}: {}; }}", row.0, row.1, colour(row));
+        }
+        rules
+    };
+    let (light, dark) = (rules(|row| row.2), rules(|row| row.3));
+    format!("{SHAPES}{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n")
+}
 
 /// A picture being drawn.
 pub(super) struct Svg {
@@ -111,8 +133,9 @@ impl Svg {
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
              width=\"{width}\" height=\"{height}\" role=\"img\">\n<title>{description}</title>\n\
-             <style>{STYLE}</style>\n\
-             <rect class=\"page\" x=\"0\" y=\"0\" width=\"{width}\" height=\"{height}\"/>\n{body}</svg>\n"
+             <style>{}</style>\n\
+             <rect class=\"page\" x=\"0\" y=\"0\" width=\"{width}\" height=\"{height}\"/>\n{body}</svg>\n",
+            style()
         )
     }
 }
