@@ -30,7 +30,7 @@ pub(crate) struct Facts {
     pub(crate) load_before: f64,
     /// And after.
     pub(crate) load_after: f64,
-    /// Whether threads were pinned to cores.
+    /// Whether the bench pinned anything to cores (releases may place their own threads).
     pub(crate) pinned: bool,
 }
 

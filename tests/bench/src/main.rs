@@ -2,7 +2,8 @@
 //!
 //! Ours and the floor (the same KVM calls with nothing of ours around them, `stillpoint-floor`)
 //! take turns on the same guest image with the same command line, so that what else the machine
-//! does falls on both. Threads are not pinned and nothing host-wide is changed. A control beside
+//! does falls on both. The bench pins nothing and changes nothing
+//! host-wide. A control beside
 //! it looks at windows of the same length in which nobody swaps: that is the machine's noise.
 //!
 //! | module | what it holds |
@@ -44,6 +45,9 @@ pub(crate) struct Options {
     /// Swaps of the machine with 8 GiB; each takes seconds of preparation.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     big_swaps: u32,
+    /// Time for all of it: on a busy machine there are fewer swaps, and the output says so.
+    #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
     /// A small run, under half a minute, without the machine with 8 GiB.
     #[arg(long)]
     quick: bool,
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
     if options.quick {
         options.swaps = options.swaps.min(10);
         options.big_swaps = 0;
+        options.seconds = options.seconds.min(25);
     }
     if let Some(reason) = ground::no_kvm() {
         eprintln!("bench: nothing to measure on: {reason}");

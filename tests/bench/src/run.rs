@@ -46,20 +46,35 @@ impl Measured {
 pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     let began = Instant::now();
     let mut measured = Measured::default();
+    let until = |share: f64| began + Duration::from_secs(options.seconds).mul_f64(share);
     let tsc_khz = environment::tsc_khz();
-    for scene in [BASE, PAIR] {
-        measured
-            .series
-            .extend(beside_floor(scene, options, tsc_khz)?);
+    for (scene, share) in [(BASE, 0.33), (PAIR, 0.63)] {
+        let series = beside_floor(scene, options, until(share), tsc_khz)?;
+        note_short(&mut measured, &series[0], options.swaps);
+        measured.series.extend(series);
     }
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
-        None => measured
-            .series
-            .extend(two_sizes(options.big_swaps, tsc_khz)?),
+        None => {
+            let series = two_sizes(options.big_swaps, until(1.0), tsc_khz)?;
+            note_short(&mut measured, &series[1], options.big_swaps);
+            measured.series.extend(series);
+        }
     }
     measured.took = began.elapsed();
     Ok(measured)
+}
+
+/// A busy machine takes longer than there is time for.
+fn note_short(measured: &mut Measured, series: &Series, asked: u32) {
+    let done = series.samples.len() + series.unseen;
+    if done < asked as usize {
+        measured.left_out.push(format!(
+            "{}: {} of {asked} swaps, for want of time (--seconds)",
+            series.scene.title,
+            asked as usize - done
+        ));
+    }
 }
 
 fn no_room(options: &Options) -> Option<String> {
@@ -93,20 +108,28 @@ fn middle(samples: &[Sample]) -> u64 {
 }
 
 /// Ours, nobody and the floor, in turns.
-fn beside_floor(scene: Scene, options: &Options, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
+fn beside_floor(
+    scene: Scene,
+    options: &Options,
+    until: Instant,
+    tsc_khz: u64,
+) -> anyhow::Result<[Series; 3]> {
     let swaps = options.swaps;
     let batch = if options.quick { QUICK_BATCH } else { BATCH };
     let mut all = [Who::Ours, Who::Floor, Who::NoSwap].map(|who| Series::new(scene, who));
     let [own, bare, none] = &mut all;
     let mut done = 0;
     for count in batches(swaps, batch) {
+        if done > 0 && Instant::now() > until {
+            break;
+        }
         progress(scene.title, done, swaps);
         small_batch(own, Some((none, tsc_khz)), count)?;
         let taken = floor::swaps(&scene, count).context("a batch of the floor")?;
         bare.extend(taken);
         done += count;
     }
-    progress(scene.title, done, swaps);
+    progress(scene.title, done, done);
     Ok(all)
 }
 
@@ -131,7 +154,7 @@ fn small_batch(
 
 /// Ours with little and with much RAM, in turns. The large guest is booted and touches its RAM
 /// once, and is stopped while it isn't its turn: it would take a core from the other.
-fn two_sizes(swaps: u32, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
+fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
     let mut small = Series::new(SMALL, Who::Ours);
     let mut large = Series::new(LARGE, Who::Ours);
     let mut none = Series::new(LARGE, Who::NoSwap);
@@ -139,6 +162,9 @@ fn two_sizes(swaps: u32, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
     let mut vm = ours::boot(&LARGE).context("the guest with 8 GiB")?;
     let mut done = 0;
     for count in batches(swaps, BIG_BATCH) {
+        if done > 0 && Instant::now() > until {
+            break;
+        }
         progress(LARGE.title, done, swaps);
         signal(&vm, Signal::STOP)?;
         small_batch(&mut small, None, count)?;
@@ -149,7 +175,7 @@ fn two_sizes(swaps: u32, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
         large.extend(samples);
         done += count;
     }
-    progress(LARGE.title, done, swaps);
+    progress(LARGE.title, done, done);
     large.faults = ours::faults(&vm)?;
     vm.power_off()?;
     Ok([small, large, none])

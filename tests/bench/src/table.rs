@@ -105,7 +105,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     )?;
     writeln!(
         to,
-        "  threads not pinned; every page of guest RAM touched before; {:.0} s",
+        "  nothing pinned by the bench; every page of guest RAM touched before; {:.0} s",
         report.took_s
     )
 }
@@ -126,7 +126,11 @@ fn phases(to: &mut String, report: &Report) -> std::fmt::Result {
         for (name, ms) in &phases.medians {
             write!(to, " {name} {ms:.2} ")?;
         }
-        writeln!(to, " between {:.2}", phases.between)?;
+        writeln!(
+            to,
+            " between {:.2}  to the first reading {:.2}",
+            phases.between, phases.after
+        )?;
     }
     Ok(())
 }
@@ -143,6 +147,13 @@ fn noise_line(to: &mut String, noise: &Noise) -> std::fmt::Result {
         noise.effect_p50,
         noise.effect_p99
     )?;
+    if noise.busy {
+        writeln!(
+            to,
+            "{:21}this machine is too busy: gaps like a swap's come without one",
+            ""
+        )?;
+    }
     for (hidden, which) in [(noise.hides_p50, "medians"), (noise.hides_p99, "p99")] {
         if hidden {
             writeln!(

@@ -88,6 +88,8 @@ pub(crate) struct Noise {
     pub(crate) effect_p50: f64,
     /// And p99.
     pub(crate) effect_p99: f64,
+    /// Whether half of the windows without a swap hold a gap of half a swap of the floor or more.
+    pub(crate) busy: bool,
     /// Whether the median's ratio could as well be 1.
     pub(crate) hides_p50: bool,
     /// Whether that of p99 could, or gaps of nobody's making reach what we add there.
@@ -120,6 +122,9 @@ pub(crate) struct Phases {
     pub(crate) medians: Vec<(String, f64)>,
     /// Median of what is in no phase: wake-ups between the processes.
     pub(crate) between: f64,
+    /// Median of what the guest sees beyond the host's blackout: from the first entry to the first
+    /// reading of a clock, faults and waits for a core among it.
+    pub(crate) after: f64,
     /// Median of the host's blackout.
     pub(crate) host: f64,
     /// And of the guest's.
@@ -254,6 +259,7 @@ fn noise(measured: &Measured, scene: &Scene) -> Option<Noise> {
         no_swap,
         effect_p50,
         effect_p99,
+        busy: no_swap.p50 * 2.0 >= floor.p50,
         hides_p50: even(0.5),
         hides_p99: even(0.99) || no_swap.p99 >= effect_p99.abs(),
     })
@@ -287,6 +293,11 @@ fn phases(series: &Series) -> Option<Phases> {
         .iter()
         .map(|s| s.host_ns.saturating_sub(s.phases.iter().map(|p| p.1).sum()))
         .collect();
+    let after: Vec<u64> = series
+        .samples
+        .iter()
+        .map(|s| s.guest().saturating_sub(s.host_ns))
+        .collect();
     let medians = first
         .phases
         .iter()
@@ -299,6 +310,7 @@ fn phases(series: &Series) -> Option<Phases> {
         scene: series.scene,
         medians: medians.collect(),
         between: stats::median(&between),
+        after: stats::median(&after),
         host: stats::median(&series.host()),
         guest: stats::median(&series.guest()),
         brownout: brownout.collect(),

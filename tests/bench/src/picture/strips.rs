@@ -4,7 +4,7 @@ use super::svg::{Anchor, Svg};
 use crate::run::Measured;
 use crate::sample::{Series, Who};
 use crate::scene::{BASE, LARGE, PAIR, SMALL, Scene};
-use crate::stats::{Summary, summary};
+use crate::stats::{Ratio, Summary, summary};
 use crate::verdict::Report;
 
 const WIDTH: f64 = 980.0;
@@ -60,7 +60,7 @@ pub(crate) fn blackout(report: &Report, measured: &Measured) -> String {
     svg.append(rows);
     let facts = &report.environment;
     let foot = format!(
-        "{} cores, {}, kernel {}; threads not pinned; load {:.1} before, {:.1} after",
+        "{} cores, {}, kernel {}; nothing pinned by the bench; load {:.1} before, {:.1} after",
         facts.cores, facts.cpu, facts.kernel, facts.load_before, facts.load_after
     );
     svg.text(28.0, bottom + 76.0, "small soft", Anchor::Start, &foot);
@@ -71,21 +71,22 @@ pub(crate) fn blackout(report: &Report, measured: &Measured) -> String {
 }
 
 fn heading(svg: &mut Svg, report: &Report) {
-    let title = match report.ratios.blackout_vs_floor_p50 {
-        Some(ratio) => format!(
-            "A swap of the VMM stops its guest {ratio:.1} times as long as bare KVM calls do"
-        ),
-        None => "How long a swap of the VMM stops its guest".into(),
+    let title = "How long a swap of the VMM stops its guest";
+    svg.text(28.0, 38.0, "title", Anchor::Start, title);
+    let about = "Longest gap between two TSC readings, as the guest's worst vCPU saw it";
+    let about = match report.intervals.first() {
+        Some(first) => {
+            let Ratio { value, low, high } = first.ratio;
+            format!("{about}. 1 vCPU: {value:.2} times the floor (95 %: {low:.2} to {high:.2})")
+        }
+        None => about.to_owned(),
     };
-    svg.text(28.0, 38.0, "title", Anchor::Start, &title);
-    let about =
-        "Blackout as the guest saw it: the longest gap between two TSC readings on its worst vCPU";
-    svg.text(28.0, 60.0, "soft", Anchor::Start, about);
+    svg.text(28.0, 60.0, "soft", Anchor::Start, &about);
     let mut x = 28.0;
     for (class, text, width) in [
         ("ours", "Stillpoint, one dot a swap", 196.0),
         ("floor", "floor: bare KVM calls", 164.0),
-        ("none", "no swap: same window", 168.0),
+        ("none", "no swap: as long a window", 196.0),
     ] {
         svg.dot(class, (x + 5.0, 84.0), 5.0, text);
         svg.text(x + 16.0, 88.5, "small", Anchor::Start, text);

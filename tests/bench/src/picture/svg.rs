@@ -15,11 +15,12 @@ text.on, text.ondark { font-size: 12px; font-weight: 600; }
 .thin { stroke-width: 1.5; }
 .box { fill-opacity: .6; stroke-width: 1.5; }
 .dot { fill-opacity: .5; }
+.guest { fill: none; stroke-width: 1.2; stroke-dasharray: 4 3; }
 ";
 
 /// Selector, property, colour on a light page, on a dark one. No CSS variables: not every viewer
 /// knows them. One that knows no media queries shows the light ones.
-const COLOURS: [(&str, &str, &str, &str); 19] = [
+const COLOURS: [(&str, &str, &str, &str); 20] = [
     ("text", "fill", "#1f2430", "#e8ebf1"),
     ("text.soft", "fill", "#5b6475", "#a2abba"),
     ("text.on", "fill", "#ffffff", "#ffffff"),
@@ -39,6 +40,7 @@ const COLOURS: [(&str, &str, &str, &str); 19] = [
     (".s1", "fill", "#e07b16", "#f08c2c"),
     (".s2", "fill", "#f7b267", "#ffc78a"),
     (".rest", "fill", "#b6bdc9", "#6a7382"),
+    (".guest", "stroke", "#5b6475", "#a2abba"),
 ];
 
 fn style() -> String {
