@@ -24,3 +24,11 @@ releases: images ## build the VMM releases that tests and demo swap between
 bench: releases ## measure the blackout beside the floor (BENCH="--quick" for less)
 	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
+
+.PHONY: programs
+programs: ## build the daemon and the command
+	$(CARGO) build --release --quiet -p stillpoint
+
+.PHONY: demo
+demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
+	$(CARGO) run --release --quiet -p stillpoint-tests --bin demo

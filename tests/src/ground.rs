@@ -1,6 +1,8 @@
 //! What this machine can do.
 
 use std::fs::OpenOptions;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 /// Why there is no KVM to test on; `None` if there is.
 pub fn no_kvm() -> Option<String> {
@@ -8,15 +10,57 @@ pub fn no_kvm() -> Option<String> {
     open.err().map(|error| format!("/dev/kvm: {error}"))
 }
 
-/// Skips the test by name, with the reason, when this machine has no KVM. `make test` counts the
-/// lines that begin with `SKIPPED`.
+/// Why nothing can be run as another user; `None` if it can.
+pub fn no_other_user() -> Option<String> {
+    (!rustix::process::geteuid().is_root()).then(|| "only root can become another user".into())
+}
+
+/// Why there can be no mount namespace of our own; `None` if there can.
+pub fn no_mount_namespace() -> Option<String> {
+    let mount = ["-m", "mount", "-t", "tmpfs", "none", "/mnt"];
+    let tried = Command::new("unshare")
+        .args(mount)
+        .stderr(Stdio::null())
+        .status();
+    match tried {
+        Ok(status) if status.success() => None,
+        Ok(status) => Some(format!("`unshare -m mount`: {status}")),
+        Err(error) => Some(format!("unshare: {error}")),
+    }
+}
+
+/// Says that the running test is skipped, and why: on standard error and, as a line of its own,
+/// in the file that `STILLPOINT_SKIPPED` names.
+pub fn skip(reason: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    let line = format!("SKIPPED {test}: {reason}\n");
+    eprint!("{line}");
+    if let Some(path) = std::env::var_os("STILLPOINT_SKIPPED") {
+        let file = OpenOptions::new().append(true).create(true).open(path);
+        // One write of one short line: tests in other processes append too.
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+}
+
+/// Skips the test by name, with the reason, when one of the things named (functions that give
+/// the reason why it is missing) is missing on this machine.
+#[macro_export]
+macro_rules! needs {
+    ($($missing:path),+ $(,)?) => {
+        $(
+            if let Some(reason) = $missing() {
+                $crate::ground::skip(&reason);
+                return Ok(());
+            }
+        )+
+    };
+}
+
+/// Skips the test by name when this machine has no KVM.
 #[macro_export]
 macro_rules! needs_kvm {
     () => {
-        if let Some(reason) = $crate::ground::no_kvm() {
-            eprintln!("SKIPPED {}: {reason}", module_path!());
-            return Ok(());
-        }
+        $crate::needs!($crate::ground::no_kvm)
     };
 }
 

@@ -1,11 +1,13 @@
 //! What pulse writes down, read from the RAM file while the guest runs.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use stillpoint_guest_abi::probe::{self, Gap, Record};
 use stillpoint_guest_abi::pulse::{GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report};
+
+use crate::patience::{PATIENCE, wait_for};
 
 /// A view of a pulse guest.
 #[derive(Debug)]
@@ -33,26 +35,21 @@ pub struct Snapshot {
 impl Pulse {
     /// Finds pulse's table in guest RAM.
     pub fn find(ram: OwnedFd, patience: Duration) -> anyhow::Result<Self> {
-        let deadline = Instant::now() + patience;
-        loop {
-            for table in (0..64u64 << 20).step_by(4096) {
-                let mut pulse = Self {
-                    ram: ram.try_clone()?,
-                    table,
-                };
-                if pulse.word(0)? == probe::TABLE_MAGIC
-                    && pulse.word(GLOBALS_OFFSET)? == GLOBALS_MAGIC
-                {
-                    pulse.table = table;
-                    return Ok(pulse);
-                }
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "pulse did not come up within {patience:?}"
-            );
-            std::thread::yield_now();
-        }
+        let table = wait_for("pulse to come up", patience, || {
+            let probed = |table: &u64| Self::is_table(&ram, *table);
+            Ok((0..64u64 << 20).step_by(4096).find(probed))
+        })?;
+        Ok(Self { ram, table })
+    }
+
+    fn is_table(ram: &OwnedFd, table: u64) -> bool {
+        let word = |at: u64| {
+            let mut bytes = [0; 8];
+            let n = rustix::io::pread(ram, &mut bytes, at).unwrap_or(0);
+            (n == 8).then_some(u64::from_le_bytes(bytes))
+        };
+        word(table) == Some(probe::TABLE_MAGIC)
+            && word(table + GLOBALS_OFFSET) == Some(GLOBALS_MAGIC)
     }
 
     fn bytes(&self, at: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
@@ -116,28 +113,14 @@ impl Pulse {
         patience: Duration,
         good: impl Fn(&Snapshot) -> bool,
     ) -> anyhow::Result<Snapshot> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let seen = self.look()?;
-            if good(&seen) {
-                return Ok(seen);
-            }
-            if Instant::now() > deadline {
-                bail!("waited {patience:?} for {what}; the guest shows {seen:#?}");
-            }
-            rustix::thread::nanosleep(&rustix::time::Timespec {
-                tv_sec: 0,
-                tv_nsec: 1_000_000,
-            });
-        }
+        wait_for(what, patience, || Ok(Some(self.look()?).filter(&good)))
+            .with_context(|| format!("the guest shows {:#?}", self.look()))
     }
 
     /// Waits until `n` vCPUs are in ring 3.
     pub fn wait_online(&self, n: u32) -> anyhow::Result<Snapshot> {
-        self.wait("all vCPUs", Duration::from_secs(30), |s| {
-            s.globals.online >= n
-        })
-        .context("pulse's boot")
+        self.wait("all vCPUs", PATIENCE, |s| s.globals.online >= n)
+            .context("pulse's boot")
     }
 
     /// Waits until the guest has written all the RAM that `touch=` told it to.
@@ -162,11 +145,35 @@ impl Pulse {
     /// Waits until every vCPU of those given has gone through `loops` more loops.
     pub fn wait_progress(&self, vcpus: &[usize], loops: u64) -> anyhow::Result<Snapshot> {
         let from = self.look()?;
-        self.wait("progress on every vCPU", Duration::from_secs(30), |s| {
+        self.wait("progress on every vCPU", PATIENCE, |s| {
             vcpus
                 .iter()
                 .all(|&v| s.vcpus[v].counter >= from.vcpus[v].counter + loops)
         })
+    }
+
+    /// Checks that what all vCPUs counted together is what each counted by itself: two VMMs
+    /// that run one guest would lose some of the latter. A running vCPU may be between the two.
+    pub fn ran_once(&self) -> anyhow::Result<()> {
+        let total = std::mem::offset_of!(Globals, total) as u64;
+        let before = self.word(GLOBALS_OFFSET + total)?;
+        let vcpus = self.look()?.vcpus;
+        let after = self.word(GLOBALS_OFFSET + total)?;
+        let (sum, slack) = (
+            vcpus.iter().map(|v| v.counter).sum::<u64>(),
+            vcpus.len() as u64,
+        );
+        ensure!(
+            before <= sum + slack && sum <= after + slack,
+            "vCPUs counted {sum} loops one by one, and {before} to {after} together"
+        );
+        Ok(())
+    }
+
+    /// Bytes of host memory behind guest RAM.
+    pub fn allocated(&self) -> anyhow::Result<u64> {
+        let blocks = rustix::fs::fstat(&self.ram)?.st_blocks;
+        Ok(u64::try_from(blocks)? * 512)
     }
 }
 

@@ -3,11 +3,21 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`releases`] | the binaries under test, by name |
-//! | [`vm`] | a VMM process with its guest, and its swap, driven as the daemon does |
+//! | [`vm`] | a VMM process with its guest |
+//! | [`swap`] | its swap, driven as the daemon does it |
+//! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
+//! | [`console`] | a viewer at the guest's console |
+//! | [`patience`] | waiting for something, with an end to it |
+//! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
+pub mod console;
+pub mod daemon;
 pub mod ground;
 pub mod guest;
+pub mod patience;
 pub mod releases;
+pub mod start;
+pub mod swap;
 pub mod vm;

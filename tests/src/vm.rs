@@ -1,25 +1,20 @@
-//! A VMM process with its guest, and its swap, driven as the daemon does it.
+//! A VMM process with its guest. How it is swapped is in [`crate::swap`].
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Child, ExitStatus};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use rustix::fs::MemfdFlags;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::Client;
-use stillpoint_control::message::{Handover, Ready, Request};
-use stillpoint_control::ownership::Ownership;
-use stillpoint_control::report::{Outcome, ReleaseName, SwapReport};
+use stillpoint_control::ownership::{Owner, Ownership};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
 use crate::guest::Pulse;
+use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
-
-/// How long anything that should be quick may take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+use crate::start::{command, copy_for_all, start, wait_ready};
 
 /// A guest to boot.
 #[derive(Clone, Debug)]
@@ -32,6 +27,10 @@ pub struct Recipe {
     pub cmdline: String,
     /// The release that boots it.
     pub release: Release,
+    /// Another image than pulse as it was built.
+    pub kernel: Option<PathBuf>,
+    /// The user who runs all VMMs of this guest, with a `/dev/kvm` of its own; ours if `None`.
+    pub uid: Option<u32>,
 }
 
 impl Recipe {
@@ -43,6 +42,25 @@ impl Recipe {
             memory_mib: 128,
             cmdline,
             release: Release::Current,
+            kernel: None,
+            uid: None,
+        }
+    }
+
+    fn spec(&self, kernel: PathBuf) -> MachineSpec {
+        MachineSpec {
+            name: "pulse".into(),
+            cpus: self.cpus,
+            memory: MemorySpec {
+                size: self.memory_mib << 20,
+                ..MemorySpec::default()
+            },
+            kernel: KernelSpec {
+                path: kernel,
+                initrd: None,
+                cmdline: self.cmdline.clone(),
+            },
+            blackout_budget: Duration::from_secs(5),
         }
     }
 }
@@ -50,94 +68,52 @@ impl Recipe {
 /// A running VMM.
 #[derive(Debug)]
 pub struct Vm {
-    child: Child,
-    dir: tempfile::TempDir,
+    pub(crate) child: Child,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) swaps: u64,
+    pub(crate) uid: Option<u32>,
     spec: MachineSpec,
-    release: Release,
-    swaps: u64,
     /// The guest's own notes.
     pub pulse: Pulse,
     /// The ownership page, as the daemon holds it.
     pub ownership: Ownership,
 }
 
-/// Takes what a child says on its ready fd.
-fn wait_ready(from: std::io::PipeReader, who: &str, log: &Path) -> anyhow::Result<()> {
-    let line = std::io::read_to_string(from)?;
-    match serde_json::from_str::<Ready>(&line) {
-        Ok(Ready::Yes) => Ok(()),
-        Ok(Ready::No { error }) => anyhow::bail!("{who}: {error}"),
-        Err(_) => {
-            let log = std::fs::read_to_string(log).unwrap_or_default();
-            anyhow::bail!("{who} died without a word; its log:\n{log}")
-        }
-    }
-}
-
-/// A command for a VMM, which will inherit the given fds under the same numbers.
-fn command(release: Release, log: &Path, inherit: &[&OwnedFd]) -> anyhow::Result<Command> {
-    let log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log)?;
-    let mut command = Command::new(release.binary()?);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .process_group(0);
-    for fd in inherit {
-        // Cleared here, in the only thread that starts processes from these fds.
-        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
-    }
-    Ok(command)
-}
-
 impl Vm {
-    /// Boots pulse and waits until its vCPUs are in ring 3.
+    /// Boots pulse and waits until it is up: its table is there.
     pub fn boot(recipe: &Recipe) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
-        let spec = MachineSpec {
-            name: "pulse".into(),
-            cpus: recipe.cpus,
-            memory: MemorySpec {
-                size: recipe.memory_mib << 20,
-                ..MemorySpec::default()
-            },
-            kernel: KernelSpec {
-                path: releases::pulse()?,
-                initrd: None,
-                cmdline: recipe.cmdline.clone(),
-            },
-            blackout_budget: Duration::from_secs(5),
+        let mut kernel = match &recipe.kernel {
+            Some(path) => path.clone(),
+            None => releases::pulse()?,
         };
-        let spec_file = dir.path().join("spec.json");
-        std::fs::write(&spec_file, serde_json::to_vec(&spec)?)?;
-        let (reader, writer) = std::io::pipe()?;
-        let writer = OwnedFd::from(writer);
-        let log = dir.path().join("vmm.log");
-        let mut command = command(recipe.release, &log, &[&writer])?;
-        command.arg("run").arg("--spec").arg(&spec_file);
-        command.arg("--dir").arg(dir.path().join("vm"));
-        command
-            .arg("--ready-fd")
-            .arg(writer.as_raw_fd().to_string());
-        let child = command.spawn()?;
-        drop(writer);
-        wait_ready(reader, "the VMM", &log)?;
+        if let Some(uid) = recipe.uid {
+            chown(dir.path(), Some(uid), Some(uid))?;
+            kernel = copy_for_all(&kernel, dir.path())?;
+        }
+        let spec = recipe.spec(kernel);
+        let child = boot(recipe, &spec, dir.path())?;
+        // From here on a failure ends the process by the drop of what holds it.
+        let mut child = Held(Some(child));
         let (ram, ownership) = connect(&control(dir.path()))?.lend_guest()?;
         let pulse = Pulse::find(ram, PATIENCE)?;
         let ownership = Ownership::map(ownership)?;
-        let release = recipe.release;
         Ok(Self {
-            child,
+            child: child.0.take().context("a child")?,
             dir,
-            spec,
-            release,
             swaps: 0,
+            uid: recipe.uid,
+            spec,
             pulse,
             ownership,
         })
+    }
+
+    /// Boots, and waits until all vCPUs are online.
+    pub fn up(recipe: &Recipe) -> anyhow::Result<Self> {
+        let vm = Self::boot(recipe)?;
+        vm.pulse.wait_online(recipe.cpus.into())?;
+        Ok(vm)
     }
 
     /// A client of the VMM that runs the guest now.
@@ -145,17 +121,19 @@ impl Vm {
         connect(&control(self.dir.path()))
     }
 
-    /// What the guest has written to its console so far.
-    pub fn console(&self) -> anyhow::Result<String> {
-        Ok(std::fs::read_to_string(
-            self.dir.path().join("vm/console.log"),
-        )?)
+    /// Path of the control socket.
+    pub fn control(&self) -> PathBuf {
+        control(self.dir.path())
     }
 
-    /// Connects to the console.
-    pub fn open_console(&self) -> anyhow::Result<std::os::unix::net::UnixStream> {
-        let socket = self.dir.path().join("vm/console.sock");
-        Ok(std::os::unix::net::UnixStream::connect(socket)?)
+    /// The guest's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().join("vm")
+    }
+
+    /// What the guest has written to its console so far.
+    pub fn console(&self) -> anyhow::Result<String> {
+        Ok(std::fs::read_to_string(self.dir().join("console.log"))?)
     }
 
     /// The machine.
@@ -168,104 +146,49 @@ impl Vm {
         self.child.id()
     }
 
+    /// All vCPUs, by number.
+    pub fn vcpus(&self) -> Vec<usize> {
+        (0..usize::from(self.spec.cpus)).collect()
+    }
+
     /// What the VMMs of this guest wrote to their logs.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("vmm.log")).unwrap_or_default()
     }
 
-    /// Swaps the VMM. `Ok` is the report, moved or kept.
-    pub fn swap(&mut self, to: Release, budget: Duration) -> anyhow::Result<SwapReport> {
-        self.swaps += 1;
-        let swap = format!("swap-{}", self.swaps);
-        let flags = SocketFlags::CLOEXEC;
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        let (reader, writer) = std::io::pipe()?;
-        let writer = OwnedFd::from(writer);
-        let log = self.dir.path().join("vmm.log");
-        let mut command = command(to, &log, &[&theirs, &writer])?;
-        command.args(to.arguments()).arg("adopt");
-        command
-            .arg("--handover-fd")
-            .arg(theirs.as_raw_fd().to_string());
-        command
-            .arg("--ready-fd")
-            .arg(writer.as_raw_fd().to_string());
-        let mut successor = command.spawn()?;
-        drop((theirs, writer));
-        wait_ready(reader, "the successor", &log)?;
-        let state = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let state = rustix::fs::memfd_create("stillpoint-state", state)?;
-        let request = Request::HandOver {
-            swap: swap.clone(),
-            to: ReleaseName {
-                version: to.version().into(),
-                sha256: String::new(),
-            },
-            successor_pid: successor.id(),
-            budget_ns: Some(u64::try_from(budget.as_nanos())?),
-            brownout: PATIENCE,
-        };
-        let client = self.client()?;
-        let handover = client.hand_over(&request, ours, state.as_fd(), |_| {})?;
-        if let Handover::Kept { report } = handover {
-            let _ = successor.kill();
-            let _ = successor.wait();
-            return Ok(*report);
-        }
-        let mut predecessor = std::mem::replace(&mut self.child, successor);
-        ensure!(
-            predecessor.wait()?.success(),
-            "the predecessor did not retire:\n{}",
-            self.log()
-        );
-        self.release = to;
-        self.report(&swap)
+    /// What the ownership word says.
+    pub fn owner(&self) -> anyhow::Result<Owner> {
+        Ok(self.ownership.read()?)
     }
 
-    /// The report of a swap that was just made.
-    fn report(&self, swap: &str) -> anyhow::Result<SwapReport> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(report) = self.client()?.last_report()?.filter(|r| r.swap == swap) {
-                return Ok(report);
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "no report of {swap}:\n{}",
-                self.log()
-            );
-            rustix::thread::nanosleep(&rustix::time::Timespec {
-                tv_sec: 0,
-                tv_nsec: 2_000_000,
-            });
-        }
+    /// The guest goes on, on every vCPU, and nothing about it is wrong.
+    pub fn is_well(&self) -> anyhow::Result<()> {
+        let seen = self.pulse.wait_progress(&self.vcpus(), 20)?;
+        ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());
+        self.pulse.ran_once()
     }
 
-    /// Swaps, and insists that it moved.
-    pub fn must_move(&mut self, to: Release) -> anyhow::Result<SwapReport> {
-        let report = self.swap(to, Duration::from_secs(10))?;
-        ensure!(
-            report.outcome == Outcome::Moved,
-            "kept: {:?}\n{}",
-            report.reason,
-            self.log()
-        );
-        Ok(report)
+    /// Kills the VMM, and waits for its end.
+    pub fn kill(&mut self) -> anyhow::Result<ExitStatus> {
+        self.child.kill()?;
+        Ok(self.child.wait()?)
     }
 
     /// Switches the guest off and waits for the process.
     pub fn power_off(mut self) -> anyhow::Result<()> {
         self.client()?.power_off()?;
-        ensure!(
-            self.child.wait()?.success(),
-            "the VMM failed at its end:\n{}",
-            self.log()
-        );
+        let end = self.wait_end()?;
+        ensure!(end.success(), "the VMM failed at its end:\n{}", self.log());
         Ok(())
     }
 
+    /// Waits until the VMM has ended.
+    pub fn wait_end(&mut self) -> anyhow::Result<ExitStatus> {
+        patience::wait_end(&mut self.child, "the VMM's end")
+    }
+
     /// Whether the VMM has ended, and how.
-    pub fn ended(&mut self) -> anyhow::Result<Option<std::process::ExitStatus>> {
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
 }
@@ -275,6 +198,52 @@ impl Drop for Vm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A process that ends with its owner.
+struct Held(Option<Child>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Starts the process, and waits until it says that the guest runs.
+fn boot(recipe: &Recipe, spec: &MachineSpec, dir: &Path) -> anyhow::Result<Child> {
+    let spec_file = dir.join("spec.json");
+    std::fs::write(&spec_file, serde_json::to_vec(spec)?)?;
+    std::fs::set_permissions(&spec_file, PermissionsExt::from_mode(0o644))?;
+    let (reader, writer) = std::io::pipe()?;
+    let writer = OwnedFd::from(writer);
+    let log = dir.join("vmm.log");
+    let binary = binary(recipe.release, recipe.uid, dir)?;
+    let mut command = command(&binary, &log, recipe.uid)?;
+    command.args(recipe.release.arguments()).arg("run");
+    command.arg("--spec").arg(&spec_file);
+    command.arg("--dir").arg(dir.join("vm"));
+    command
+        .arg("--ready-fd")
+        .arg(writer.as_raw_fd().to_string());
+    let child = start(&mut command, &[&writer])?;
+    drop(writer);
+    let mut child = Held(Some(child));
+    wait_ready(reader, "the VMM", &log)?;
+    child.0.take().context("a child")
+}
+
+/// A release's binary, where user `uid` can run it.
+pub(crate) fn binary(release: Release, uid: Option<u32>, dir: &Path) -> anyhow::Result<PathBuf> {
+    let built = release.binary()?;
+    if uid.is_none() {
+        return Ok(built);
+    }
+    let own = dir.join(release.version());
+    std::fs::create_dir_all(&own)?;
+    copy_for_all(&built, &own)
 }
 
 fn control(dir: &Path) -> PathBuf {

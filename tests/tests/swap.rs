@@ -1,42 +1,111 @@
-//! A guest lives through the swap of its VMM.
-
-use std::time::Duration;
+//! A guest lives through swaps of its VMM between two releases: on one vCPU or many, ten times
+//! or two hundred.
 
 use anyhow::ensure;
+use stillpoint_control::report::SwapReport;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::vm::{Recipe, Vm};
 
-#[test]
-fn ten_swaps_between_two_releases() -> anyhow::Result<()> {
-    needs_kvm!();
-    let mut vm = Vm::boot(&Recipe::pulse(2, "ram=32M"))?;
-    vm.pulse.wait_online(2)?;
-    for n in 0..10 {
-        let to = if n % 2 == 0 {
-            Release::Compat
-        } else {
-            Release::Current
-        };
-        let report = vm.must_move(to)?;
-        println!(
-            "host {:?} guest {:?} clock {:?}",
-            report.blackout.host,
-            report.blackout.guest_worst(),
-            report.clock
-        );
-        for phase in &report.phases {
-            println!("   {:?} {} {:?}", phase.side, phase.name, phase.duration);
-        }
-        let seen = vm.pulse.wait_progress(&[0, 1], 50)?;
-        ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());
+/// What most clock errors stay within, ns.
+const USUAL_CLOCK_ERROR_NS: u64 = 12;
+
+/// Upgrade and downgrade in turn.
+fn release(swap: usize) -> Release {
+    match swap % 2 {
+        0 => Release::Compat,
+        _ => Release::Current,
     }
-    rustix::thread::nanosleep(&rustix::time::Timespec {
-        tv_sec: 1,
-        tv_nsec: 0,
-    });
-    let seen = vm.pulse.look()?;
-    println!("{seen:#?}");
-    let _ = Duration::ZERO;
+}
+
+/// Swaps `count` times, each followed by progress on every vCPU.
+fn swap_in_turn(vm: &mut Vm, count: usize) -> anyhow::Result<Vec<SwapReport>> {
+    let mut reports = Vec::with_capacity(count);
+    for swap in 0..count {
+        let report = vm.must_move(release(swap))?;
+        // The older release speaks format 1 alone, so every one of these swaps uses it.
+        ensure!(report.state_format == 1, "format {}", report.state_format);
+        vm.is_well()?;
+        reports.push(report);
+    }
+    Ok(reports)
+}
+
+fn most_clocks_are_close(reports: &[SwapReport]) -> anyhow::Result<()> {
+    let error = |r: &SwapReport| r.clock.as_ref().and_then(|c| c.kvmclock_error_ns);
+    let errors: Vec<_> = reports.iter().filter_map(error).collect();
+    let close = |e: &&i64| e.unsigned_abs() <= USUAL_CLOCK_ERROR_NS;
+    ensure!(
+        errors.iter().filter(close).count() * 2 > reports.len(),
+        "kvmclock errors: {errors:?}"
+    );
+    Ok(())
+}
+
+/// The guest is whole after `count` swaps, and passes over its RAM go on.
+fn is_whole(vm: &Vm, count: usize) -> anyhow::Result<()> {
+    let before = vm.pulse.look()?;
+    let passed = |s: &stillpoint_tests::guest::Snapshot| {
+        let pairs = s.vcpus.iter().zip(&before.vcpus);
+        pairs
+            .into_iter()
+            .all(|(now, then)| now.ram_passes > then.ram_passes + 1)
+    };
+    let patience = stillpoint_tests::patience::PATIENCE;
+    vm.pulse
+        .wait("passes over the RAM pattern", patience, passed)?;
+    vm.is_well()?;
+    let told = vm.client()?.describe()?;
+    ensure!(told.swaps == count as u64, "{} swaps counted", told.swaps);
+    Ok(())
+}
+
+fn swaps_between_releases(vcpus: u8, count: usize, cmdline: &str) -> anyhow::Result<()> {
+    let mut vm = Vm::up(&Recipe::pulse(vcpus, cmdline))?;
+    let reports = swap_in_turn(&mut vm, count)?;
+    most_clocks_are_close(&reports)?;
+    is_whole(&vm, count)?;
+    vm.power_off()
+}
+
+#[test]
+fn one_vcpu() -> anyhow::Result<()> {
+    needs_kvm!();
+    swaps_between_releases(1, 10, "ram=8M")
+}
+
+#[test]
+fn two_vcpus() -> anyhow::Result<()> {
+    needs_kvm!();
+    swaps_between_releases(2, 10, "ram=32M")
+}
+
+#[test]
+fn four_vcpus() -> anyhow::Result<()> {
+    needs_kvm!();
+    swaps_between_releases(4, 10, "ram=16M duty=40")
+}
+
+#[test]
+fn eight_vcpus() -> anyhow::Result<()> {
+    needs_kvm!();
+    swaps_between_releases(8, 10, "ram=16M duty=20")
+}
+
+#[test]
+fn two_hundred_swaps_in_a_row() -> anyhow::Result<()> {
+    needs_kvm!();
+    swaps_between_releases(2, 200, "ram=16M duty=50")
+}
+
+#[test]
+fn a_release_to_itself_in_the_newest_format() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = Vm::up(&Recipe::pulse(2, "ram=8M"))?;
+    for _ in 0..3 {
+        let report = vm.must_move(Release::Current)?;
+        ensure!(report.state_format == 2, "format {}", report.state_format);
+        vm.is_well()?;
+    }
     vm.power_off()
 }

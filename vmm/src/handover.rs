@@ -39,6 +39,8 @@ use stillpoint_control::frame::{self, FrameError};
 
 /// How long a wait spins before it sleeps: waking up costs more than most answers take.
 const SPIN: Duration = Duration::from_micros(100);
+/// A process that has closed its end is dead, or about to say otherwise by its pidfd.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the predecessor offers. Beside it travel, in this order: guest RAM, ownership page, state
 /// memfd, pidfd of the predecessor, control listener, console listener, console log.
@@ -212,24 +214,44 @@ impl Channel {
 
     /// Receives one packet; [`FrameError::TimedOut`] when the deadline passes first.
     pub fn receive(&mut self, deadline: Instant) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        self.receive_spinning(Duration::ZERO, deadline)
+        self.receive_beside(Duration::ZERO, deadline, None)
     }
 
-    /// As [`Channel::receive`], for an answer that is a few microseconds away: stays awake for it
-    /// a little. Only where no vCPU thread waits for this core.
-    pub fn receive_soon(
+    /// As [`Channel::receive`], from the process behind `pidfd`: `None` when it is dead and has
+    /// left nothing unread. A closed socket alone proves nothing, and neither does an open one:
+    /// others may hold a duplicate of its other end. Stays awake a little: the word it waits for
+    /// is microseconds away.
+    pub fn receive_from(
         &mut self,
+        pidfd: &OwnedFd,
         deadline: Instant,
-    ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        self.receive_spinning(SPIN, deadline)
+    ) -> Result<Option<(Body, Vec<OwnedFd>)>, ChannelError> {
+        match self.receive_beside(SPIN, deadline, Some(pidfd.as_fd())) {
+            Err(ChannelError::Frame(FrameError::TimedOut))
+                if wait_readable(pidfd, Instant::now()) =>
+            {
+                // It may have spoken between the last look at the socket and its death.
+                match self.receive_beside(Duration::ZERO, Instant::now(), None) {
+                    Err(ChannelError::Frame(FrameError::TimedOut | FrameError::Closed)) => Ok(None),
+                    heard => heard.map(Some),
+                }
+            }
+            Err(ChannelError::Frame(FrameError::Closed))
+                if wait_readable(pidfd, Instant::now() + DEATH_PATIENCE) =>
+            {
+                Ok(None)
+            }
+            heard => heard.map(Some),
+        }
     }
 
-    fn receive_spinning(
+    fn receive_beside(
         &mut self,
         spin: Duration,
         deadline: Instant,
+        beside: Option<BorrowedFd<'_>>,
     ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        let (len, fds) = self.receive_bytes(spin, deadline)?;
+        let (len, fds) = self.receive_bytes(spin, deadline, beside)?;
         match Packet::decode(&self.buffer[..len])?.body {
             Some(Body::Refused(Refused { reason })) => Err(ChannelError::Refused(reason)),
             Some(body) => Ok((body, fds)),
@@ -241,6 +263,7 @@ impl Channel {
         &mut self,
         spin: Duration,
         deadline: Instant,
+        beside: Option<BorrowedFd<'_>>,
     ) -> Result<(usize, Vec<OwnedFd>), ChannelError> {
         let began = Instant::now();
         loop {
@@ -250,7 +273,14 @@ impl Channel {
             }
             if began.elapsed() < spin {
                 std::thread::yield_now();
-            } else if !wait_readable(&self.socket, deadline) {
+                continue;
+            }
+            let socket = self.socket.as_fd();
+            let spoken = match beside {
+                None => wait_any(&[socket], deadline) == Some(0),
+                Some(beside) => wait_any(&[socket, beside], deadline) == Some(0),
+            };
+            if !spoken {
                 return Err(FrameError::TimedOut.into());
             }
         }
@@ -269,14 +299,24 @@ impl Channel {
 
 /// Waits until `fd` can be read; false when the deadline passes first.
 pub fn wait_readable(fd: impl AsFd, deadline: Instant) -> bool {
+    wait_any(&[fd.as_fd()], deadline).is_some()
+}
+
+/// Waits until one of `fds` can be read; gives the first that can, `None` when the deadline
+/// passes first.
+fn wait_any(fds: &[BorrowedFd<'_>], deadline: Instant) -> Option<usize> {
+    let mut polled: Vec<_> = fds
+        .iter()
+        .map(|fd| PollFd::new(fd, PollFlags::IN))
+        .collect();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = rustix::time::Timespec::try_from(left).unwrap_or_default();
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => return false,
-            Ok(_) => return true,
+        match poll(&mut polled, Some(&timeout)) {
+            Ok(0) => return None,
+            Ok(_) => return polled.iter().position(|fd| !fd.revents().is_empty()),
             Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return false,
+            Err(_) => return None,
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use stillpoint_tests::vm::{PATIENCE, Vm};
+use stillpoint_tests::patience::PATIENCE;
+use stillpoint_tests::vm::Vm;
 
 use crate::ours::pause;
 use crate::sample::Sample;

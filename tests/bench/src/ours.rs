@@ -1,6 +1,6 @@
 //! Swaps of ours: the current release to itself, each in a new process.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stillpoint_control::report::SwapReport;
 use stillpoint_tests::releases::Release;
@@ -17,11 +17,23 @@ const SPREAD_MS: u64 = 21;
 
 /// A guest that has touched all its RAM.
 pub(crate) fn boot(scene: &Scene) -> anyhow::Result<Vm> {
+    let vm = boot_untouched(scene)?;
+    vm.pulse.wait_touched(TOUCH_PATIENCE)?;
+    Ok(vm)
+}
+
+/// The same, unless it takes longer than until then.
+pub(crate) fn boot_until(scene: &Scene, until: Instant) -> anyhow::Result<Option<Vm>> {
+    let vm = boot_untouched(scene)?;
+    let left = until.saturating_duration_since(Instant::now());
+    Ok(vm.pulse.wait_touched(left).is_ok().then_some(vm))
+}
+
+fn boot_untouched(scene: &Scene) -> anyhow::Result<Vm> {
     let mut recipe = Recipe::pulse(scene.vcpus, &format!("ram={WORK_MIB}M {}", scene.touch()));
     recipe.memory_mib = scene.memory_mib;
     let vm = Vm::boot(&recipe)?;
     vm.pulse.wait_online(scene.vcpus.into())?;
-    vm.pulse.wait_touched(TOUCH_PATIENCE)?;
     Ok(vm)
 }
 

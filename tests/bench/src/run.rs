@@ -55,11 +55,16 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     }
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
-        None => {
-            let series = two_sizes(options.big_swaps, until(1.0), tsc_khz)?;
-            note_short(&mut measured, &series[1], options.big_swaps);
-            measured.series.extend(series);
-        }
+        None => match two_sizes(options.big_swaps, until(1.0), tsc_khz)? {
+            Some(series) => {
+                note_short(&mut measured, &series[1], options.big_swaps);
+                measured.series.extend(series);
+            }
+            None => measured.left_out.push(format!(
+                "{}: the guest had not touched all of it in time (--seconds)",
+                LARGE.title
+            )),
+        },
     }
     measured.took = began.elapsed();
     Ok(measured)
@@ -154,12 +159,15 @@ fn small_batch(
 
 /// Ours with little and with much RAM, in turns. The large guest is booted and touches its RAM
 /// once, and is stopped while it isn't its turn: it would take a core from the other.
-fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<[Series; 3]> {
+fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<Option<[Series; 3]>> {
     let mut small = Series::new(SMALL, Who::Ours);
     let mut large = Series::new(LARGE, Who::Ours);
     let mut none = Series::new(LARGE, Who::NoSwap);
     progress("touching 8 GiB", 0, 1);
-    let mut vm = ours::boot(&LARGE).context("the guest with 8 GiB")?;
+    let booted = ours::boot_until(&LARGE, until).context("the guest with 8 GiB")?;
+    let Some(mut vm) = booted else {
+        return Ok(None);
+    };
     let mut done = 0;
     for count in batches(swaps, BIG_BATCH) {
         if done > 0 && Instant::now() > until {
@@ -178,7 +186,7 @@ fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<[Series
     progress(LARGE.title, done, done);
     large.faults = ours::faults(&vm)?;
     vm.power_off()?;
-    Ok([small, large, none])
+    Ok(Some([small, large, none]))
 }
 
 /// Stops or continues our own child.

@@ -4,12 +4,11 @@
 //! tap or socket; it only reads and builds its own things beside them.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use stillpoint_control::frame::FrameError;
 use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 use stillpoint_control::report::SwapReport;
 use stillpoint_control::secret::Secret;
@@ -33,8 +32,6 @@ use crate::{faults, release};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
-/// A predecessor that has closed its end is dead, or about to say otherwise by its pidfd.
-const DEATH_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the predecessor may take to tell its part of the report.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a vCPU may take to enter; after the take there is no way back, so this only bounds
@@ -88,6 +85,9 @@ pub enum AdoptError {
     /// Sockets and log.
     #[error("cannot serve the guest's sockets: {0}")]
     Doors(std::io::Error),
+    /// It died too early.
+    #[error("the predecessor died before its saved state was complete: the guest died with it")]
+    Unsealed,
     /// A fault that was injected.
     #[error("{0}")]
     Injected(&'static str),
@@ -181,20 +181,11 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
 }
 
 fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, AdoptError> {
-    let failed = |source| AdoptError::Channel {
-        what: "state",
-        source,
-    };
-    let (body, viewers) = channel
-        .receive(Instant::now() + OFFER_PATIENCE)
-        .map_err(failed)?;
-    let Body::State(state) = body else {
-        return Err(failed(out_of_turn(&body)));
-    };
+    let (len, viewers) = await_state(&prepared, channel)?;
     // From here to `enter` the guest stands still.
     let mut timing = Timing::start();
     faults::reach(faults::Point::Load).map_err(AdoptError::Injected)?;
-    let bytes = read_state(&prepared.state, state.len)?;
+    let bytes = read_state(&prepared.state, len)?;
     let unclaimed = Unclaimed::decode(&bytes)?;
     check_header(&unclaimed, &prepared)?;
     let epoch = Epoch(prepared.offer.epoch);
@@ -262,6 +253,32 @@ fn settle_in(
     })
 }
 
+/// Waits until the saved state is there; gives its length, and the viewers' sockets.
+fn await_state(
+    prepared: &Prepared,
+    channel: &mut Channel,
+) -> Result<(u64, Vec<OwnedFd>), AdoptError> {
+    let failed = |source| AdoptError::Channel {
+        what: "state",
+        source,
+    };
+    let heard = channel
+        .receive_from(&prepared.predecessor, Instant::now() + OFFER_PATIENCE)
+        .map_err(failed)?;
+    match heard {
+        Some((Body::State(state), viewers)) => Ok((state.len, viewers)),
+        Some((other, _)) => Err(failed(out_of_turn(&other))),
+        // Dead. If it came as far as the seal, the state is complete, and ours to take.
+        None => match prepared.ownership.read()? {
+            Owner::Sealed(epoch) if epoch.0 == prepared.offer.epoch => {
+                let stat = rustix::fs::fstat(&prepared.state).map_err(AdoptError::Read)?;
+                Ok((u64::try_from(stat.st_size).unwrap_or(0), Vec::new()))
+            }
+            _ => Err(AdoptError::Unsealed),
+        },
+    }
+}
+
 fn read_state(fd: &OwnedFd, len: u64) -> Result<Vec<u8>, AdoptError> {
     let len = usize::try_from(len).unwrap_or(usize::MAX);
     if len > stillpoint_state::codec::MAX_STATE {
@@ -314,22 +331,20 @@ fn await_word(
         what: "word",
         source,
     };
-    match channel.receive_soon(Instant::now() + OFFER_PATIENCE) {
-        Ok((Body::GiveUp(give_up), _)) => {
+    let heard = channel
+        .receive_from(predecessor, Instant::now() + OFFER_PATIENCE)
+        .map_err(failed)?;
+    match heard {
+        Some((Body::GiveUp(give_up), _)) => {
             faults::reach(faults::Point::Take).map_err(AdoptError::Injected)?;
             ownership.take(epoch)?;
             Ok(give_up.kicked_tsc)
         }
-        Ok((other, _)) => Err(failed(out_of_turn(&other))),
-        Err(ChannelError::Frame(FrameError::Closed)) => {
-            // Dead? Its pidfd knows; a closed socket alone proves nothing.
-            if !super::wait_readable(predecessor.as_fd(), Instant::now() + DEATH_PATIENCE) {
-                return Err(failed(FrameError::Closed.into()));
-            }
+        Some((other, _)) => Err(failed(out_of_turn(&other))),
+        None => {
             ownership.take_from_dead(epoch)?;
             Ok(0)
         }
-        Err(error) => Err(failed(error)),
     }
 }
 
