@@ -61,7 +61,8 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Phases within the blackout. The last ends where the blackout does: what the report counts
+/// Phases within the blackout. Those of the two processes overlap a little: the new one may load
+/// before the old one notes that `seal` is done. The last ends where the blackout does: what the report counts
 /// further is the wait until the new process notices that its vCPUs run.
 fn within(report: &SwapReport) -> Vec<(String, u64)> {
     let mut left = report.blackout.host;

@@ -48,7 +48,11 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     let mut measured = Measured::default();
     let until = |share: f64| began + Duration::from_secs(options.seconds).mul_f64(share);
     let tsc_khz = environment::tsc_khz();
-    for (scene, share) in [(BASE, 0.33), (PAIR, 0.63)] {
+    let shares = match no_room(options) {
+        Some(_) => [0.5, 1.0],
+        None => [0.33, 0.63],
+    };
+    for (scene, share) in [BASE, PAIR].into_iter().zip(shares) {
         let series = beside_floor(scene, options, until(share), tsc_khz)?;
         note_short(&mut measured, &series[0], options.swaps);
         measured.series.extend(series);

@@ -158,7 +158,7 @@ fn noise_line(to: &mut String, noise: &Noise) -> std::fmt::Result {
         if hidden {
             writeln!(
                 to,
-                "{:21}noise is larger than the effect: don't compare the {which}",
+                "{:21}noise is larger than the effect on the {which}: no telling the two apart",
                 ""
             )?;
         }

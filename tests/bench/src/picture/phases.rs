@@ -36,7 +36,11 @@ const KNOWN: [Shown; 7] = [
     ),
     shown("load", "s0", "new: decode the state and set it"),
     shown("await", "s1", "new: hear of the give-up, take the guest"),
-    shown("enter", "s2", "new: let every vCPU in"),
+    shown(
+        "enter",
+        "s2",
+        "new: let every vCPU in (as far as it does not overlap)",
+    ),
 ];
 const BETWEEN: Shown = shown("between", "rest", "wake-ups of one process by the other");
 const AFTER: Shown = shown(

@@ -8,7 +8,7 @@ use crate::stats::{Ratio, Summary, summary};
 use crate::verdict::Report;
 
 const WIDTH: f64 = 980.0;
-const LEFT: f64 = 132.0;
+const LEFT: f64 = 172.0;
 const RIGHT: f64 = 762.0;
 const TOP: f64 = 128.0;
 const GROUP: f64 = 32.0;
