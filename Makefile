@@ -25,6 +25,11 @@ releases: images ## build the VMM releases that tests and demo swap between
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
 
+.PHONY: bench
+bench: releases ## measure the blackout beside the floor (BENCH="--quick" for less)
+	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
+	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
+
 .PHONY: programs
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-tests --bins

@@ -32,6 +32,8 @@ pub(crate) struct Options {
     pub(crate) online: usize,
     /// `ram=`: length of the RAM pattern in bytes (`K`, `M`, `G`).
     pub(crate) ram: u64,
+    /// `touch=`: bytes of RAM written once, the pattern among them.
+    pub(crate) touch: u64,
     /// `timers=`.
     pub(crate) timers: Kinds,
     /// `duty=`: percent of each 10 ms to be awake.
@@ -52,6 +54,7 @@ const DEFAULT: Options = Options {
     cpus: 1,
     online: MAX_VCPUS,
     ram: 4 << 20,
+    touch: 0,
     timers: Kinds::Both,
     duty: 100,
     gap_us: 100,
@@ -82,6 +85,7 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
             "cpus" => options.cpus = number(value, cpus as u64) as usize,
             "online" => options.online = number(value, u64::MAX) as usize,
             "ram" => options.ram = size(value, DEFAULT.ram),
+            "touch" => options.touch = size(value, DEFAULT.touch),
             "duty" => options.duty = number(value, 100).clamp(1, 100),
             "gap_us" => options.gap_us = number(value, DEFAULT.gap_us).max(1),
             "timers" => options.timers = kinds(value),

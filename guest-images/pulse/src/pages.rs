@@ -16,7 +16,7 @@ use crate::{options, paging};
 
 const PAGE: usize = probe::RECORD_STRIDE as usize;
 /// The RAM pattern starts here where it fits: above the image, below the devices.
-const PATTERN_BASE: u64 = 16 << 20;
+pub(crate) const PATTERN_BASE: u64 = 16 << 20;
 
 #[repr(C, align(4096))]
 struct Table(UnsafeCell<[u8; PAGE * (MAX_VCPUS + 1)]>);
