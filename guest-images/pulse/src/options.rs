@@ -32,6 +32,8 @@ pub(crate) struct Options {
     pub(crate) online: usize,
     /// `ram=`: length of the RAM pattern in bytes (`K`, `M`, `G`).
     pub(crate) ram: u64,
+    /// `ram_from=`: the pattern lies at or above this address.
+    pub(crate) ram_from: u64,
     /// `timers=`.
     pub(crate) timers: Kinds,
     /// `duty=`: percent of each 10 ms to be awake.
@@ -52,6 +54,7 @@ const DEFAULT: Options = Options {
     cpus: 1,
     online: MAX_VCPUS,
     ram: 4 << 20,
+    ram_from: 16 << 20,
     timers: Kinds::Both,
     duty: 100,
     gap_us: 100,
@@ -84,6 +87,10 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
             "ram" => options.ram = size(value, DEFAULT.ram),
             "duty" => options.duty = number(value, 100).clamp(1, 100),
             "gap_us" => options.gap_us = number(value, DEFAULT.gap_us).max(1),
+            // Below lie the image and what the loader left.
+            "ram_from" => {
+                options.ram_from = size(value, DEFAULT.ram_from).max(DEFAULT.ram_from);
+            }
             "timers" => options.timers = kinds(value),
             _ => {}
         }
