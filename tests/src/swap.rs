@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::{Client, ClientError};
-use stillpoint_control::message::{Handover, Request};
+use stillpoint_control::message::{GuestState, Handover, Request};
 use stillpoint_control::report::{Outcome, Phase, ReleaseName, SwapReport};
 
 use crate::patience::{self, PATIENCE, wait_for};
@@ -185,6 +185,14 @@ impl Vm {
         );
         Ok(report)
     }
+}
+
+/// Waits until a handover has begun. The VMM lets nobody in from then on: see [`Vm::onlooker`].
+pub fn wait_swapping(onlooker: &Client) -> anyhow::Result<()> {
+    wait_for("the handover's begin", PATIENCE, || {
+        let state = onlooker.describe()?.state;
+        Ok((state == GuestState::Swapping).then_some(()))
+    })
 }
 
 /// What in the report of a swap is not as every swap that moved must have it.

@@ -82,7 +82,11 @@ pub struct Vm {
 impl Vm {
     /// Boots pulse and waits until it is up: its table is there.
     pub fn boot(recipe: &Recipe) -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
+        Self::boot_in(tempfile::tempdir()?, recipe)
+    }
+
+    /// Boots it in a directory of which `vm` is, or will be, the guest's.
+    pub fn boot_in(dir: tempfile::TempDir, recipe: &Recipe) -> anyhow::Result<Self> {
         let mut kernel = match &recipe.kernel {
             Some(path) => path.clone(),
             None => releases::pulse()?,
@@ -119,6 +123,13 @@ impl Vm {
     /// A client of the VMM that runs the guest now.
     pub fn client(&self) -> anyhow::Result<Client> {
         connect(&control(self.dir.path()))
+    }
+
+    /// A client that was let in, and can ask while the guest is handed over.
+    pub fn onlooker(&self) -> anyhow::Result<Client> {
+        let client = self.client()?;
+        client.describe()?;
+        Ok(client)
     }
 
     /// Path of the control socket.
@@ -172,6 +183,12 @@ impl Vm {
     pub fn kill(&mut self) -> anyhow::Result<ExitStatus> {
         self.child.kill()?;
         Ok(self.child.wait()?)
+    }
+
+    /// Kills the VMM, and gives the directory with all that it left behind.
+    pub fn leave(mut self) -> anyhow::Result<tempfile::TempDir> {
+        self.kill()?;
+        Ok(std::mem::replace(&mut self.dir, tempfile::tempdir()?))
     }
 
     /// Switches the guest off and waits for the process.

@@ -8,7 +8,7 @@ use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::PATIENCE;
 use stillpoint_tests::releases::Release;
-use stillpoint_tests::swap::Terms;
+use stillpoint_tests::swap::{Terms, wait_swapping};
 use stillpoint_tests::vm::{Recipe, Vm};
 
 const ONLINE: &str = "pulse: 2 vCPUs online";
@@ -113,9 +113,10 @@ fn a_guest_that_ends_while_a_swap_is_prepared() -> anyhow::Result<()> {
     let mut vm = guest()?;
     let mut console = Console::open(&vm)?;
     let mut successor = vm.start_successor(Release::Faulty("adopt=slow:1000"))?;
-    let client = vm.client()?;
+    let (client, onlooker) = (vm.client()?, vm.onlooker()?);
     let outcome = std::thread::scope(|scope| {
         let asked = scope.spawn(|| successor.ask(&client, &Terms::default(), |_| {}));
+        wait_swapping(&onlooker)?;
         console.type_line("poweroff")?;
         asked.join().map_err(|_| anyhow!("panicked"))?
     })??;

@@ -102,7 +102,8 @@ pub struct ClockReceipt {
     #[serde(default)]
     pub tsc_offset_delta: Vec<i64>,
     /// What the guest's own pvclock page says now less what the page of before would have said
-    /// at the same guest TSC, ns. `None` when the guest has no kvmclock.
+    /// at the same guest TSC, ns. `None` when the guest has no kvmclock, or when every vCPU that
+    /// has one was halted and stayed so: KVM writes the page when the vCPU wakes.
     pub kvmclock_error_ns: Option<i64>,
     /// The error the calibrated loop left, as `KVM_GET_CLOCK` showed it, ns.
     pub loop_error_ns: Option<i64>,

@@ -170,7 +170,8 @@ fn page_error(evidence: &Evidence, machine: &Machine) -> Option<i64> {
     let mut worst: Option<i64> = None;
     for (before, msr) in evidence.pages.iter().zip(&evidence.loaded.system_time) {
         let Some(before) = before else { continue };
-        // KVM writes the page at the vCPU's first entry; one that stays halted enters too.
+        // KVM writes the page at the vCPU's first entry; one that stays halted, and has no timer
+        // to wake it, makes none until something else does.
         let after = loop {
             match Page::read(memory, GuestAddress(msr & !1)) {
                 Some(page) if page.version != before.version => break Some(page),
