@@ -96,7 +96,7 @@ impl Successor {
     ) -> anyhow::Result<Result<Handover, ClientError>> {
         let request = self.request(terms)?;
         let socket = self.socket.take().context("a second handover to it")?;
-        Ok(client.hand_over(&request, socket.as_fd(), self.state.as_fd(), progress))
+        Ok(client.hand_over(&request, socket, self.state.as_fd(), progress))
     }
 }
 

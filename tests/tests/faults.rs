@@ -257,7 +257,7 @@ fn a_successor_killed_right_after_its_adoption() -> anyhow::Result<()> {
     let socket = successor.socket.take().context("its socket")?;
     let state = successor.state.try_clone()?;
     let mut killed = Ok(());
-    let outcome = client.hand_over(&request, socket.as_fd(), state.as_fd(), |phase| {
+    let outcome = client.hand_over(&request, socket.try_clone()?, state.as_fd(), |phase| {
         if phase.name == "adopt" {
             killed = successor.kill();
         }

@@ -38,7 +38,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use stillpoint_control::frame::{self, FrameError};
 
 /// How long a wait spins before it sleeps: waking up costs more than most answers take.
-const SPIN: Duration = Duration::from_micros(200);
+const SPIN: Duration = Duration::from_micros(100);
 /// A process that has closed its end is dead, or about to say otherwise by its pidfd.
 const DEATH_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -214,23 +214,24 @@ impl Channel {
 
     /// Receives one packet; [`FrameError::TimedOut`] when the deadline passes first.
     pub fn receive(&mut self, deadline: Instant) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        self.receive_beside(deadline, None)
+        self.receive_beside(Duration::ZERO, deadline, None)
     }
 
     /// As [`Channel::receive`], from the process behind `pidfd`: `None` when it is dead and has
     /// left nothing unread. A closed socket alone proves nothing, and neither does an open one:
-    /// others may hold a duplicate of its other end.
+    /// others may hold a duplicate of its other end. Stays awake a little: the word it waits for
+    /// is microseconds away.
     pub fn receive_from(
         &mut self,
         pidfd: &OwnedFd,
         deadline: Instant,
     ) -> Result<Option<(Body, Vec<OwnedFd>)>, ChannelError> {
-        match self.receive_beside(deadline, Some(pidfd.as_fd())) {
+        match self.receive_beside(SPIN, deadline, Some(pidfd.as_fd())) {
             Err(ChannelError::Frame(FrameError::TimedOut))
                 if wait_readable(pidfd, Instant::now()) =>
             {
                 // It may have spoken between the last look at the socket and its death.
-                match self.receive_beside(Instant::now(), None) {
+                match self.receive_beside(Duration::ZERO, Instant::now(), None) {
                     Err(ChannelError::Frame(FrameError::TimedOut | FrameError::Closed)) => Ok(None),
                     heard => heard.map(Some),
                 }
@@ -246,10 +247,11 @@ impl Channel {
 
     fn receive_beside(
         &mut self,
+        spin: Duration,
         deadline: Instant,
         beside: Option<BorrowedFd<'_>>,
     ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        let (len, fds) = self.receive_bytes(deadline, beside)?;
+        let (len, fds) = self.receive_bytes(spin, deadline, beside)?;
         match Packet::decode(&self.buffer[..len])?.body {
             Some(Body::Refused(Refused { reason })) => Err(ChannelError::Refused(reason)),
             Some(body) => Ok((body, fds)),
@@ -259,6 +261,7 @@ impl Channel {
 
     fn receive_bytes(
         &mut self,
+        spin: Duration,
         deadline: Instant,
         beside: Option<BorrowedFd<'_>>,
     ) -> Result<(usize, Vec<OwnedFd>), ChannelError> {
@@ -268,7 +271,7 @@ impl Channel {
                 Err(FrameError::TimedOut) => {}
                 other => return Ok(other?),
             }
-            if began.elapsed() < SPIN {
+            if began.elapsed() < spin {
                 std::thread::yield_now();
                 continue;
             }

@@ -40,6 +40,9 @@ use state::{LoadedVcpu, VcpuError};
 /// wake-up costs more than most of the steps of a freeze.
 const SPIN: Duration = Duration::from_micros(300);
 
+/// How long the machine thread leaves the cores to vCPUs that were just let in.
+const HEAD_START: Duration = Duration::from_millis(1);
+
 /// What a vCPU thread is told.
 #[derive(Debug)]
 enum Order {
@@ -114,6 +117,16 @@ pub struct VcpuSet {
     answers: Receiver<(u8, Answer)>,
 }
 
+/// How long answers are waited for.
+struct Wait {
+    /// What the vCPUs were told, for the error.
+    what: &'static str,
+    /// Stay awake this long: only where no vCPU that is to run waits for this core.
+    spin: Duration,
+    /// Give up after this.
+    patience: Duration,
+}
+
 /// What every vCPU thread shares.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
@@ -131,7 +144,6 @@ impl VcpuSet {
             threads: Vec::with_capacity(fds.len()),
             answers,
         };
-        let count = fds.len();
         for (id, fd) in (0u8..).zip(fds) {
             let (orders, inbox) = channel();
             let answer = answer.clone();
@@ -149,10 +161,17 @@ impl VcpuSet {
         // Each thread primes its vCPU first: KVM binds it to the thread (a first KVM_RUN from
         // another one waits for an RCU grace period) and consumes requests left by its creation.
         let ready = Duration::from_secs(10);
-        let homes = set.gather(count, "get ready", ready, |answer| match answer {
-            Answer::Ready(result) => Some(result),
-            _ => None,
-        })?;
+        let homes = set.gather(
+            Wait {
+                what: "get ready",
+                spin: Duration::ZERO,
+                patience: ready,
+            },
+            |answer| match answer {
+                Answer::Ready(result) => Some(result),
+                _ => None,
+            },
+        )?;
         for (thread, home) in set.threads.iter_mut().zip(homes) {
             thread.home = home;
         }
@@ -181,21 +200,24 @@ impl VcpuSet {
         Ok(())
     }
 
-    /// Waits for `count` answers that `pick` takes; others are late ones of a gather that was
+    /// Waits for an answer of each vCPU that `pick` takes; others are late ones of a gather that was
     /// given up on, and are dropped.
     fn gather<T>(
         &self,
-        count: usize,
-        what: &'static str,
-        patience: Duration,
+        wait: Wait,
         mut pick: impl FnMut(Answer) -> Option<Result<T, VcpuError>>,
     ) -> Result<Vec<T>, VcpusError> {
-        let began = Instant::now();
+        let Wait {
+            what,
+            spin,
+            patience,
+        } = wait;
+        let (began, count) = (Instant::now(), self.count());
         let mut got: Vec<Option<T>> = (0..count).map(|_| None).collect();
         let mut missing = count;
         let mut failure = None;
         while missing > 0 {
-            let Some((vcpu, answer)) = wait_for(&self.answers, SPIN, began + patience)? else {
+            let Some((vcpu, answer)) = wait_for(&self.answers, spin, began + patience)? else {
                 return Err(VcpusError::Late {
                     missing,
                     count,
@@ -220,9 +242,14 @@ impl VcpuSet {
     pub fn park(&self, patience: Duration) -> Result<(), VcpusError> {
         self.tell(|_| Order::Park)?;
         self.kick();
-        self.gather(self.count(), "park", patience, |answer| {
-            matches!(answer, Answer::Parked).then_some(Ok(()))
-        })
+        self.gather(
+            Wait {
+                what: "park",
+                spin: SPIN,
+                patience,
+            },
+            |answer| matches!(answer, Answer::Parked).then_some(Ok(())),
+        )
         .map(drop)
     }
 
@@ -247,9 +274,11 @@ impl VcpuSet {
     ) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
         self.tell(|_| Order::Save { format })?;
         self.gather(
-            self.count(),
-            "save their state",
-            patience,
+            Wait {
+                what: "save their state",
+                spin: SPIN,
+                patience,
+            },
             |answer| match answer {
                 Answer::Saved(result) => Some(result.map(|saved| *saved)),
                 _ => None,
@@ -271,9 +300,11 @@ impl VcpuSet {
     /// Waits till every vCPU has loaded.
     pub fn loaded(&self, patience: Duration) -> Result<Vec<LoadedVcpu>, VcpusError> {
         self.gather(
-            self.count(),
-            "load their state",
-            patience,
+            Wait {
+                what: "load their state",
+                spin: SPIN,
+                patience,
+            },
             |answer| match answer {
                 Answer::Loaded(result) => Some(result),
                 _ => None,
@@ -285,10 +316,19 @@ impl VcpuSet {
     /// TSC at which the last was let in.
     pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<u64, VcpusError> {
         self.tell(|_| Order::Enter(Arc::clone(bus)))?;
-        let entries = self.gather(self.count(), "enter the guest", patience, |a| match a {
-            Answer::Entering(result) => Some(result),
-            _ => None,
-        })?;
+        // Their answers would wake this thread on the very cores they are about to use.
+        std::thread::sleep(HEAD_START);
+        let entries = self.gather(
+            Wait {
+                what: "enter the guest",
+                spin: Duration::ZERO,
+                patience,
+            },
+            |a| match a {
+                Answer::Entering(result) => Some(result),
+                _ => None,
+            },
+        )?;
         Ok(entries.into_iter().max().unwrap_or_default())
     }
 }

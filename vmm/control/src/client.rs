@@ -151,15 +151,18 @@ impl Client {
     }
 
     /// Asks for a handover and waits for its end; `progress` hears of each phase. `request` must
-    /// be a [`Request::HandOver`].
+    /// be a [`Request::HandOver`]. The socket is closed here as soon as it is sent: a copy kept
+    /// open would hide a dead predecessor from its successor.
     pub fn hand_over(
         &self,
         request: &Request,
-        handover_socket: BorrowedFd<'_>,
+        handover_socket: OwnedFd,
         state: BorrowedFd<'_>,
         mut progress: impl FnMut(&Phase),
     ) -> Result<Handover, ClientError> {
-        let mut reply = self.ask(request, &[handover_socket, state])?.0;
+        frame::send_json(&self.socket, request, &[handover_socket.as_fd(), state])?;
+        drop(handover_socket);
+        let mut reply = self.answer()?.0;
         loop {
             match reply {
                 Reply::Progress(phase) => progress(&phase),

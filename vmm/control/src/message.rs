@@ -109,6 +109,7 @@ pub enum Handover {
 
 /// Which process this is, beyond what a recycled pid could fake.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ProcessId {
     /// Process id.
     pub pid: u32,

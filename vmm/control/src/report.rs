@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 /// A release, as it names itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ReleaseName {
     /// Version, for people and for ordering.
     pub version: String,
@@ -19,6 +20,7 @@ pub struct ReleaseName {
 
 /// How a swap ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The successor runs the guest.
@@ -44,6 +46,7 @@ impl std::fmt::Display for Outcome {
 
 /// On which side of the handover a phase was spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The process that ran the guest before.
@@ -56,6 +59,7 @@ pub enum Side {
 
 /// One phase of a swap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Phase {
     /// `start`, `adopt`, `park`, `quiesce`, `save`, `load`, `clock`, `take`, `resume`, ...
     pub name: String,
@@ -65,15 +69,18 @@ pub struct Phase {
     pub in_blackout: bool,
     /// How long.
     #[serde(rename = "duration_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub duration: Duration,
 }
 
 /// How long the guest stood still.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Blackout {
     /// From the kick of the first vCPU to the moment when the last was let into its first entry,
     /// on the clock both processes share (the TSC).
     #[serde(rename = "host_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub host: Duration,
     /// What each vCPU saw: the longest gap between two TSC readings of its own that overlaps
     /// the host's interval. `None` for a vCPU whose guest keeps no probe table, or that took no
@@ -95,6 +102,7 @@ impl Blackout {
 
 /// What became of the guest's clock.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ClockReceipt {
     /// `advance`: the guest's clocks include the pause.
     pub policy: String,
@@ -111,6 +119,7 @@ pub struct ClockReceipt {
     pub tries: u32,
     /// What the loop cost.
     #[serde(rename = "loop_ns", with = "crate::nanos", default)]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub loop_time: Duration,
     /// Whether KVM's masterclock was on before the swap.
     pub masterclock_before: bool,
@@ -122,6 +131,7 @@ pub struct ClockReceipt {
 
 /// The report of one swap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SwapReport {
     /// The swap's id.
     pub swap: String,
@@ -149,6 +159,7 @@ pub struct SwapReport {
     pub state_bytes: u64,
     /// What the swap was allowed.
     #[serde(rename = "budget_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub budget: Duration,
     /// Every phase, in order.
     pub phases: Vec<Phase>,

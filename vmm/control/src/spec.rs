@@ -22,6 +22,7 @@ pub const MAX_CMDLINE: usize = 2047;
 
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MachineSpec {
     /// Name: 1 to 48 characters of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
@@ -40,6 +41,7 @@ pub struct MachineSpec {
         with = "crate::nanos",
         default = "default_budget"
     )]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub blackout_budget: Duration,
 }
 
@@ -53,6 +55,7 @@ fn default_budget() -> Duration {
 
 /// Guest RAM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct MemorySpec {
     /// Bytes; a multiple of the page size of the backing.
@@ -73,6 +76,7 @@ impl Default for MemorySpec {
 
 /// Pages behind guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "kebab-case")]
 pub enum Pages {
     /// 4 KiB pages of a memfd.
@@ -100,12 +104,15 @@ impl Pages {
 
 /// What to boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct KernelSpec {
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub path: PathBuf,
     /// An initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub initrd: Option<PathBuf>,
     /// The kernel's command line.
     #[serde(default)]

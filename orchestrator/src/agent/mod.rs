@@ -1,0 +1,27 @@
+//! VMM processes of this host: started, found, watched, paired for a swap, ended.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`places`] | where things lie in the run and state directories |
+//! | [`binaries`] | releases on disk; hands out the very fd whose digest was verified |
+//! | [`launch`] | what runs in the child between fork and the VMM: waits, then becomes it |
+//! | [`spawn`] | starts a VMM process and waits for its word |
+//! | [`process`] | one process, held by its pidfd |
+//! | [`find`] | a VMM by its control socket, and the proof that it is the one |
+//! | [`pair`] | predecessor and successor of a swap |
+//! | [`scope`] | systemd scopes, so that guests outlive the daemon's service |
+//! | [`custody`] | guest RAM and ownership pages in systemd's fd store |
+//!
+//! A pid alone is never trusted: every process is held by a pidfd that was checked against its
+//! start time, and every socket by a proof of the VM's secret.
+
+pub mod binaries;
+pub mod custody;
+pub mod find;
+pub mod launch;
+pub mod pair;
+mod pidfd;
+pub mod places;
+pub mod process;
+pub mod scope;
+pub mod spawn;

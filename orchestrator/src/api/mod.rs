@@ -1,0 +1,101 @@
+//! HTTP over a Unix socket, with its OpenAPI.
+//!
+//! Every change is recorded before it is answered; what is not recorded is not done. Errors are
+//! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
+
+mod events;
+mod refusal;
+mod releases;
+mod serve;
+mod swaps;
+mod vms;
+
+use axum::Router;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::execute::Host;
+use crate::model::Event;
+use crate::reconcile::Waker;
+
+pub use refusal::Refusal;
+pub use releases::{NewRelease, add as add_release};
+pub use serve::serve;
+pub use swaps::NewSwap;
+pub use vms::{NewVm, VmView};
+
+/// What the handlers work with.
+#[derive(Clone, Debug)]
+pub struct Desk {
+    /// This host.
+    pub host: Host,
+    /// Wakes the task of a VM.
+    pub waker: Waker,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "stillpointd",
+        description = "Guests of one host: started, watched, and swapped under their feet. \
+                       Over a Unix socket; callers are the daemon's own uid, or root."
+    ),
+    // Events come as a stream, which OpenAPI can't say; their schema is here all the same.
+    components(schemas(Event))
+)]
+struct Document;
+
+fn routes() -> OpenApiRouter<Desk> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(vms::list))
+        .routes(routes!(vms::put, vms::show, vms::remove))
+        .routes(routes!(vms::stop))
+        .routes(routes!(swaps::of_vm, swaps::ask))
+        .routes(routes!(swaps::list))
+        .routes(routes!(swaps::show))
+        .routes(routes!(releases::list, releases::post))
+        .routes(routes!(events::stream))
+        .routes(routes!(doctor))
+}
+
+/// The OpenAPI document, as it is committed.
+pub fn openapi_json() -> Result<String, serde_json::Error> {
+    let (_, document) = routes().split_for_parts();
+    let mut text = serde_json::to_string_pretty(&document)?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// All routes.
+pub fn router(desk: Desk) -> Router {
+    let (router, document) = routes().split_for_parts();
+    let document = axum::Json(document);
+    router
+        .route("/openapi.json", axum::routing::get(async move || document))
+        .fallback(refusal::no_such_path)
+        .method_not_allowed_fallback(refusal::no_such_method)
+        .with_state(desk)
+}
+
+/// What this host can and can't do.
+#[utoipa::path(get, path = "/v1/doctor", responses((status = 200, body = [crate::doctor::Check])))]
+async fn doctor(
+    axum::extract::State(desk): axum::extract::State<Desk>,
+) -> axum::Json<Vec<crate::doctor::Check>> {
+    let host = &desk.host;
+    let newest = host
+        .store
+        .releases()
+        .await
+        .ok()
+        .and_then(|mut all| all.pop());
+    let binary = newest.map(|release| host.binaries.path(&release.manifest.version));
+    let store = host
+        .store
+        .releases()
+        .await
+        .map(drop)
+        .map_err(|e| e.to_string());
+    axum::Json(crate::doctor::of_daemon(binary, store).await)
+}

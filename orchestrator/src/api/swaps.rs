@@ -1,0 +1,183 @@
+//! `/v1/swaps` and `/v1/vms/{name}/swaps`.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use stillpoint_control::spec::MAX_BUDGET;
+use utoipa::ToSchema;
+
+use super::Desk;
+use super::refusal::{Body, Refusal};
+use crate::execute::unix_ns;
+use crate::model::{Code, Problem, Release, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted};
+
+/// A swap to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewSwap {
+    /// Component: `vmm`.
+    pub component: String,
+    /// Version to swap to.
+    pub to: String,
+    /// The longest blackout allowed, ns; the VM's own budget when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_ns: Option<u64>,
+}
+
+/// Asks for a swap. It is recorded, then done; `GET /v1/swaps/{id}` and `/v1/events` say how far
+/// it is.
+#[utoipa::path(
+    post, path = "/v1/vms/{name}/swaps", params(("name" = String, Path,)), request_body = NewSwap,
+    responses(
+        (status = 202, body = SwapRecord), (status = "4XX", body = Problem),
+        (status = 507, description = "no room to record it; nothing was begun", body = Problem)
+    )
+)]
+pub(super) async fn ask(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+    Body(new): Body<NewSwap>,
+) -> Result<(StatusCode, Json<SwapRecord>), Refusal> {
+    let swap = desk.check_swap(&name, new).await?;
+    if !desk.host.store.add_swap(&swap).await? {
+        let message = format!(
+            "another swap of `{name}` is going on; wait for its end (`stillpoint report {name}`)"
+        );
+        return Err(Problem::new(Code::SwapInProgress, message).into());
+    }
+    desk.waker.wake(&swap.vm);
+    Ok((StatusCode::ACCEPTED, Json(swap)))
+}
+
+impl Desk {
+    /// The release of that version.
+    pub(super) async fn release(&self, version: &str) -> Result<Release, Refusal> {
+        let found = self.host.store.release(version).await?;
+        found.ok_or_else(|| {
+            let message = format!(
+                "there is no release `{version}` of the VMM in the store; `stillpoint release \
+                 ls` shows those there are, `stillpoint release add PATH` adds one"
+            );
+            Problem::new(Code::NotFound, message).into()
+        })
+    }
+
+    /// Checks everything that can be checked before the guest hears of it.
+    async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
+        let vm = self.vm(name).await?;
+        check_request(&new)?;
+        if !vm.state.is_active() || vm.wanted == Wanted::Stopped {
+            let message = format!(
+                "`{name}` is {}: there is no process to swap; the next `stillpoint run` starts \
+                 it with whatever release is asked for",
+                vm.state
+            );
+            return Err(Problem::new(Code::NotRunning, message).into());
+        }
+        if let Some(open) = self.host.store.open_swap(&vm.name).await? {
+            let message = format!(
+                "another swap of `{name}` is going on ({}, to release {}); wait for its end",
+                open.id, open.to.version
+            );
+            return Err(Problem::new(Code::SwapInProgress, message).into());
+        }
+        if vm.state != VmState::Running {
+            let message = format!("`{name}` is {}; ask again when it is running", vm.state);
+            return Err(Problem::new(Code::NotRunning, message).into());
+        }
+        let to = self.release(&new.to).await?;
+        let from = self.release(&vm.release).await?;
+        let (binaries, checked) = (self.host.binaries.clone(), to.clone());
+        tokio::task::spawn_blocking(move || binaries.verified(&checked))
+            .await
+            .map_err(|e| Problem::new(Code::Failed, e.to_string()))??;
+        to.can_follow(&from)?;
+        Ok(SwapRecord {
+            id: new_id()?,
+            vm: vm.name,
+            component: new.component,
+            from: from.name(),
+            to: to.name(),
+            state: SwapState::Wanted,
+            step: "recorded".into(),
+            reason: None,
+            budget_ns: new.budget_ns,
+            successor: None,
+            epoch_before: None,
+            asked_at_unix_ns: unix_ns(),
+            ended_at_unix_ns: None,
+            report: None,
+        })
+    }
+}
+
+fn check_request(new: &NewSwap) -> Result<(), Problem> {
+    let bad = |message| Err(Problem::new(Code::BadRequest, message));
+    if new.component != VMM {
+        let given = &new.component;
+        return bad(format!(
+            "field `component`: `{given}` can't be swapped, only `{VMM}`"
+        ));
+    }
+    let ceiling = u64::try_from(MAX_BUDGET.as_nanos()).unwrap_or(u64::MAX);
+    match new.budget_ns {
+        Some(ns) if ns == 0 || ns > ceiling => bad(format!(
+            "field `budget_ns`: {ns} is not more than 0 and at most {ceiling}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Ids sort by time, and are short enough to type.
+fn new_id() -> Result<SwapId, Problem> {
+    let mut random = [0; 2];
+    rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| Problem::new(Code::Failed, format!("no random bytes: {e}")))?;
+    let ms = unix_ns() / 1_000_000;
+    let tail = stillpoint_control::secret::hex(&random);
+    Ok(SwapId(format!("{ms:011x}-{tail}")))
+}
+
+fn without_reports(mut swaps: Vec<SwapRecord>) -> Vec<SwapRecord> {
+    for swap in &mut swaps {
+        swap.report = None;
+    }
+    swaps
+}
+
+/// All swaps, oldest first, without their reports.
+#[utoipa::path(get, path = "/v1/swaps", responses((status = 200, body = [SwapRecord])))]
+pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<SwapRecord>>, Refusal> {
+    Ok(Json(without_reports(desk.host.store.swaps(None).await?)))
+}
+
+/// All swaps of a VM, oldest first, without their reports.
+#[utoipa::path(
+    get, path = "/v1/vms/{name}/swaps", params(("name" = String, Path,)),
+    responses((status = 200, body = [SwapRecord]), (status = "4XX", body = Problem))
+)]
+pub(super) async fn of_vm(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+) -> Result<Json<Vec<SwapRecord>>, Refusal> {
+    let vm = desk.vm(&name).await?;
+    let swaps = desk.host.store.swaps(Some(&vm.name)).await?;
+    Ok(Json(without_reports(swaps)))
+}
+
+/// One swap, with its report when it is over.
+#[utoipa::path(
+    get, path = "/v1/swaps/{id}", params(("id" = String, Path,)),
+    responses((status = 200, body = SwapRecord), (status = "4XX", body = Problem))
+)]
+pub(super) async fn show(
+    State(desk): State<Desk>,
+    Path(id): Path<String>,
+) -> Result<Json<SwapRecord>, Refusal> {
+    let swap = desk.host.store.swap(&SwapId(id.clone())).await?;
+    swap.map(Json).ok_or_else(|| {
+        let message = format!("there is no swap `{id}`; `GET /v1/swaps` lists all");
+        Problem::new(Code::NotFound, message).into()
+    })
+}

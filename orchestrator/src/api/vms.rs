@@ -1,0 +1,273 @@
+//! `/v1/vms`.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use stillpoint_control::message::ProcessId;
+use stillpoint_control::secret::Secret;
+use stillpoint_control::spec::{MachineSpec, SpecError};
+use tokio::sync::broadcast;
+use utoipa::ToSchema;
+
+use super::Desk;
+use super::refusal::{Body, Refusal};
+use crate::execute::unix_ns;
+use crate::model::{Code, Event, Problem, VmName, VmRecord, VmState, Wanted};
+use crate::reconcile;
+
+/// A VM to be started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewVm {
+    /// The machine.
+    pub spec: MachineSpec,
+    /// Version of the release to start it with; the newest when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<String>,
+}
+
+/// A VM, as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmView {
+    /// Name.
+    pub name: VmName,
+    /// What it is.
+    pub state: VmState,
+    /// What its owner wants.
+    pub wanted: Wanted,
+    /// Why, when it isn't what its owner wants.
+    pub reason: Option<String>,
+    /// Version of the release that runs it.
+    pub release: String,
+    /// Its process, while there is one.
+    pub process: Option<ProcessId>,
+    /// Swaps it has lived through.
+    pub swaps: u64,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// Its serial console: raw bytes both ways.
+    pub console_socket: String,
+    /// What its serial console said.
+    pub console_log: String,
+    /// What its VMMs logged.
+    pub vmm_log: String,
+    /// When it was asked for, nanoseconds since the Unix epoch.
+    pub created_at_unix_ns: u64,
+    /// When its state changed last.
+    pub changed_at_unix_ns: u64,
+}
+
+impl Desk {
+    fn view(&self, vm: VmRecord) -> VmView {
+        let dir = self.host.dir(&vm.name);
+        VmView {
+            console_socket: dir.console().display().to_string(),
+            console_log: dir.console_log().display().to_string(),
+            vmm_log: dir.log().display().to_string(),
+            name: vm.name,
+            state: vm.state,
+            wanted: vm.wanted,
+            reason: vm.reason,
+            release: vm.release,
+            process: vm.process,
+            swaps: vm.swaps,
+            spec: vm.spec,
+            created_at_unix_ns: vm.created_at_unix_ns,
+            changed_at_unix_ns: vm.changed_at_unix_ns,
+        }
+    }
+
+    /// The VM of that name.
+    pub(super) async fn vm(&self, name: &str) -> Result<VmRecord, Refusal> {
+        let unknown = || Refusal(Problem::unknown_vm(name));
+        let name = VmName::try_from(name.to_owned()).map_err(|_| unknown())?;
+        self.host.store.vm(&name).await?.ok_or_else(unknown)
+    }
+
+    /// Waits until `over` says that the VM is what was asked for, or is no more.
+    async fn when(
+        &self,
+        name: &VmName,
+        mut events: broadcast::Receiver<Event>,
+        over: impl Fn(&VmRecord) -> bool,
+    ) -> Result<VmRecord, Refusal> {
+        loop {
+            let vm = self.vm(name.as_str()).await?;
+            if over(&vm) {
+                return Ok(vm);
+            }
+            loop {
+                match events.recv().await {
+                    Ok(event) if event.vm() != name => {}
+                    // Missed some: look anyway.
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => break,
+                    Err(broadcast::error::RecvError::Closed) => {
+                        let message = "the daemon is ending; ask again when it is back";
+                        return Err(Problem::new(Code::Failed, message).into());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// All VMs.
+#[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = [VmView])))]
+pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<VmView>>, Refusal> {
+    let vms = desk.host.store.vms().await?;
+    Ok(Json(vms.into_iter().map(|vm| desk.view(vm)).collect()))
+}
+
+/// One VM.
+#[utoipa::path(
+    get, path = "/v1/vms/{name}", params(("name" = String, Path,)),
+    responses((status = 200, body = VmView), (status = "4XX", body = Problem))
+)]
+pub(super) async fn show(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    Ok(Json(desk.view(desk.vm(&name).await?)))
+}
+
+/// Starts a VM. Answered when its guest runs, or did not start. A VM that is over is started
+/// anew with what is given.
+#[utoipa::path(
+    put, path = "/v1/vms/{name}", params(("name" = String, Path,)), request_body = NewVm,
+    responses(
+        (status = 201, body = VmView), (status = "4XX", body = Problem),
+        (status = 507, description = "no room to record it; nothing was started", body = Problem)
+    )
+)]
+pub(super) async fn put(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+    Body(new): Body<NewVm>,
+) -> Result<(StatusCode, Json<VmView>), Refusal> {
+    let vm = desk.check(&name, new).await?;
+    let events = desk.host.events.subscribe();
+    if !desk.host.store.put_vm(&vm).await? {
+        let message = format!(
+            "a guest called `{name}` is there already and was left alone; stop it first, or \
+             take another name"
+        );
+        return Err(Problem::new(Code::NameTaken, message).into());
+    }
+    desk.waker.wake(&vm.name);
+    let vm = desk
+        .when(&vm.name, events, |vm| vm.state != VmState::Starting)
+        .await?;
+    if vm.state == VmState::Failed {
+        let reason = vm.reason.unwrap_or_default();
+        let message = format!("`{name}` did not start: {reason}");
+        return Err(Problem::new(Code::StartFailed, message).into());
+    }
+    Ok((StatusCode::CREATED, Json(desk.view(vm))))
+}
+
+impl Desk {
+    /// Checks everything that can be checked before it is recorded.
+    async fn check(&self, name: &str, new: NewVm) -> Result<VmRecord, Refusal> {
+        new.spec.validate()?;
+        if new.spec.name != name {
+            let problem = format!("{:?} is not the {name:?} of the path", new.spec.name);
+            return Err(field("name", problem));
+        }
+        if !new.spec.kernel.path.is_absolute() {
+            let problem = "is not an absolute path; the daemon has another working directory";
+            return Err(field("kernel.path", problem.into()));
+        }
+        if new
+            .spec
+            .kernel
+            .initrd
+            .as_ref()
+            .is_some_and(|path| !path.is_absolute())
+        {
+            return Err(field("kernel.initrd", "is not an absolute path".into()));
+        }
+        let vm_name = VmName::try_from(name.to_owned())?;
+        let fits = self.host.dir(&vm_name).check_length();
+        fits.map_err(|e| field("name", e.to_string()))?;
+        let release = self.release_for(new.release).await?;
+        let secret = Secret::random().map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
+        let now = unix_ns();
+        Ok(VmRecord {
+            name: vm_name,
+            spec: new.spec,
+            release,
+            wanted: Wanted::Running,
+            state: VmState::Starting,
+            reason: None,
+            process: None,
+            secret,
+            swaps: 0,
+            created_at_unix_ns: now,
+            changed_at_unix_ns: now,
+        })
+    }
+
+    /// The version that was asked for, or the one that was added last.
+    async fn release_for(&self, version: Option<String>) -> Result<String, Refusal> {
+        if let Some(version) = version {
+            return Ok(self.release(&version).await?.manifest.version);
+        }
+        let newest = self.host.store.releases().await?.pop();
+        newest
+            .map(|release| release.manifest.version)
+            .ok_or_else(|| {
+                let message = "there is no release of the VMM to start it with; add one with \
+                           `stillpoint release add PATH`";
+                Problem::new(Code::NotFound, message).into()
+            })
+    }
+}
+
+fn field(field: &'static str, problem: String) -> Refusal {
+    SpecError::Field { field, problem }.into()
+}
+
+/// Removes the record of a VM that is over.
+#[utoipa::path(
+    delete, path = "/v1/vms/{name}", params(("name" = String, Path,)),
+    responses((status = 204), (status = "4XX", body = Problem))
+)]
+pub(super) async fn remove(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    let vm = desk.vm(&name).await?;
+    if !desk.host.store.remove_vm(&vm.name).await? {
+        let message = format!("`{name}` is {}; stop it first", vm.state);
+        return Err(Problem::new(Code::StillRunning, message).into());
+    }
+    // Its sockets are gone already; logs go with the record.
+    let _ = tokio::fs::remove_dir_all(desk.host.dir(&vm.name).path()).await;
+    reconcile::removed(&desk.host, &vm.name);
+    desk.waker.wake(&vm.name);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Ends a VM. Answered when its process has ended.
+#[utoipa::path(
+    post, path = "/v1/vms/{name}/stop", params(("name" = String, Path,)),
+    responses((status = 200, body = VmView), (status = "4XX", body = Problem))
+)]
+pub(super) async fn stop(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+) -> Result<Json<VmView>, Refusal> {
+    let vm = desk.vm(&name).await?;
+    if !vm.state.is_active() {
+        let message = format!("`{name}` is {} already", vm.state);
+        return Err(Problem::new(Code::NotRunning, message).into());
+    }
+    let events = desk.host.events.subscribe();
+    desk.host.store.want(&vm.name, Wanted::Stopped).await?;
+    desk.waker.wake(&vm.name);
+    let vm = desk
+        .when(&vm.name, events, |vm| !vm.state.is_active())
+        .await?;
+    Ok(Json(desk.view(vm)))
+}

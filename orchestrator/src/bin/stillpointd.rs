@@ -1,0 +1,92 @@
+//! The daemon, one per host.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use orchestrator::agent::launch::launch;
+use orchestrator::daemon::{self, Config};
+
+/// Starts guests on this host, watches them, and swaps what runs them. Ending it harms no guest.
+#[derive(Debug, Parser)]
+#[command(name = "stillpointd", version, args_conflicts_with_subcommands = true)]
+struct Args {
+    /// Sockets and logs [root: /run/stillpoint; others: $XDG_RUNTIME_DIR/stillpoint].
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Store and releases [root: /var/lib/stillpoint; others: ~/.local/state/stillpoint].
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// The API's socket [api.sock in the run directory].
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Logs as JSON, one object a line.
+    #[arg(long)]
+    json_logs: bool,
+    /// Prints the API's OpenAPI document and exits.
+    #[arg(long)]
+    print_openapi: bool,
+    #[command(subcommand)]
+    command: Option<Internal>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Internal {
+    /// What runs between fork and the VMM; the daemon's own use only.
+    #[command(hide = true)]
+    Launch {
+        /// Arguments of the VMM.
+        #[arg(last = true)]
+        args: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("stillpointd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    if let Some(Internal::Launch { args }) = args.command {
+        return launch(&args);
+    }
+    if args.print_openapi {
+        print!("{}", orchestrator::api::openapi_json()?);
+        return Ok(());
+    }
+    log(args.json_logs);
+    let run_dir = args.run_dir.unwrap_or_else(daemon::default_run_dir);
+    let config = Config {
+        socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
+        run_dir: std::path::absolute(run_dir)?,
+        state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(daemon::run(config));
+    // A blocking exchange with a VMM may still wait for its answer; the guest needs neither.
+    runtime.shutdown_background();
+    result
+}
+
+fn log(json: bool) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    if json {
+        logs.json().init();
+    } else {
+        logs.init();
+    }
+}

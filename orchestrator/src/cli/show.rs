@@ -1,0 +1,69 @@
+//! `stillpoint show`
+
+use std::process::ExitCode;
+
+use super::{Desk, format, say, say_json};
+use crate::api::VmView;
+use crate::model::{Problem, SwapRecord};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Name of the guest.
+    name: String,
+}
+
+pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    let name = super::path_part(&args.name)?;
+    let vm: VmView = desk.api.get(&format!("/v1/vms/{name}")).await?;
+    if desk.json {
+        say_json(&vm)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let swaps: Vec<SwapRecord> = desk.api.get(&format!("/v1/vms/{name}/swaps")).await?;
+    say(&text(&vm, &swaps))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
+    let kernel = &vm.spec.kernel;
+    let mut rows = vec![
+        (
+            "state",
+            format!("{}, since {}", vm.state, format::ago(vm.changed_at_unix_ns)),
+        ),
+        ("wanted", format!("{:?}", vm.wanted).to_lowercase()),
+        ("release", vm.release.clone()),
+        ("vCPUs", vm.spec.cpus.to_string()),
+        (
+            "memory",
+            format!(
+                "{} of {} pages",
+                format::size(vm.spec.memory.size),
+                format!("{:?}", vm.spec.memory.pages).to_lowercase()
+            ),
+        ),
+        ("kernel", kernel.path.display().to_string()),
+        ("cmdline", kernel.cmdline.clone()),
+        ("blackout budget", format::time(vm.spec.blackout_budget)),
+        ("swaps", vm.swaps.to_string()),
+        ("console", vm.console_socket.clone()),
+        ("log", vm.vmm_log.clone()),
+    ];
+    if let Some(process) = &vm.process {
+        rows.insert(3, ("pid", process.pid.to_string()));
+    }
+    if let Some(reason) = &vm.reason {
+        rows.insert(1, ("reason", reason.replace('\n', "\n                   ")));
+    }
+    if let Some(last) = swaps.last() {
+        rows.push((
+            "last swap",
+            format!("{} to {}: {}", last.id, last.to.version, last.state),
+        ));
+    }
+    let mut text = format!("{}\n", vm.name);
+    for (key, value) in rows {
+        text.push_str(&format!("  {key:<17}{value}\n"));
+    }
+    text
+}

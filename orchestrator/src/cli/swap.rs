@@ -1,0 +1,114 @@
+//! `stillpoint swap vmm`
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use hyper::Method;
+use indicatif::ProgressBar;
+
+use super::{Desk, format, http, progress, report, say, say_json};
+use crate::api::NewSwap;
+use crate::model::{Code, Event, Problem, SwapId, SwapRecord, SwapState, VMM};
+
+/// How long to wait for an event before looking at the record itself.
+const LOOK: Duration = Duration::from_secs(1);
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    component: Component,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Component {
+    /// The process that runs a guest. Exits 0 when the successor runs it, 1 when it stayed.
+    Vmm {
+        /// Name of the guest.
+        name: String,
+        /// Version of the release to swap to.
+        #[arg(long, value_name = "VERSION")]
+        to: String,
+        /// The longest blackout allowed, such as 500ms [the guest's own].
+        #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+        budget: Option<Duration>,
+    },
+}
+
+pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    let Component::Vmm { name, to, budget } = args.component;
+    let name = super::path_part(&name)?;
+    // Listening first: nothing is missed between the request and the stream.
+    let events = desk.api.events().await?;
+    let new = NewSwap {
+        component: VMM.into(),
+        to: to.clone(),
+        budget_ns: budget.map(|budget| u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX)),
+    };
+    let path = format!("/v1/vms/{name}/swaps");
+    let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;
+    let bar = progress::waiting(desk.json, &format!("swapping {name} to {to}"));
+    let swap = follow(desk, &asked.id, events, &bar).await;
+    bar.finish_and_clear();
+    let swap = swap?;
+    if desk.json {
+        say_json(&swap)?;
+    } else {
+        say(&report::summary(&swap))?;
+    }
+    Ok(match swap.state {
+        SwapState::Moved => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
+}
+
+/// Follows a swap to its end.
+async fn follow(
+    desk: &Desk,
+    id: &SwapId,
+    mut events: http::Events,
+    bar: &ProgressBar,
+) -> Result<SwapRecord, Problem> {
+    loop {
+        match tokio::time::timeout(LOOK, events.next()).await {
+            Ok(Some(event)) => {
+                if !tell(&event, id, bar) {
+                    continue;
+                }
+            }
+            Ok(None) => tokio::time::sleep(LOOK).await,
+            Err(_) => {}
+        }
+        match desk.api.get::<SwapRecord>(&format!("/v1/swaps/{id}")).await {
+            Ok(swap) if swap.state.is_over() || swap.state == SwapState::InDoubt => {
+                return Ok(swap);
+            }
+            // The daemon was restarted: the swap goes on without it, and it settles the record.
+            Err(problem) if problem.code == Code::NoDaemon => {
+                bar.set_message(format!("swap {id}: waiting for the daemon to come back"));
+            }
+            Err(problem) => return Err(problem),
+            Ok(_) => {}
+        }
+    }
+}
+
+/// Shows an event of this swap; whether the swap may be over.
+fn tell(event: &Event, id: &SwapId, bar: &ProgressBar) -> bool {
+    match event {
+        Event::Phase { swap, phase, .. } if swap == id => {
+            bar.println(format!(
+                "  {:<12} {}",
+                phase.name,
+                format::time(phase.duration)
+            ));
+            false
+        }
+        Event::Swap {
+            swap, state, step, ..
+        } if swap == id => {
+            bar.set_message(format!("swap {id}: {step}"));
+            state.is_over() || *state == SwapState::InDoubt
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,199 @@
+//! Puts the parts together: directories, lock, store, VMs, API; and ends without any guest
+//! noticing.
+
+use std::fs::File;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use rustix::fs::{FlockOperation, Mode};
+use sd_notify::NotifyState;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::broadcast;
+
+use crate::agent::binaries::Binaries;
+use crate::agent::custody;
+use crate::agent::places::private_dir;
+use crate::agent::scope::Scopes;
+use crate::api::{self, Desk, NewRelease};
+use crate::execute::Host;
+use crate::reconcile;
+use crate::store::Store;
+
+/// Events kept for a listener that is slow.
+const EVENTS: usize = 1024;
+/// How long open requests may go on after the daemon was told to end.
+const LAST_REQUESTS: Duration = Duration::from_secs(1);
+
+/// Where the daemon keeps things.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Sockets and logs.
+    pub run_dir: PathBuf,
+    /// Store and releases.
+    pub state_dir: PathBuf,
+    /// The API's socket.
+    pub socket: PathBuf,
+}
+
+/// The run directory when none is given.
+pub fn default_run_dir() -> PathBuf {
+    let uid = rustix::process::geteuid();
+    if uid.is_root() {
+        return "/run/stillpoint".into();
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => Path::new(&dir).join("stillpoint"),
+        _ => format!("/tmp/stillpoint-{}", uid.as_raw()).into(),
+    }
+}
+
+/// The state directory when none is given.
+pub fn default_state_dir() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return "/var/lib/stillpoint".into();
+    }
+    let home = std::env::home_dir().unwrap_or_else(|| "/".into());
+    home.join(".local/state/stillpoint")
+}
+
+/// The API's socket in a run directory.
+pub fn socket_in(run_dir: &Path) -> PathBuf {
+    run_dir.join("api.sock")
+}
+
+/// Runs until it is told to end. Guests go on.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    private_dir(&config.run_dir)?;
+    private_dir(&config.state_dir)?;
+    private_dir(&config.run_dir.join("vms"))?;
+    let _lock = lock(&config.run_dir)?;
+    let store = Store::open(&config.state_dir.join("store.sqlite"))?;
+    let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
+    custody::take_over(&known);
+    let (events, _) = broadcast::channel(EVENTS);
+    let host = Host {
+        store,
+        events,
+        binaries: Binaries::new(&config.state_dir),
+        run_dir: config.run_dir.clone(),
+        scopes: Scopes::connect().await,
+    };
+    add_first_release(&host).await?;
+    let listener = listen(&config.socket)?;
+    let waker = reconcile::start(host.clone()).await?;
+    let router = api::router(Desk { host, waker });
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let serving = api::serve(listener, router, async move {
+        let _ = ended.await;
+    });
+    let mut serving = tokio::spawn(serving);
+    notify(&[NotifyState::Ready]);
+    tracing::info!(socket = %config.socket.display(), "ready");
+    tokio::select! {
+        told = told_to_end() => told?,
+        served = &mut serving => served.context("serve the API")?.context("serve the API")?,
+    }
+    notify(&[NotifyState::Stopping]);
+    tracing::info!("ending; guests go on");
+    let _ = end.send(());
+    // Listeners of events never hang up by themselves.
+    let _ = tokio::time::timeout(LAST_REQUESTS, serving).await;
+    let _ = std::fs::remove_file(&config.socket);
+    Ok(())
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("systemd could not be told: {error}");
+    }
+}
+
+async fn told_to_end() -> anyhow::Result<()> {
+    let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    Ok(())
+}
+
+/// One daemon per run directory. The lock ends with the process, however it ends.
+fn lock(run_dir: &Path) -> anyhow::Result<File> {
+    let path = run_dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => bail!(
+            "another stillpointd serves {}; stop it, or give this one its own --run-dir and \
+             --state-dir",
+            run_dir.display()
+        ),
+        Err(errno) => Err(errno).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+/// Binds the API's socket. A file that is there is of a daemon that is gone: we hold the lock.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    use std::os::unix::fs::FileTypeExt;
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            bail!(
+                "{} is there and is not a socket; move it away",
+                path.display()
+            );
+        }
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            bail!(
+                "another process answers at {}; give another --socket",
+                path.display()
+            );
+        }
+        std::fs::remove_file(path)
+            .with_context(|| format!("cannot remove the stale socket {}", path.display()))?;
+        tracing::info!(path = %path.display(), "removed a stale socket");
+    }
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+        .with_context(|| format!("cannot close {} to others", path.display()))?;
+    Ok(listener)
+}
+
+/// A daemon without any release adds the VMM that was installed beside it.
+async fn add_first_release(host: &Host) -> anyhow::Result<()> {
+    if !host.store.releases().await?.is_empty() {
+        return Ok(());
+    }
+    let own = std::env::current_exe().context("find the daemon's own executable")?;
+    let path = own.with_file_name("stillpoint-vmm");
+    if !path.exists() {
+        tracing::warn!(
+            "no release in the store and no stillpoint-vmm beside the daemon; add one with \
+             `stillpoint release add PATH`"
+        );
+        return Ok(());
+    }
+    let new = NewRelease {
+        path: path.clone(),
+        version: None,
+        args: Vec::new(),
+    };
+    match api::add_release(host, new).await {
+        Ok(release) => {
+            let version = release.manifest.version;
+            tracing::info!(version, path = %path.display(), "no release was in the store: added the one beside the daemon");
+        }
+        Err(problem) => tracing::warn!("the VMM beside the daemon was not added: {problem}"),
+    }
+    Ok(())
+}

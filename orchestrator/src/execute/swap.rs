@@ -1,0 +1,333 @@
+//! One swap of the VMM.
+//!
+//! ```text
+//!  record ▶ spawn successor ▶ record it ▶ let go ▶ its Ready ▶ HandOver ─┬▶ Moved ▶ check ▶ record
+//!                 │                            │        │                ├▶ Kept ▶ kill ▶ record
+//!                 └────────────┬───────────────┴────────┘                └▶ no word ▶ settle
+//!                              ▼
+//!                     kept; the guest never heard of it
+//! ```
+//!
+//! Before the request goes out the guest can't be harmed; afterwards the two processes settle it
+//! between themselves, and everything here only finds out how. The successor is killed only when
+//! the predecessor said that it keeps the guest; the predecessor only when the ownership word
+//! says that the successor took it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use stillpoint_control::client::ClientError;
+use stillpoint_control::message::{Handover, Request};
+use stillpoint_control::ownership::{Epoch, Owner, Ownership};
+use stillpoint_control::report::{Blackout, Outcome, Phase, Side, SwapReport};
+use stillpoint_control::spec::MAX_BUDGET;
+use tokio::sync::mpsc;
+
+use super::start::{release_args, verified};
+use super::{Host, settle, unix_ns};
+use crate::agent::find::Held;
+use crate::agent::pair::{self, Asked, Channel};
+use crate::agent::process::Process;
+use crate::agent::spawn::{self, GIVEN_FD, Job, READY_FD};
+use crate::model::{Event, SwapRecord, SwapState, VmRecord, VmState};
+use crate::store::StoreError;
+
+/// How long a successor may take to come up.
+const READY_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the preparation may take while the guest runs.
+const BROWNOUT: Duration = Duration::from_secs(60);
+/// How long a successor may take to answer at the control socket after it took the guest.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to measure.
+const REPORT_PATIENCE: Duration = Duration::from_secs(4);
+/// How long a predecessor may take to end after it gave its guest away.
+const RETIRE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A successor that is ready, and what goes to the predecessor.
+struct Prepared {
+    successor: Process,
+    channel: OwnedFd,
+    started: Duration,
+}
+
+/// Carries it out. Gives back the process that runs the guest, if it is known and lives. On
+/// `Err` the swap could not be recorded, and nothing was done.
+pub async fn swap(
+    host: &Host,
+    vm: &VmRecord,
+    mut swap: SwapRecord,
+    held: Held,
+) -> Result<Option<Held>, (StoreError, Held)> {
+    swap.state = SwapState::InProgress;
+    swap.step = "start".into();
+    swap.epoch_before = held.ownership.read().ok().map(|owner| owner.epoch().0);
+    if let Err(error) = host.record(&swap).await {
+        return Err((error, held));
+    }
+    let process = Some(held.process.id().clone());
+    host.observe_surely(&vm.name, VmState::Swapping, None, process)
+        .await;
+    let prepared = match prepare(host, vm, &mut swap).await {
+        Ok(prepared) => prepared,
+        Err(reason) => return Ok(keep(host, vm, swap, held, reason).await),
+    };
+    Ok(hand_over(host, vm, swap, held, prepared).await)
+}
+
+/// Ends a swap that can't begin.
+pub async fn refuse(host: &Host, mut swap: SwapRecord, why: String) {
+    swap.state = SwapState::Kept;
+    swap.reason = Some(why);
+    swap.ended_at_unix_ns = Some(unix_ns());
+    host.end_swap(&swap, None).await;
+}
+
+/// Starts the successor and waits until it is ready. The guest hears nothing of this.
+async fn prepare(host: &Host, vm: &VmRecord, swap: &mut SwapRecord) -> Result<Prepared, String> {
+    let begun = tokio::time::Instant::now();
+    let version = &swap.to.version;
+    let release = host.store.release(version).await;
+    let release = release.map_err(|e| e.to_string())?;
+    let release = release.ok_or_else(|| format!("release {version} is not in the store"))?;
+    let binary = verified(host, &release).await?;
+    let Channel {
+        predecessor,
+        successor,
+    } = pair::channel().map_err(|e| format!("cannot make the handover's socketpair: {e}"))?;
+    let mut args = vec![
+        "adopt".to_owned(),
+        format!("--handover-fd={GIVEN_FD}"),
+        format!("--ready-fd={READY_FD}"),
+    ];
+    args.extend(release_args(&release));
+    let job = Job {
+        binary,
+        args,
+        given: successor,
+        log: &host.dir(&vm.name).log(),
+    };
+    let gated = spawn::spawn(job).map_err(|e| e.to_string())?;
+    // Recorded before it runs anything: a daemon that starts anew knows both processes.
+    swap.successor = Some(gated.process().id().clone());
+    swap.step = "adopt".into();
+    host.record(swap).await.map_err(|e| e.to_string())?;
+    let pid = gated.process().id().pid;
+    host.scopes.enclose(&vm.name, pid, true).await;
+    let started = gated.let_go().map_err(|e| e.to_string())?;
+    let successor = started
+        .ready(READY_PATIENCE)
+        .await
+        .map_err(|e| format!("the successor did not come up: {e}"))?;
+    Ok(Prepared {
+        successor,
+        channel: predecessor,
+        started: begun.elapsed(),
+    })
+}
+
+/// Asks the predecessor, and acts on its answer.
+async fn hand_over(
+    host: &Host,
+    vm: &VmRecord,
+    mut swap: SwapRecord,
+    held: Held,
+    prepared: Prepared,
+) -> Option<Held> {
+    let Prepared {
+        successor, channel, ..
+    } = prepared;
+    // Kept until this function ends: with it a successor can be started again.
+    let files = pair::state_file().and_then(|file| Ok((file.try_clone()?, file)));
+    let (state, _kept) = match files {
+        Ok(files) => files,
+        Err(error) => {
+            successor.kill().await;
+            let reason = format!("cannot make the file for the saved state: {error}");
+            return keep(host, vm, swap, held, reason).await;
+        }
+    };
+    swap.step = "hand over".into();
+    host.tell_swap(&swap);
+    let (progress, phases) = mpsc::unbounded_channel();
+    let start = Phase {
+        name: "start".into(),
+        side: Side::Agent,
+        in_blackout: false,
+        duration: prepared.started,
+    };
+    let _ = progress.send(start.clone());
+    tokio::spawn(tell_phases(host.clone(), swap.clone(), phases));
+    let budget = swap
+        .budget_ns
+        .map_or(vm.spec.blackout_budget, Duration::from_nanos);
+    let asked = Asked {
+        control: host.dir(&vm.name).control(),
+        request: Request::HandOver {
+            swap: swap.id.0.clone(),
+            to: swap.to.clone(),
+            successor_pid: successor.id().pid,
+            budget_ns: swap.budget_ns,
+            brownout: BROWNOUT,
+        },
+        longest: BROWNOUT + budget.min(MAX_BUDGET),
+        channel,
+        state,
+        progress,
+    };
+    match pair::hand_over(asked).await {
+        Ok(Handover::Moved) => {
+            let retiring = Some((held.process, held.ownership));
+            moved(host, vm, swap, retiring, successor, Some(start)).await
+        }
+        Ok(Handover::Kept { mut report }) => {
+            successor.kill().await;
+            report.phases.insert(0, start);
+            swap.report = Some(*report);
+            keep(host, vm, swap, held, String::new()).await
+        }
+        Err(ClientError::Refused { message, .. }) => {
+            successor.kill().await;
+            let reason = format!("the predecessor refused: {message}");
+            keep(host, vm, swap, held, reason).await
+        }
+        Err(error) => {
+            tracing::warn!(vm = %vm.name, swap = %swap.id, "no answer to the handover: {error}");
+            drop(successor);
+            settle(host, vm, swap, Some(held)).await
+        }
+    }
+}
+
+async fn tell_phases(host: Host, swap: SwapRecord, mut phases: mpsc::UnboundedReceiver<Phase>) {
+    while let Some(phase) = phases.recv().await {
+        tracing::info!(swap = %swap.id, vm = %swap.vm, phase = phase.name, took = ?phase.duration);
+        host.tell(Event::Phase {
+            swap: swap.id.clone(),
+            vm: swap.vm.clone(),
+            phase,
+        });
+    }
+}
+
+/// The successor runs the guest: checks it, records it, sees the predecessor off.
+pub(super) async fn moved(
+    host: &Host,
+    vm: &VmRecord,
+    mut swap: SwapRecord,
+    predecessor: Option<(Process, Arc<Ownership>)>,
+    successor: Process,
+    start: Option<Phase>,
+) -> Option<Held> {
+    let found = find_successor(host, vm, &successor).await;
+    let expected = host.expected(vm);
+    swap.report = match &found {
+        Some(_) => expected.last_report(&swap.id.0, REPORT_PATIENCE).await,
+        None => None,
+    };
+    if let (Some(report), Some(start)) = (&mut swap.report, start) {
+        report.phases.insert(0, start);
+    }
+    swap.state = SwapState::Moved;
+    swap.step = "done".into();
+    swap.reason = swap
+        .report
+        .as_ref()
+        .and_then(|report| report.reason.clone());
+    if found.is_none() && !successor.is_alive() {
+        swap.state = SwapState::Crashed;
+        swap.reason = Some("the successor took the guest and died".into());
+    } else if swap.report.is_none() {
+        swap.reason = Some("the successor runs the guest, but gave no report in time".into());
+    }
+    swap.ended_at_unix_ns = Some(unix_ns());
+    let state = if found.is_some() {
+        VmState::Running
+    } else {
+        VmState::Lost
+    };
+    host.end_swap(&swap, Some((state, successor.id().clone())))
+        .await;
+    if let Some((process, ownership)) = predecessor {
+        tokio::spawn(retire(process, ownership, swap));
+    }
+    found
+}
+
+/// The successor at the control socket, proved; its predecessor may answer for a moment longer.
+async fn find_successor(host: &Host, vm: &VmRecord, successor: &Process) -> Option<Held> {
+    let deadline = tokio::time::Instant::now() + ANSWER_PATIENCE;
+    loop {
+        match host.expected(vm).find().await {
+            Ok(held) if held.process.id() == successor.id() => return Some(held),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(vm = %vm.name, "successor: {error}"),
+        }
+        if !successor.is_alive() || tokio::time::Instant::now() >= deadline {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Waits for the predecessor's end; kills it only if the word says that the guest is not its own.
+async fn retire(process: Process, ownership: Arc<Ownership>, swap: SwapRecord) {
+    if process.ends_within(RETIRE_PATIENCE).await {
+        process.exit();
+        return;
+    }
+    let before = Epoch(swap.epoch_before.unwrap_or(u64::MAX));
+    match ownership.read() {
+        Ok(Owner::Taken(epoch)) if epoch > before => {
+            tracing::warn!(vm = %swap.vm, "the predecessor did not retire: killed");
+            process.kill().await;
+        }
+        word => tracing::error!(vm = %swap.vm, ?word, "the predecessor does not retire"),
+    }
+}
+
+/// The predecessor runs the guest, as before.
+pub(super) async fn keep(
+    host: &Host,
+    vm: &VmRecord,
+    mut swap: SwapRecord,
+    held: Held,
+    reason: String,
+) -> Option<Held> {
+    let report = swap.report.take();
+    let report = report.unwrap_or_else(|| report_of_agent(vm, &swap, reason.clone()));
+    swap.reason = report.reason.clone().or(Some(reason));
+    swap.report = Some(report);
+    swap.state = SwapState::Kept;
+    swap.ended_at_unix_ns = Some(unix_ns());
+    // A process that has ended since is for the next look.
+    let process = held.process.id().clone();
+    host.end_swap(&swap, Some((VmState::Running, process)))
+        .await;
+    Some(held)
+}
+
+/// A report for a swap of which the predecessor never heard.
+fn report_of_agent(vm: &VmRecord, swap: &SwapRecord, reason: String) -> SwapReport {
+    SwapReport {
+        swap: swap.id.0.clone(),
+        vm: vm.name.to_string(),
+        component: swap.component.clone(),
+        from: swap.from.clone(),
+        to: swap.to.clone(),
+        outcome: Outcome::Kept,
+        reason: Some(reason),
+        started_at_unix_ns: swap.asked_at_unix_ns,
+        vcpus: vm.spec.cpus.into(),
+        memory_bytes: vm.spec.memory.size,
+        state_format: 0,
+        state_bytes: 0,
+        budget: swap
+            .budget_ns
+            .map_or(vm.spec.blackout_budget, Duration::from_nanos),
+        phases: Vec::new(),
+        blackout: Blackout::default(),
+        clock: None,
+        warnings: Vec::new(),
+    }
+}

@@ -1,0 +1,35 @@
+//! Starts guests on this host, watches them, and swaps what runs them.
+//!
+//! ```text
+//!   cli ──HTTP──▶ api ──▶ reconcile ──▶ execute ──▶ agent ──control socket──▶ stillpoint-vmm
+//!                  │          │  ▲
+//!                  ▼          ▼  └── plan (pure)
+//!                store ◀── model (nouns)
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`model`] | nouns: VMs, swaps, releases, events, problems. No I/O, no clock |
+//! | [`plan`] | pure: what is wanted and what is seen, to the next step and its reason |
+//! | [`store`] | SQLite: desired and observed state, releases, every swap's report |
+//! | [`agent`] | VMM processes: start, find, watch, pair, end |
+//! | [`execute`] | carries out one step |
+//! | [`reconcile`] | per VM: look, plan, execute, record |
+//! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
+//! | [`daemon`] | puts these together: directories, lock, start, end |
+//! | [`doctor`] | what this host can and can't do |
+//! | [`cli`] | the `stillpoint` command, one file per verb |
+//!
+//! It never opens `/dev/kvm` and never reads saved state. Killing the daemon at any moment harms
+//! no guest: nothing here is needed for a guest to run.
+
+pub mod agent;
+pub mod api;
+pub mod cli;
+pub mod daemon;
+pub mod doctor;
+pub mod execute;
+pub mod model;
+pub mod plan;
+pub mod reconcile;
+pub mod store;

@@ -1,0 +1,62 @@
+//! What happens, for those who listen.
+
+use serde::{Deserialize, Serialize};
+use stillpoint_control::report::Phase;
+use utoipa::ToSchema;
+
+use super::swap::{SwapId, SwapState};
+use super::vm::{VmName, VmState};
+
+/// One thing that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A VM's state changed.
+    Vm {
+        /// The machine.
+        vm: VmName,
+        /// What it is now.
+        state: VmState,
+        /// Why, when it isn't what its owner wants.
+        reason: Option<String>,
+    },
+    /// A VM's record was removed.
+    Removed {
+        /// The machine.
+        vm: VmName,
+    },
+    /// A swap began a step, or ended.
+    Swap {
+        /// The swap.
+        swap: SwapId,
+        /// The machine.
+        vm: VmName,
+        /// How far it is.
+        state: SwapState,
+        /// The step it is at.
+        step: String,
+        /// Why it ended so, when it did not move.
+        reason: Option<String>,
+    },
+    /// A phase of a swap ended.
+    Phase {
+        /// The swap.
+        swap: SwapId,
+        /// The machine.
+        vm: VmName,
+        /// The phase.
+        phase: Phase,
+    },
+}
+
+impl Event {
+    /// The machine it is about.
+    pub fn vm(&self) -> &VmName {
+        match self {
+            Self::Vm { vm, .. }
+            | Self::Removed { vm }
+            | Self::Swap { vm, .. }
+            | Self::Phase { vm, .. } => vm,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Swaps: one component of one VM, from one release to another.
+
+use serde::{Deserialize, Serialize};
+use stillpoint_control::message::ProcessId;
+use stillpoint_control::report::{Outcome, ReleaseName, SwapReport};
+use utoipa::ToSchema;
+
+use super::vm::VmName;
+
+/// A swap's id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(transparent)]
+#[schema(value_type = String)]
+pub struct SwapId(pub String);
+
+impl std::fmt::Display for SwapId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// How far a swap is.
+///
+/// ```text
+///  wanted ──▶ in_progress ──▶ moved | kept | crashed
+///    │             │  ▲
+///    └──▶ kept     ▼  │ settled later
+///               in_doubt
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SwapState {
+    /// Recorded, not begun.
+    Wanted,
+    /// A successor may exist.
+    InProgress,
+    /// The successor runs the guest.
+    Moved,
+    /// The predecessor runs the guest, as before.
+    Kept,
+    /// Both processes live and none of them says who runs the guest. Looked at again and again.
+    InDoubt,
+    /// The process that ran the guest died.
+    Crashed,
+}
+
+impl SwapState {
+    /// Whether nothing more will happen.
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Moved | Self::Kept | Self::Crashed)
+    }
+}
+
+impl From<Outcome> for SwapState {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Moved => Self::Moved,
+            Outcome::Kept => Self::Kept,
+            Outcome::InDoubt => Self::InDoubt,
+            Outcome::Crashed => Self::Crashed,
+        }
+    }
+}
+
+impl std::fmt::Display for SwapState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Wanted => "wanted",
+            Self::InProgress => "in progress",
+            Self::Moved => "moved",
+            Self::Kept => "kept",
+            Self::InDoubt => "in doubt",
+            Self::Crashed => "crashed",
+        })
+    }
+}
+
+/// A swap, as it is recorded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SwapRecord {
+    /// Id.
+    pub id: SwapId,
+    /// The machine.
+    pub vm: VmName,
+    /// Component: `vmm`.
+    pub component: String,
+    /// The release before.
+    pub from: ReleaseName,
+    /// The release after.
+    pub to: ReleaseName,
+    /// How far it is.
+    pub state: SwapState,
+    /// The step it is at, or was at when it ended.
+    pub step: String,
+    /// Why it ended so, when it did not move.
+    pub reason: Option<String>,
+    /// The longest blackout allowed, ns; the VM's own budget when absent.
+    pub budget_ns: Option<u64>,
+    /// The successor's process, once there is one.
+    pub successor: Option<ProcessId>,
+    /// Epoch of the ownership word before the handover was asked for.
+    pub epoch_before: Option<u64>,
+    /// When it was asked for, nanoseconds since the Unix epoch.
+    pub asked_at_unix_ns: u64,
+    /// When it ended.
+    pub ended_at_unix_ns: Option<u64>,
+    /// Every phase, blackout and clock; absent while it goes on, and in lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<SwapReport>,
+}

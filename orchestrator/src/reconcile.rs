@@ -1,0 +1,285 @@
+//! Per VM, one task: look, plan, execute, record; then rest until something changes.
+//!
+//! ```text
+//!        ┌──────────────────────────────────────────────┐
+//!        ▼                                              │
+//!   look (hold the process, or find it) ─▶ plan::next ─▶ execute ─▶ record
+//!        ▲                                    │
+//!        └── woken, or its process ended ◀────┘ rest
+//! ```
+//!
+//! A supervisor owns the tasks; everyone else only has a [`Waker`]. Nothing in here is needed for
+//! a guest to run: a daemon that starts anew looks at everything afresh.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+
+use crate::agent::custody;
+use crate::agent::find::{FindError, Held};
+use crate::agent::process::{Exit, Process};
+use crate::agent::spawn::log_tail;
+use crate::execute::{self, Host};
+use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
+use crate::plan::{self, Ending, Planned, Seen, Step};
+use crate::store::StoreError;
+
+/// Between two looks at a VM that can't be spoken to.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Tells the supervisor that something is to be done for a VM.
+#[derive(Clone, Debug)]
+pub struct Waker(mpsc::UnboundedSender<VmName>);
+
+impl Waker {
+    /// Something changed in what is wanted of that VM.
+    pub fn wake(&self, vm: &VmName) {
+        // The supervisor only ends when the daemon does.
+        let _ = self.0.send(vm.clone());
+    }
+}
+
+/// Starts the supervisor, and a task for every VM that is recorded.
+pub async fn start(host: Host) -> Result<Waker, StoreError> {
+    let (sender, mut wakes) = mpsc::unbounded_channel();
+    let waker = Waker(sender);
+    for vm in host.store.vms().await? {
+        waker.wake(&vm.name);
+    }
+    tokio::spawn(async move {
+        let mut tasks: HashMap<VmName, (Arc<Notify>, tokio::task::JoinHandle<()>)> = HashMap::new();
+        while let Some(vm) = wakes.recv().await {
+            if let Some((woken, task)) = tasks.get(&vm)
+                && !task.is_finished()
+            {
+                woken.notify_one();
+                continue;
+            }
+            let woken = Arc::new(Notify::new());
+            let keeper = Keeper {
+                host: host.clone(),
+                name: vm.clone(),
+                held: None,
+                woken: woken.clone(),
+            };
+            tasks.insert(vm, (woken, tokio::spawn(keeper.keep())));
+        }
+    });
+    Ok(waker)
+}
+
+/// The task of one VM.
+struct Keeper {
+    host: Host,
+    name: VmName,
+    held: Option<Held>,
+    woken: Arc<Notify>,
+}
+
+impl Keeper {
+    async fn keep(mut self) {
+        loop {
+            match self.turn().await {
+                Ok(true) => {}
+                Ok(false) | Err(StoreError::Closed) => return,
+                Err(error) => {
+                    tracing::error!(vm = %self.name, "{error}");
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    /// One turn. `false`: the VM is no more.
+    async fn turn(&mut self) -> Result<bool, StoreError> {
+        let Some(vm) = self.host.store.vm(&self.name).await? else {
+            return Ok(false);
+        };
+        let swap = self.host.store.open_swap(&self.name).await?;
+        let seen = self.look(&vm, swap.as_ref()).await;
+        let planned = plan::next(&vm, swap.as_ref(), &seen);
+        if !matches!(planned.step, Step::Rest | Step::LookAgain) {
+            tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
+        }
+        self.execute(&vm, swap, planned).await?;
+        Ok(true)
+    }
+
+    async fn look(&mut self, vm: &VmRecord, swap: Option<&SwapRecord>) -> Seen {
+        if let Some(held) = &self.held {
+            if held.process.is_alive() {
+                return Seen::Alive;
+            }
+            let exit = held.process.exit();
+            self.held = None;
+            custody::release(&vm.name);
+            return Seen::Ended(self.ending(vm, &exit));
+        }
+        if !vm.state.is_active() {
+            return Seen::Nothing;
+        }
+        match self.host.expected(vm).find().await {
+            Ok(held) => {
+                custody::keep(&vm.name, &held.memory, &*held.ownership);
+                self.held = Some(held);
+                Seen::Alive
+            }
+            Err(error) => self.not_found(vm, swap, error),
+        }
+    }
+
+    /// Nobody is found at the control socket; whether that is the end is for the recorded
+    /// processes to say.
+    fn not_found(&self, vm: &VmRecord, swap: Option<&SwapRecord>, error: FindError) -> Seen {
+        let successor = swap.and_then(|swap| swap.successor.as_ref());
+        let alive = [vm.process.as_ref(), successor]
+            .into_iter()
+            .flatten()
+            .find(|id| Process::open(id).is_ok());
+        match (alive, error) {
+            (Some(id), error) => {
+                Seen::Unreachable(format!("process {} lives, but {error}", id.pid))
+            }
+            (None, FindError::Nobody(_)) => {
+                let dir = self.host.dir(&vm.name);
+                // A clean end removes the socket; nobody of ours was there to see the exit code.
+                let crashed = vm.process.is_some() && dir.control().exists();
+                dir.remove_stale_sockets();
+                custody::release(&vm.name);
+                if crashed {
+                    Seen::Ended(self.ending(vm, &Exit::Unknown))
+                } else if vm.process.is_some() && vm.state != VmState::Starting {
+                    Seen::Ended(Ending::PoweredOff)
+                } else {
+                    Seen::Nothing
+                }
+            }
+            (None, error) => {
+                custody::release(&vm.name);
+                Seen::Ended(Ending::Failed(format!("its process is gone; {error}")))
+            }
+        }
+    }
+
+    fn ending(&self, vm: &VmRecord, exit: &Exit) -> Ending {
+        let dir = self.host.dir(&vm.name);
+        match exit {
+            Exit::Code(0) => Ending::PoweredOff,
+            Exit::Unknown if !dir.control().exists() => Ending::PoweredOff,
+            _ => {
+                let log = log_tail(&dir.log());
+                Ending::Failed(format!("the VMM {exit}; the last it logged:\n{log}"))
+            }
+        }
+    }
+
+    async fn execute(
+        &mut self,
+        vm: &VmRecord,
+        swap: Option<SwapRecord>,
+        planned: Planned,
+    ) -> Result<(), StoreError> {
+        let Planned { step, why } = planned;
+        match step {
+            Step::Rest => self.rest().await,
+            Step::LookAgain => self.look_again(vm, why).await?,
+            Step::Start => self.start(vm).await,
+            Step::PowerOff => {
+                if let Some(held) = &self.held {
+                    execute::power_off(&self.host, vm, held).await;
+                }
+            }
+            Step::Record(state) => self.record(vm, state, why).await,
+            Step::Swap(_) => self.swap(vm, swap).await?,
+            Step::Refuse(_) => {
+                if let Some(swap) = swap {
+                    execute::refuse(&self.host, swap, why).await;
+                }
+            }
+            Step::Settle(_) => {
+                if let Some(swap) = swap {
+                    let held = self.held.take();
+                    self.held = execute::settle(&self.host, vm, swap, held).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn rest(&self) {
+        match &self.held {
+            Some(held) => tokio::select! {
+                () = self.woken.notified() => {}
+                () = held.process.ended() => {}
+            },
+            None => self.woken.notified().await,
+        }
+    }
+
+    async fn look_again(&self, vm: &VmRecord, why: String) -> Result<(), StoreError> {
+        if vm.state != VmState::Lost {
+            let process = vm.process.clone();
+            self.host
+                .observe(&vm.name, VmState::Lost, Some(why), process)
+                .await?;
+        }
+        let _ = tokio::time::timeout(LOOK_AGAIN, self.woken.notified()).await;
+        Ok(())
+    }
+
+    async fn start(&mut self, vm: &VmRecord) {
+        let host = &self.host;
+        match execute::start(host, vm).await {
+            Ok(held) => {
+                custody::keep(&vm.name, &held.memory, &*held.ownership);
+                let process = Some(held.process.id().clone());
+                host.observe_surely(&vm.name, VmState::Running, None, process)
+                    .await;
+                self.held = Some(held);
+            }
+            Err(reason) => {
+                tracing::warn!(vm = %vm.name, "did not start: {reason}");
+                host.observe_surely(&vm.name, VmState::Failed, Some(reason), None)
+                    .await;
+            }
+        }
+    }
+
+    async fn swap(&mut self, vm: &VmRecord, swap: Option<SwapRecord>) -> Result<(), StoreError> {
+        let (Some(swap), Some(held)) = (swap, self.held.take()) else {
+            return Ok(());
+        };
+        match execute::swap(&self.host, vm, swap, held).await {
+            Ok(held) => {
+                self.held = held;
+                Ok(())
+            }
+            Err((error, held)) => {
+                self.held = Some(held);
+                Err(error)
+            }
+        }
+    }
+
+    async fn record(&self, vm: &VmRecord, state: VmState, why: String) {
+        let process = self.held.as_ref().map(|held| held.process.id().clone());
+        let as_wanted = match vm.wanted {
+            Wanted::Running => state == VmState::Running,
+            Wanted::Stopped => state == VmState::Stopped,
+        };
+        let reason = (!as_wanted).then_some(why);
+        self.host
+            .observe_surely(&vm.name, state, reason, process)
+            .await;
+        if !state.is_active() {
+            self.host.dir(&vm.name).remove_stale_sockets();
+        }
+    }
+}
+
+/// Tells that a VM's record is gone.
+pub fn removed(host: &Host, vm: &VmName) {
+    host.tell(Event::Removed { vm: vm.clone() });
+}

@@ -1,0 +1,124 @@
+//! What the daemon must not forget: desired and observed state of every VM, releases, and every
+//! swap with its report. SQLite, one file, one thread that owns the connection.
+//!
+//! Before: nothing else has the file open; the daemon takes it exclusively. After every call that
+//! returned `Ok` the change is on disk. A file that is locked, damaged or not ours is refused at
+//! the start and left as it is. Must never: be written while a guest stands still.
+
+mod open;
+mod releases;
+mod rows;
+mod swaps;
+mod vms;
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use rusqlite::Connection;
+use tokio::sync::oneshot;
+
+use crate::model::{Code, Problem};
+
+pub use open::OpenError;
+pub use vms::Observed;
+
+/// Why the store could not do as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// No room for the change; nothing was changed.
+    #[error("no space left for the store at {0}; free some and ask again (nothing was changed)")]
+    Full(PathBuf),
+    /// SQLite failed.
+    #[error("the store at {path} failed: {source}")]
+    Sql {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The thread that owns the connection is gone: the daemon is ending.
+    #[error("the store is closed")]
+    Closed,
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        let code = match error {
+            StoreError::Full(_) => Code::StoreFull,
+            StoreError::Sql { .. } | StoreError::Closed => Code::StoreFailed,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// The store. Clones share one thread.
+#[derive(Clone, Debug)]
+pub struct Store {
+    path: PathBuf,
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Store {
+    /// Opens or creates the file and starts the thread that owns it.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let mut connection = open::open(path)?;
+        let (jobs, queue) = mpsc::channel::<Job>();
+        std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || {
+                while let Ok(job) = queue.recv() {
+                    job(&mut connection);
+                }
+            })
+            .map_err(|source| OpenError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            path: path.to_owned(),
+            jobs,
+        })
+    }
+
+    /// Runs `work` in one transaction on the store's thread.
+    async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            // Nobody waits any more: the change is made all the same.
+            let _ = answer.send(transact(connection, work));
+        });
+        self.jobs.send(job).map_err(|_| StoreError::Closed)?;
+        let result = answered.await.map_err(|_| StoreError::Closed)?;
+        result.map_err(|error| self.explain(error))
+    }
+
+    fn explain(&self, error: rusqlite::Error) -> StoreError {
+        let path = self.path.clone();
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full(path),
+            _ => StoreError::Sql {
+                path,
+                source: error,
+            },
+        }
+    }
+}
+
+fn transact<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let transaction = connection.transaction()?;
+    let result = work(&transaction)?;
+    transaction.commit()?;
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,198 @@
+use std::os::unix::fs::MetadataExt;
+
+use stillpoint_control::report::ReleaseName;
+use stillpoint_control::secret::Secret;
+use stillpoint_control::spec::MachineSpec;
+
+use super::*;
+use crate::model::{
+    Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+};
+
+fn name(text: &str) -> VmName {
+    VmName::try_from(text.to_owned()).expect("name")
+}
+
+fn vm(text: &str, state: VmState) -> VmRecord {
+    let json = format!(r#"{{"name":"{text}","kernel":{{"path":"/k"}}}}"#);
+    VmRecord {
+        name: name(text),
+        spec: MachineSpec::from_json(&json).expect("spec"),
+        release: "0.1.0".into(),
+        wanted: Wanted::Running,
+        state,
+        reason: Some("why".into()),
+        process: stillpoint_control::message::ProcessId::of(std::process::id()),
+        secret: Secret::random().expect("random"),
+        swaps: 3,
+        created_at_unix_ns: 1,
+        changed_at_unix_ns: 2,
+    }
+}
+
+fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
+    SwapRecord {
+        id: SwapId(id.into()),
+        vm: name(vm),
+        component: VMM.into(),
+        from: ReleaseName::default(),
+        to: ReleaseName {
+            version: "0.2.0".into(),
+            sha256: "ab".into(),
+        },
+        state,
+        step: "start".into(),
+        reason: None,
+        budget_ns: Some(5),
+        successor: None,
+        epoch_before: Some(0),
+        asked_at_unix_ns: 7,
+        ended_at_unix_ns: None,
+        report: None,
+    }
+}
+
+#[tokio::test]
+async fn everything_is_there_after_opening_again() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = dir.path().join("store.sqlite");
+    let (vm, swap) = (
+        vm("a", VmState::Running),
+        swap("s", "a", SwapState::InProgress),
+    );
+    let release = Release {
+        manifest: Manifest {
+            component: VMM.into(),
+            version: "0.1.0".into(),
+            sha256: "ff".into(),
+            reads: vec![1],
+            writes: vec![1],
+            args: vec!["--x".into()],
+        },
+        added_at_unix_ns: 9,
+    };
+    let store = Store::open(&path).expect("open");
+    assert!(store.put_vm(&vm).await.expect("put"));
+    assert!(store.add_swap(&swap).await.expect("add"));
+    store.add_release(&release).await.expect("add");
+    drop(store);
+    assert_eq!(
+        std::fs::metadata(&path).expect("metadata").mode() & 0o777,
+        0o600
+    );
+    let store = reopened(&path).await;
+    assert_eq!(store.vm(&vm.name).await.expect("vm"), Some(vm.clone()));
+    assert_eq!(store.open_swap(&vm.name).await.expect("swap"), Some(swap));
+    assert_eq!(
+        store.release("0.1.0").await.expect("release"),
+        Some(release)
+    );
+    assert_eq!(store.release("9").await.expect("none"), None);
+}
+
+/// The thread of a dropped store closes the file a moment later.
+async fn reopened(path: &Path) -> Store {
+    for _ in 0..100 {
+        match Store::open(path) {
+            Err(OpenError::Locked(_)) => tokio::task::yield_now().await,
+            other => return other.expect("open again"),
+        }
+    }
+    panic!("still locked");
+}
+
+#[tokio::test]
+async fn an_active_vm_is_not_replaced_and_not_removed() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = Store::open(&dir.path().join("s")).expect("open");
+    assert!(store.put_vm(&vm("a", VmState::Running)).await.expect("put"));
+    assert!(
+        !store
+            .put_vm(&vm("a", VmState::Starting))
+            .await
+            .expect("put")
+    );
+    assert!(!store.remove_vm(&name("a")).await.expect("remove"));
+    let observed = Observed {
+        state: VmState::Crashed,
+        reason: None,
+        process: None,
+        at_unix_ns: 3,
+    };
+    store.observe(&name("a"), observed).await.expect("observe");
+    assert!(
+        store
+            .put_vm(&vm("a", VmState::Starting))
+            .await
+            .expect("put")
+    );
+    let put = store.vm(&name("a")).await.expect("vm").expect("there");
+    assert_eq!(put.state, VmState::Starting);
+}
+
+#[tokio::test]
+async fn one_swap_at_a_time_and_its_end_changes_the_vm_with_it() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = Store::open(&dir.path().join("s")).expect("open");
+    store.put_vm(&vm("a", VmState::Running)).await.expect("put");
+    let mut first = swap("1", "a", SwapState::Wanted);
+    assert!(store.add_swap(&first).await.expect("add"));
+    assert!(
+        !store
+            .add_swap(&swap("2", "a", SwapState::Wanted))
+            .await
+            .expect("add")
+    );
+    assert!(
+        store
+            .add_swap(&swap("3", "b", SwapState::Wanted))
+            .await
+            .expect("other VM")
+    );
+    first.state = SwapState::Moved;
+    let observed = Observed {
+        state: VmState::Running,
+        reason: None,
+        process: None,
+        at_unix_ns: 3,
+    };
+    store.end_swap(&first, Some(observed)).await.expect("end");
+    let moved = store.vm(&name("a")).await.expect("vm").expect("there");
+    assert_eq!((moved.release.as_str(), moved.swaps), ("0.2.0", 4));
+    assert!(
+        store
+            .add_swap(&swap("2", "a", SwapState::Wanted))
+            .await
+            .expect("add")
+    );
+    assert_eq!(store.swaps(Some(&name("a"))).await.expect("swaps").len(), 2);
+}
+
+#[test]
+fn what_is_no_store_is_refused_and_left_as_it_is() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = dir.path().join("garbage");
+    let garbage = vec![b'x'; 8192];
+    std::fs::write(&path, &garbage).expect("write");
+    let error = Store::open(&path).expect_err("garbage");
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error}");
+    assert_eq!(std::fs::read(&path).expect("read"), garbage);
+
+    let path = dir.path().join("foreign");
+    let foreign = Connection::open(&path).expect("open");
+    foreign.execute_batch("CREATE TABLE t (x)").expect("table");
+    drop(foreign);
+    let before = std::fs::read(&path).expect("read");
+    let error = Store::open(&path).expect_err("foreign");
+    assert!(matches!(error, OpenError::Foreign(_)), "{error}");
+    assert_eq!(std::fs::read(&path).expect("read"), before);
+}
+
+#[test]
+fn a_store_in_use_is_refused() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = dir.path().join("s");
+    let _first = Store::open(&path).expect("open");
+    let error = Store::open(&path).expect_err("in use");
+    assert!(matches!(error, OpenError::Locked(_)), "{error}");
+}
