@@ -309,6 +309,32 @@ fn one_console_connection_through_swaps() -> anyhow::Result<()> {
     vm.power_off()
 }
 
+#[test]
+fn a_viewer_who_reads_late_misses_nothing() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = Vm::up(&Recipe::pulse(2, "mode1=pio ram=4M gap_us=300"))?;
+    let mut console = Console::open(&vm)?;
+    console.wait("2 vCPUs online", 1)?;
+    // Far more packets than a socket holds, far fewer bytes than the console keeps.
+    for lines in [200, 400] {
+        let written = |s: &Snapshot| s.vcpus[1].pio_lines >= lines;
+        vm.pulse.wait("lines on the console", PATIENCE, written)?;
+        vm.must_move(Release::Current)?;
+    }
+    console.type_line("mode 1 spin")?;
+    let quiet = |s: &Snapshot| s.vcpus[1].mode == Mode::Spin as u32;
+    vm.pulse.wait("quiet", PATIENCE, quiet)?;
+    console.ask("ping", "pong\n")?;
+    let (seen, log) = (console.seen()?, vm.console()?);
+    ensure!(
+        log.len() < 64 << 10,
+        "more than the console keeps: {}",
+        log.len()
+    );
+    ensure!(seen == log, "seen {} bytes of {}", seen.len(), log.len());
+    vm.power_off()
+}
+
 /// A copy of an ELF file without its notes: nothing says that it can be booted by PVH.
 fn without_notes(mut elf: Vec<u8>) -> anyhow::Result<Vec<u8>> {
     const PT_NOTE: u32 = 4;
