@@ -19,3 +19,11 @@ releases: images ## build the VMM releases that tests and demo swap between
 	$(VMM) --features compat-0-1 && cp -f target/release/stillpoint-vmm $(RELEASES)/compat/
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
+
+.PHONY: programs
+programs: ## build the daemon and the command
+	$(CARGO) build --release --quiet -p stillpoint
+
+.PHONY: demo
+demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
+	$(CARGO) run --release --quiet -p stillpoint-tests --bin demo

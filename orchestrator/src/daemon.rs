@@ -76,7 +76,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     custody::take_over(&known);
     let (events, _) = broadcast::channel(EVENTS);
     let host = Host {
-        store,
+        store: store.clone(),
         events,
         binaries: Binaries::new(&config.state_dir),
         run_dir: config.run_dir.clone(),
@@ -103,6 +103,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // Listeners of events never hang up by themselves.
     let _ = tokio::time::timeout(LAST_REQUESTS, serving).await;
     let _ = std::fs::remove_file(&config.socket);
+    store.close().await;
     Ok(())
 }
 

@@ -117,7 +117,9 @@ impl Keeper {
             custody::release(&vm.name);
             return Seen::Ended(self.ending(vm, &exit));
         }
-        if !vm.state.is_active() {
+        // One that was never started has no process; whatever is at its socket is not its own.
+        let never_started = vm.state == VmState::Starting && vm.process.is_none();
+        if !vm.state.is_active() || never_started {
             return Seen::Nothing;
         }
         match self.host.expected(vm).find().await {
@@ -143,17 +145,14 @@ impl Keeper {
                 Seen::Unreachable(format!("process {} lives, but {error}", id.pid))
             }
             (None, FindError::Nobody(_)) => {
-                let dir = self.host.dir(&vm.name);
-                // A clean end removes the socket; nobody of ours was there to see the exit code.
-                let crashed = vm.process.is_some() && dir.control().exists();
-                dir.remove_stale_sockets();
+                // Looked at before the sockets go: they tell how it ended.
+                let ending = self.ending(vm, &Exit::Unknown);
+                self.host.dir(&vm.name).remove_stale_sockets();
                 custody::release(&vm.name);
-                if crashed {
-                    Seen::Ended(self.ending(vm, &Exit::Unknown))
-                } else if vm.process.is_some() && vm.state != VmState::Starting {
-                    Seen::Ended(Ending::PoweredOff)
-                } else {
-                    Seen::Nothing
+                match ending {
+                    // Only ever at its gate: it never ran.
+                    Ending::PoweredOff if vm.state == VmState::Starting => Seen::Nothing,
+                    ending => Seen::Ended(ending),
                 }
             }
             (None, error) => {
@@ -163,6 +162,8 @@ impl Keeper {
         }
     }
 
+    /// How a process ended. One that was not our child has no exit status for us; but a VMM whose
+    /// guest powered off removes its control socket, and one that died can't.
     fn ending(&self, vm: &VmRecord, exit: &Exit) -> Ending {
         let dir = self.host.dir(&vm.name);
         match exit {
@@ -241,6 +242,7 @@ impl Keeper {
             }
             Err(reason) => {
                 tracing::warn!(vm = %vm.name, "did not start: {reason}");
+                host.dir(&vm.name).remove_stale_sockets();
                 host.observe_surely(&vm.name, VmState::Failed, Some(reason), None)
                     .await;
             }

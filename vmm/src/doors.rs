@@ -19,6 +19,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::console;
 
+/// Name of the control socket in the guest's directory.
+pub const CONTROL_SOCKET: &str = "control.sock";
 /// Callers that may wait to be let in.
 const BACKLOG: i32 = 16;
 
@@ -79,7 +81,7 @@ impl Doors {
             .open(&log)
             .map_err(open(&log))?;
         Ok(Self {
-            control: listen(&dir.join("control.sock"), SocketType::SEQPACKET)?,
+            control: listen(&dir.join(CONTROL_SOCKET), SocketType::SEQPACKET)?,
             console: console::Doors {
                 listener: listen(&dir.join("console.sock"), SocketType::STREAM)?,
                 log,

@@ -102,6 +102,8 @@ struct Adopt {
 }
 
 fn main() -> ExitCode {
+    // Executed by descriptor, the process would else be known by that descriptor's number.
+    let _ = rustix::thread::set_name(c"stillpoint-vmm");
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("STILLPOINT_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));

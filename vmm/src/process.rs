@@ -21,7 +21,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
 
 use crate::boot::Images;
-use crate::doors::Doors;
+use crate::doors::{CONTROL_SOCKET, Doors};
 use crate::handover::incoming::{self, Arrived};
 use crate::handover::outgoing::{self, Errand};
 use crate::handover::{Channel, measure};
@@ -180,6 +180,9 @@ impl Process {
 
     fn power_off(&self) -> End {
         self.desk.set_state(GuestState::Stopped);
+        // A guest that ended leaves no control socket; one that is found without its process
+        // tells of a crash, also to a daemon that was not there.
+        let _ = std::fs::remove_file(Path::new(&self.dir).join(CONTROL_SOCKET));
         End::PoweredOff
     }
 

@@ -10,6 +10,8 @@
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
 use crate::model::VmName;
 
 /// The longest path of a Unix socket (`sun_path` less its terminator).
@@ -131,16 +133,32 @@ impl VmDir {
         Ok(())
     }
 
-    /// Removes socket files. Only for a VM whose process is provably dead.
+    /// Removes socket files at which nobody listens any more.
     pub fn remove_stale_sockets(&self) {
-        for path in [self.control(), self.console()] {
+        let sockets = [
+            (self.control(), SocketType::SEQPACKET),
+            (self.console(), SocketType::STREAM),
+        ];
+        for (path, kind) in sockets {
+            if !is_stale(&path, kind) {
+                continue;
+            }
             match std::fs::remove_file(&path) {
                 Ok(()) => tracing::info!(path = %path.display(), "removed a stale socket"),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
                 Err(e) => tracing::warn!(path = %path.display(), "stale socket stays: {e}"),
             }
         }
     }
+}
+
+/// Whether a socket file is there whose listener is dead.
+fn is_stale(path: &Path, kind: SocketType) -> bool {
+    let connected = SocketAddrUnix::new(path).and_then(|address| {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)?;
+        rustix::net::connect(&socket, &address)
+    });
+    connected == Err(rustix::io::Errno::CONNREFUSED)
 }
 
 #[cfg(test)]

@@ -150,3 +150,65 @@ fn is_in(unit: &str, pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/cgroup"))
         .map_or(true, |text| text.lines().any(|line| line.contains(unit)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_stream::StreamExt;
+
+    /// What systemd would be asked.
+    struct Asked {
+        method: String,
+        signature: String,
+        body: zbus::Message,
+    }
+
+    /// A systemd that notes what it is asked, and agrees.
+    async fn systemd(connection: zbus::Connection, count: usize) -> Vec<Asked> {
+        let mut stream = zbus::MessageStream::from(&connection);
+        let mut asked = Vec::new();
+        while asked.len() < count {
+            let Some(Ok(message)) = stream.next().await else {
+                break;
+            };
+            let header = message.header();
+            connection.reply(&header, &()).await.expect("reply");
+            asked.push(Asked {
+                method: header.member().map(ToString::to_string).unwrap_or_default(),
+                signature: message.body().signature().to_string(),
+                body: message.clone(),
+            });
+        }
+        asked
+    }
+
+    #[tokio::test]
+    async fn a_guest_gets_a_scope_and_its_successor_joins_it() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
+        let guid = zbus::Guid::from_static_str("0123456789abcdef0123456789abcdef");
+        let server = zbus::connection::Builder::unix_stream(theirs)
+            .server(guid.expect("guid"))
+            .p2p()
+            .build();
+        let client = zbus::connection::Builder::unix_stream(ours).p2p().build();
+        let (server, client) = tokio::join!(server, client);
+        let systemd = tokio::spawn(systemd(server.expect("server"), 2));
+        let vm = VmName::try_from("web-1".to_owned()).expect("name");
+        let scopes = Scopes::over(client.expect("client"));
+        // A pid that no process has: nothing is waited for once systemd has agreed.
+        scopes.enclose(&vm, u32::MAX, false).await;
+        scopes.enclose(&vm, u32::MAX, true).await;
+        let asked = systemd.await.expect("systemd");
+        assert_eq!(asked[0].method, "StartTransientUnit");
+        // As org.freedesktop.systemd1(5) has it.
+        assert_eq!(asked[0].signature, "(ssa(sv)a(sa(sv)))");
+        assert_eq!(asked[1].method, "AttachProcessesToUnit");
+        assert_eq!(asked[1].signature, "(ssau)");
+        let body = asked[1].body.body();
+        let (unit, _, pids): (String, String, Vec<u32>) = body.deserialize().expect("body");
+        assert_eq!(
+            (unit.as_str(), pids),
+            ("stillpoint-vm-web-1.scope", vec![u32::MAX])
+        );
+    }
+}

@@ -158,7 +158,7 @@ pub(super) async fn put(
     let vm = desk
         .when(&vm.name, events, |vm| vm.state != VmState::Starting)
         .await?;
-    if vm.state == VmState::Failed {
+    if matches!(vm.state, VmState::Failed | VmState::Crashed) {
         let reason = vm.reason.unwrap_or_default();
         let message = format!("`{name}` did not start: {reason}");
         return Err(Problem::new(Code::StartFailed, message).into());

@@ -123,8 +123,8 @@ impl Host {
     async fn end_swap(&self, swap: &SwapRecord, vm: Option<(VmState, ProcessId)>) {
         let observed = vm.map(|(state, process)| Observed {
             state,
-            reason: None,
-            process: Some(process),
+            reason: swap.reason.clone().filter(|_| state != VmState::Running),
+            process: state.is_active().then_some(process),
             at_unix_ns: unix_ns(),
         });
         while let Err(error) = self.store.end_swap(swap, observed.clone()).await {

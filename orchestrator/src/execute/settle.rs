@@ -9,9 +9,10 @@ use stillpoint_control::ownership::Epoch;
 
 use super::swap::{keep, moved};
 use super::{Host, unix_ns};
+use crate::agent::custody;
 use crate::agent::find::Held;
 use crate::agent::process::Process;
-use crate::model::{SwapRecord, SwapState, VmRecord};
+use crate::model::{SwapRecord, SwapState, VmRecord, VmState};
 use crate::plan::{self, Verdict};
 
 /// How long the two processes may take between themselves, before the record says "in doubt":
@@ -67,7 +68,7 @@ pub async fn settle(
                 for process in [predecessor, successor].into_iter().flatten() {
                     process.kill().await;
                 }
-                crashed(host, swap).await;
+                crashed(host, vm, swap).await;
                 return None;
             }
             Verdict::Wait => {}
@@ -94,11 +95,15 @@ fn verdict(swap: &SwapRecord, held: Option<&Held>, alive: (bool, bool)) -> Verdi
     plan::settle(Epoch(before), word, predecessor, successor)
 }
 
-async fn crashed(host: &Host, mut swap: SwapRecord) {
+async fn crashed(host: &Host, vm: &VmRecord, mut swap: SwapRecord) {
     swap.state = SwapState::Crashed;
     swap.reason = Some("the process that ran the guest died, and the guest with it".into());
     swap.ended_at_unix_ns = Some(unix_ns());
-    host.end_swap(&swap, None).await;
+    let process = vm.process.clone();
+    host.end_swap(&swap, process.map(|process| (VmState::Crashed, process)))
+        .await;
+    host.dir(&vm.name).remove_stale_sockets();
+    custody::release(&vm.name);
 }
 
 async fn doubt(host: &Host, mut swap: SwapRecord, alive: (bool, bool)) {

@@ -43,6 +43,7 @@ pub async fn start(host: &Host, vm: &VmRecord) -> Result<Held, String> {
 /// Makes the directory and the spec file; clears away what a dead VMM left.
 async fn prepare(host: &Host, vm: &VmRecord) -> Result<VmDir, String> {
     let dir = host.dir(&vm.name);
+    dir.create().map_err(|e| e.to_string())?;
     match host.expected(vm).find().await {
         Err(FindError::Nobody(_)) => dir.remove_stale_sockets(),
         _ => {
@@ -54,7 +55,6 @@ async fn prepare(host: &Host, vm: &VmRecord) -> Result<VmDir, String> {
             ));
         }
     }
-    dir.create().map_err(|e| e.to_string())?;
     let spec = serde_json::to_vec_pretty(&vm.spec).map_err(|e| e.to_string())?;
     let path = dir.spec();
     std::fs::write(&path, spec).map_err(|e| format!("cannot write {}: {e}", path.display()))?;

@@ -53,6 +53,10 @@ struct Prepared {
 
 /// Carries it out. Gives back the process that runs the guest, if it is known and lives. On
 /// `Err` the swap could not be recorded, and nothing was done.
+#[tracing::instrument(
+    name = "swap", skip_all,
+    fields(id = %swap.id, vm = %vm.name, from = swap.from.version, to = swap.to.version)
+)]
 pub async fn swap(
     host: &Host,
     vm: &VmRecord,
@@ -181,6 +185,11 @@ async fn hand_over(
             moved(host, vm, swap, retiring, successor, Some(start)).await
         }
         Ok(Handover::Kept { mut report }) => {
+            if !successor.is_alive() {
+                // Its own end says more than the connection that closed.
+                let exit = successor.exit();
+                report.warnings.push(format!("the successor {exit}"));
+            }
             successor.kill().await;
             report.phases.insert(0, start);
             swap.report = Some(*report);
@@ -241,10 +250,10 @@ pub(super) async fn moved(
         swap.reason = Some("the successor runs the guest, but gave no report in time".into());
     }
     swap.ended_at_unix_ns = Some(unix_ns());
-    let state = if found.is_some() {
-        VmState::Running
-    } else {
-        VmState::Lost
+    let state = match (&found, swap.state) {
+        (Some(_), _) => VmState::Running,
+        (None, SwapState::Crashed) => VmState::Crashed,
+        (None, _) => VmState::Lost,
     };
     host.end_swap(&swap, Some((state, successor.id().clone())))
         .await;

@@ -52,7 +52,15 @@ impl From<StoreError> for Problem {
     }
 }
 
-type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+type Work = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// What the store's thread is asked for.
+enum Job {
+    /// Work on the connection.
+    Do(Work),
+    /// Close it, and say so.
+    Close(oneshot::Sender<()>),
+}
 
 /// The store. Clones share one thread.
 #[derive(Clone, Debug)]
@@ -70,7 +78,16 @@ impl Store {
             .name("store".into())
             .spawn(move || {
                 while let Ok(job) = queue.recv() {
-                    job(&mut connection);
+                    match job {
+                        Job::Do(work) => work(&mut connection),
+                        Job::Close(done) => {
+                            // Puts the log back into the file; what fails here is done again
+                            // at the next start.
+                            drop(connection);
+                            let _ = done.send(());
+                            return;
+                        }
+                    }
                 }
             })
             .map_err(|source| OpenError::Io {
@@ -83,17 +100,29 @@ impl Store {
         })
     }
 
+    /// Closes the file after all that was asked for before. Later calls give
+    /// [`StoreError::Closed`].
+    pub async fn close(&self) {
+        let (done, closed) = oneshot::channel();
+        if self.jobs.send(Job::Close(done)).is_ok() {
+            // An error is a thread that is gone, and its connection with it.
+            let _ = closed.await;
+        }
+    }
+
     /// Runs `work` in one transaction on the store's thread.
     async fn call<T: Send + 'static>(
         &self,
         work: impl FnOnce(&rusqlite::Transaction<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let (answer, answered) = oneshot::channel();
-        let job: Job = Box::new(move |connection| {
+        let work: Work = Box::new(move |connection| {
             // Nobody waits any more: the change is made all the same.
             let _ = answer.send(transact(connection, work));
         });
-        self.jobs.send(job).map_err(|_| StoreError::Closed)?;
+        self.jobs
+            .send(Job::Do(work))
+            .map_err(|_| StoreError::Closed)?;
         let result = answered.await.map_err(|_| StoreError::Closed)?;
         result.map_err(|error| self.explain(error))
     }

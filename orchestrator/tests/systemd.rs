@@ -1,0 +1,102 @@
+//! What the daemon says to systemd, heard on a socket of the test's own.
+
+mod daemon;
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use daemon::Daemon;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+/// The socket that systemd would own.
+struct Ear(UnixDatagram);
+
+impl Ear {
+    fn at(daemon: &Daemon) -> Self {
+        let socket = UnixDatagram::bind(daemon.path().join("notify")).expect("bind");
+        let patience = Some(Duration::from_secs(20));
+        socket.set_read_timeout(patience).expect("patience");
+        Self(socket)
+    }
+
+    /// The next message that says `what`, with its fds.
+    fn hear(&self, what: &str) -> (String, Vec<OwnedFd>) {
+        loop {
+            let mut bytes = [0; 4096];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut slices = [std::io::IoSliceMut::new(&mut bytes)];
+            let flags = RecvFlags::CMSG_CLOEXEC;
+            let message = rustix::net::recvmsg(&self.0, &mut slices, &mut ancillary, flags)
+                .unwrap_or_else(|e| panic!("waiting for {what}: {e}"));
+            let mut fds = Vec::new();
+            for part in ancillary.drain() {
+                if let RecvAncillaryMessage::ScmRights(rights) = part {
+                    fds.extend(rights);
+                }
+            }
+            let text = String::from_utf8_lossy(&bytes[..message.bytes]).into_owned();
+            if text.contains(what) {
+                return (text, fds);
+            }
+        }
+    }
+}
+
+#[test]
+fn systemd_hears_of_start_end_and_keeps_what_guests_need() {
+    let mut daemon = Daemon::prepare();
+    let ear = Ear::at(&daemon);
+    let mut command = daemon.command();
+    command.env("NOTIFY_SOCKET", daemon.path().join("notify"));
+    daemon.adopt(command.spawn().expect("stillpointd"));
+    ear.hear("READY=1");
+    daemon.add("1", None);
+    daemon.run("web", "1").good();
+    let (text, ram) = ear.hear("FDNAME=ram-web");
+    assert!(text.contains("FDSTORE=1"), "{text}");
+    let size = rustix::fs::fstat(ram.first().expect("an fd").as_fd())
+        .expect("stat")
+        .st_size;
+    assert_eq!(size, 1 << 20, "the toy's RAM");
+    let (text, own) = ear.hear("FDNAME=own-web");
+    assert!(text.contains("FDSTORE=1") && own.len() == 1, "{text}");
+    daemon.ask(&["stop", "web"]).good();
+    assert!(ear.hear("FDNAME=ram-web").0.contains("FDSTOREREMOVE=1"));
+    assert!(ear.hear("FDNAME=own-web").0.contains("FDSTOREREMOVE=1"));
+    assert!(daemon.terminate().success());
+    ear.hear("STOPPING=1");
+}
+
+#[test]
+fn what_systemd_kept_for_no_guest_is_let_go() {
+    let mut daemon = Daemon::prepare();
+    let ear = Ear::at(&daemon);
+    let kept = rustix::fs::memfd_create("kept-ram", rustix::fs::MemfdFlags::CLOEXEC);
+    // LISTEN_PID must be the daemon's own, which only the shell that becomes it knows.
+    let inner = daemon.command();
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", "LISTEN_PID=$$ exec \"$0\" \"$@\""])
+        .arg(inner.get_program())
+        .args(inner.get_args())
+        .env("NOTIFY_SOCKET", daemon.path().join("notify"))
+        .env("LISTEN_FDS", "1")
+        .env("LISTEN_FDNAMES", "ram-gone")
+        .fd_mappings(vec![FdMapping {
+            parent_fd: kept.expect("memfd"),
+            child_fd: 3,
+        }])
+        .expect("fd 3");
+    daemon.adopt(command.spawn().expect("stillpointd"));
+    assert!(ear.hear("FDNAME=ram-gone").0.contains("FDSTOREREMOVE=1"));
+    ear.hear("READY=1");
+    let fds = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("fds");
+    for fd in fds.flatten() {
+        let target = std::fs::read_link(fd.path()).unwrap_or_default();
+        assert!(!target.to_string_lossy().contains("kept-ram"), "still held");
+    }
+}

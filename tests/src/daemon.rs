@@ -1,0 +1,200 @@
+//! A real stillpointd with directories of its own, and the `stillpoint` command against it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::Value;
+use stillpoint_control::client::Client;
+
+use crate::guest::Pulse;
+use crate::patience::{PATIENCE, wait_end, wait_for};
+use crate::releases::root;
+
+/// A daemon under test. Dropping it ends it, and every guest it still knows.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    dir: PathBuf,
+    bin: PathBuf,
+}
+
+/// What a command printed, and whether it succeeded.
+#[derive(Debug)]
+pub struct Answer {
+    /// Exit status 0.
+    pub success: bool,
+    /// Standard output as JSON, or null.
+    pub json: Value,
+    /// Standard error.
+    pub error: String,
+}
+
+/// Where the built programs are.
+pub fn programs() -> PathBuf {
+    root().join("target/release")
+}
+
+impl Daemon {
+    /// Starts one with its directories under `dir`, and waits until it answers.
+    pub fn start(dir: &Path) -> anyhow::Result<Self> {
+        Self::start_from(dir, &programs())
+    }
+
+    /// As [`Daemon::start`], with the programs in `bin`.
+    pub fn start_from(dir: &Path, bin: &Path) -> anyhow::Result<Self> {
+        let child = spawn(dir, bin)?;
+        let daemon = Self {
+            child,
+            dir: dir.to_owned(),
+            bin: bin.to_owned(),
+        };
+        daemon.wait_answers()?;
+        Ok(daemon)
+    }
+
+    fn wait_answers(&self) -> anyhow::Result<()> {
+        let answers = || Ok(self.stillpoint(&["ls"])?.success.then_some(()));
+        wait_for("the daemon's first answer", PATIENCE, answers).with_context(|| self.log())
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("stillpointd.log")).unwrap_or_default()
+    }
+
+    /// Kills it with SIGKILL; guests must not notice.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Asks it to end, as `systemctl stop` does.
+    pub fn terminate(&mut self) -> anyhow::Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let status = wait_end(&mut self.child, "the daemon's end")?;
+        ensure!(
+            status.success(),
+            "the daemon ended with {status}:\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+
+    /// Starts it again after its end.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.child = spawn(&self.dir, &self.bin)?;
+        self.wait_answers()
+    }
+
+    /// A `stillpoint` command against it.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.bin.join("stillpoint"));
+        command
+            .arg("--run-dir")
+            .arg(self.dir.join("run"))
+            .args(args);
+        command.env_remove("STILLPOINT_SOCKET").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs one with `--json`.
+    pub fn stillpoint(&self, args: &[&str]) -> anyhow::Result<Answer> {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self
+            .command(args)
+            .arg("--json")
+            .output()
+            .context("running stillpoint")?;
+        let json = serde_json::from_slice(&stdout).unwrap_or(Value::Null);
+        let error = String::from_utf8_lossy(&stderr).into_owned();
+        Ok(Answer {
+            success: status.success(),
+            json,
+            error,
+        })
+    }
+
+    /// Runs one that must succeed.
+    pub fn must(&self, args: &[&str]) -> anyhow::Result<Value> {
+        let answer = self.stillpoint(args)?;
+        if !answer.success {
+            bail!(
+                "stillpoint {}: {}{}",
+                args.join(" "),
+                answer.error,
+                answer.json
+            );
+        }
+        Ok(answer.json)
+    }
+
+    /// A client of the VMM of this guest, past the daemon.
+    pub fn vmm(&self, name: &str) -> anyhow::Result<Client> {
+        let socket = self.dir.join("run/vms").join(name).join("control.sock");
+        Ok(Client::connect(&socket, PATIENCE)?)
+    }
+
+    /// The notes of a pulse guest.
+    pub fn pulse(&self, name: &str) -> anyhow::Result<Pulse> {
+        let (ram, _ownership) = self.vmm(name)?.lend_guest()?;
+        Pulse::find(ram, PATIENCE)
+    }
+
+    /// Process id of the VMM that runs this guest.
+    pub fn vmm_pid(&self, name: &str) -> anyhow::Result<u32> {
+        Ok(self.vmm(name)?.hello(None)?.1.pid)
+    }
+}
+
+fn spawn(dir: &Path, bin: &Path) -> anyhow::Result<Child> {
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join("stillpointd.log"))?;
+    let mut command = Command::new(bin.join("stillpointd"));
+    command
+        .arg("--run-dir")
+        .arg(dir.join("run"))
+        .arg("--state-dir")
+        .arg(dir.join("state"));
+    command
+        .env_remove("NOTIFY_SOCKET")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log);
+    command
+        .spawn()
+        .with_context(|| format!("starting {}", bin.join("stillpointd").display()))
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let names = std::fs::read_dir(self.dir.join("run/vms"));
+        let names = names
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.file_name());
+        for name in names {
+            // Past the daemon, which may be the very thing that failed.
+            if let Some(vmm) = name.to_str().and_then(|name| self.vmm(name).ok()) {
+                let _ = vmm.set_patience(Duration::from_secs(5));
+                let _ = vmm.power_off();
+            }
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
