@@ -116,8 +116,8 @@ impl Vm {
         let (reader, writer) = std::io::pipe()?;
         let writer = OwnedFd::from(writer);
         let log = self.dir.path().join("vmm.log");
-        let binary = binary(to, self.uid, self.dir.path())?;
-        let mut command = command(&binary, &log, self.uid)?;
+        let binary = binary(to, self.manner.uid, self.dir.path())?;
+        let mut command = command(&binary, &log, self.manner)?;
         command.args(to.arguments()).arg("adopt");
         command
             .arg("--handover-fd")

@@ -14,7 +14,7 @@ use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
-use crate::start::{command, copy_for_all, start, wait_ready};
+use crate::start::{Manner, command, copy_for_all, start, wait_ready};
 
 /// A guest to boot.
 #[derive(Clone, Debug)]
@@ -29,8 +29,8 @@ pub struct Recipe {
     pub release: Release,
     /// Another image than pulse as it was built.
     pub kernel: Option<PathBuf>,
-    /// The user who runs all VMMs of this guest, with a `/dev/kvm` of its own; ours if `None`.
-    pub uid: Option<u32>,
+    /// How all VMMs of this guest are started.
+    pub manner: Manner,
 }
 
 impl Recipe {
@@ -43,7 +43,7 @@ impl Recipe {
             cmdline,
             release: Release::Current,
             kernel: None,
-            uid: None,
+            manner: Manner::default(),
         }
     }
 
@@ -71,7 +71,7 @@ pub struct Vm {
     pub(crate) child: Child,
     pub(crate) dir: tempfile::TempDir,
     pub(crate) swaps: u64,
-    pub(crate) uid: Option<u32>,
+    pub(crate) manner: Manner,
     spec: MachineSpec,
     /// The guest's own notes.
     pub pulse: Pulse,
@@ -91,7 +91,7 @@ impl Vm {
             Some(path) => path.clone(),
             None => releases::pulse()?,
         };
-        if let Some(uid) = recipe.uid {
+        if let Some(uid) = recipe.manner.uid {
             chown(dir.path(), Some(uid), Some(uid))?;
             kernel = copy_for_all(&kernel, dir.path())?;
         }
@@ -106,7 +106,7 @@ impl Vm {
             child: child.0.take().context("a child")?,
             dir,
             swaps: 0,
-            uid: recipe.uid,
+            manner: recipe.manner,
             spec,
             pulse,
             ownership,
@@ -237,8 +237,8 @@ fn boot(recipe: &Recipe, spec: &MachineSpec, dir: &Path) -> anyhow::Result<Child
     let (reader, writer) = std::io::pipe()?;
     let writer = OwnedFd::from(writer);
     let log = dir.join("vmm.log");
-    let binary = binary(recipe.release, recipe.uid, dir)?;
-    let mut command = command(&binary, &log, recipe.uid)?;
+    let binary = binary(recipe.release, recipe.manner.uid, dir)?;
+    let mut command = command(&binary, &log, recipe.manner)?;
     command.args(recipe.release.arguments()).arg("run");
     command.arg("--spec").arg(&spec_file);
     command.arg("--dir").arg(dir.join("vm"));

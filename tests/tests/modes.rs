@@ -9,6 +9,7 @@ use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::PATIENCE;
 use stillpoint_tests::releases::{self, Release};
+use stillpoint_tests::start::Manner;
 use stillpoint_tests::swap::Terms;
 use stillpoint_tests::vm::{Recipe, Vm};
 
@@ -406,8 +407,11 @@ fn as_a_user_who_is_not_root() -> anyhow::Result<()> {
         ground::no_mount_namespace
     );
     let recipe = Recipe::pulse(2, "ram=8M");
-    let uid = Some(65_534);
-    let mut vm = Vm::up(&Recipe { uid, ..recipe })?;
+    let manner = Manner {
+        uid: Some(65_534),
+        ..Manner::default()
+    };
+    let mut vm = Vm::up(&Recipe { manner, ..recipe })?;
     let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid()))?;
     ensure!(status.contains("\nUid:\t65534\t65534\t65534"), "{status}");
     swaps(&mut vm, 3, Vm::is_well)?;
