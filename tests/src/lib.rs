@@ -7,11 +7,13 @@
 //! | [`swap`] | its swap, driven as the daemon does it |
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
+//! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
+pub mod cli;
 pub mod console;
 pub mod daemon;
 pub mod ground;

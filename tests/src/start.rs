@@ -1,7 +1,6 @@
 //! How VMM processes are started: with fds of ours, and what they say on their ready fd.
 
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -22,26 +21,35 @@ mknod -m 666 /mnt/kvm c 10 232
 mount --bind /mnt/kvm /dev/kvm
 exec setpriv --reuid "$uid" --regid "$uid" --clear-groups "$@""#;
 
-/// A command whose standard error goes to `log`. With `uid` it runs as that user.
-pub fn command(binary: &Path, log: &Path, uid: Option<u32>) -> anyhow::Result<Command> {
+/// How the VMMs of a guest are started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manner {
+    /// As this user, with a `/dev/kvm` of its own; as ours if `None`.
+    pub uid: Option<u32>,
+    /// In the session of the test, and not each in its own, as the daemon has it. Schedulers may
+    /// share cores out by session.
+    pub in_our_session: bool,
+}
+
+/// A command whose standard error goes to `log`.
+pub fn command(binary: &Path, log: &Path, manner: Manner) -> anyhow::Result<Command> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(log)?;
-    let mut command = match uid {
-        None => Command::new(binary),
-        Some(uid) => {
-            let mut command = Command::new("unshare");
-            command.args(["-m", "sh", "-c", AS_USER, "sh", "/"]);
-            command.arg(uid.to_string()).arg(binary);
-            command
-        }
-    };
+    let mut command = Command::new(match manner.in_our_session {
+        false => "setsid",
+        true => "env",
+    });
+    if let Some(uid) = manner.uid {
+        command.args(["unshare", "-m", "sh", "-c", AS_USER, "sh", "/"]);
+        command.arg(uid.to_string());
+    }
+    command.arg(binary);
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(log)
-        .process_group(0);
+        .stderr(log);
     Ok(command)
 }
 

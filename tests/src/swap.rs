@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::{Client, ClientError};
-use stillpoint_control::message::{Handover, Request};
+use stillpoint_control::message::{GuestState, Handover, Request};
 use stillpoint_control::report::{Outcome, Phase, ReleaseName, SwapReport};
 
 use crate::patience::{self, PATIENCE, wait_for};
@@ -80,7 +80,6 @@ impl Successor {
                 version: self.to.version().into(),
                 sha256: String::new(),
             },
-            successor_pid: self.child.id(),
             budget_ns: Some(u64::try_from(terms.budget.as_nanos())?),
             brownout: terms.brownout,
         })
@@ -116,8 +115,8 @@ impl Vm {
         let (reader, writer) = std::io::pipe()?;
         let writer = OwnedFd::from(writer);
         let log = self.dir.path().join("vmm.log");
-        let binary = binary(to, self.uid, self.dir.path())?;
-        let mut command = command(&binary, &log, self.uid)?;
+        let binary = binary(to, self.manner.uid, self.dir.path())?;
+        let mut command = command(&binary, &log, self.manner)?;
         command.args(to.arguments()).arg("adopt");
         command
             .arg("--handover-fd")
@@ -185,6 +184,14 @@ impl Vm {
         );
         Ok(report)
     }
+}
+
+/// Waits until a handover has begun. The VMM lets nobody in from then on: see [`Vm::onlooker`].
+pub fn wait_swapping(onlooker: &Client) -> anyhow::Result<()> {
+    wait_for("the handover's begin", PATIENCE, || {
+        let state = onlooker.describe()?.state;
+        Ok((state == GuestState::Swapping).then_some(()))
+    })
 }
 
 /// What in the report of a swap is not as every swap that moved must have it.

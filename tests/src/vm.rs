@@ -14,7 +14,7 @@ use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
-use crate::start::{command, copy_for_all, start, wait_ready};
+use crate::start::{Manner, command, copy_for_all, start, wait_ready};
 
 /// A guest to boot.
 #[derive(Clone, Debug)]
@@ -29,8 +29,8 @@ pub struct Recipe {
     pub release: Release,
     /// Another image than pulse as it was built.
     pub kernel: Option<PathBuf>,
-    /// The user who runs all VMMs of this guest, with a `/dev/kvm` of its own; ours if `None`.
-    pub uid: Option<u32>,
+    /// How all VMMs of this guest are started.
+    pub manner: Manner,
 }
 
 impl Recipe {
@@ -43,7 +43,7 @@ impl Recipe {
             cmdline,
             release: Release::Current,
             kernel: None,
-            uid: None,
+            manner: Manner::default(),
         }
     }
 
@@ -71,7 +71,7 @@ pub struct Vm {
     pub(crate) child: Child,
     pub(crate) dir: tempfile::TempDir,
     pub(crate) swaps: u64,
-    pub(crate) uid: Option<u32>,
+    pub(crate) manner: Manner,
     spec: MachineSpec,
     /// The guest's own notes.
     pub pulse: Pulse,
@@ -82,12 +82,16 @@ pub struct Vm {
 impl Vm {
     /// Boots pulse and waits until it is up: its table is there.
     pub fn boot(recipe: &Recipe) -> anyhow::Result<Self> {
-        let dir = tempfile::tempdir()?;
+        Self::boot_in(tempfile::tempdir()?, recipe)
+    }
+
+    /// Boots it in a directory of which `vm` is, or will be, the guest's.
+    pub fn boot_in(dir: tempfile::TempDir, recipe: &Recipe) -> anyhow::Result<Self> {
         let mut kernel = match &recipe.kernel {
             Some(path) => path.clone(),
             None => releases::pulse()?,
         };
-        if let Some(uid) = recipe.uid {
+        if let Some(uid) = recipe.manner.uid {
             chown(dir.path(), Some(uid), Some(uid))?;
             kernel = copy_for_all(&kernel, dir.path())?;
         }
@@ -102,7 +106,7 @@ impl Vm {
             child: child.0.take().context("a child")?,
             dir,
             swaps: 0,
-            uid: recipe.uid,
+            manner: recipe.manner,
             spec,
             pulse,
             ownership,
@@ -119,6 +123,13 @@ impl Vm {
     /// A client of the VMM that runs the guest now.
     pub fn client(&self) -> anyhow::Result<Client> {
         connect(&control(self.dir.path()))
+    }
+
+    /// A client that was let in, and can ask while the guest is handed over.
+    pub fn onlooker(&self) -> anyhow::Result<Client> {
+        let client = self.client()?;
+        client.describe()?;
+        Ok(client)
     }
 
     /// Path of the control socket.
@@ -174,6 +185,12 @@ impl Vm {
         Ok(self.child.wait()?)
     }
 
+    /// Kills the VMM, and gives the directory with all that it left behind.
+    pub fn leave(mut self) -> anyhow::Result<tempfile::TempDir> {
+        self.kill()?;
+        Ok(std::mem::replace(&mut self.dir, tempfile::tempdir()?))
+    }
+
     /// Switches the guest off and waits for the process.
     pub fn power_off(mut self) -> anyhow::Result<()> {
         self.client()?.power_off()?;
@@ -220,8 +237,8 @@ fn boot(recipe: &Recipe, spec: &MachineSpec, dir: &Path) -> anyhow::Result<Child
     let (reader, writer) = std::io::pipe()?;
     let writer = OwnedFd::from(writer);
     let log = dir.join("vmm.log");
-    let binary = binary(recipe.release, recipe.uid, dir)?;
-    let mut command = command(&binary, &log, recipe.uid)?;
+    let binary = binary(recipe.release, recipe.manner.uid, dir)?;
+    let mut command = command(&binary, &log, recipe.manner)?;
     command.args(recipe.release.arguments()).arg("run");
     command.arg("--spec").arg(&spec_file);
     command.arg("--dir").arg(dir.join("vm"));

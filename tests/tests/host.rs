@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -96,6 +96,7 @@ fn a_daemon_killed_in_the_middle_of_a_swap_finds_out_how_it_ended() -> anyhow::R
     let word = Ownership::map(word)?;
     let mut swap = daemon
         .command(&["swap", "vmm", GUEST, "--to", SLOW, "--json"])
+        .stdout(Stdio::null())
         .spawn()?;
     wait_for("the guest to stand still", PATIENCE, || {
         Ok(matches!(word.read()?, Owner::Sealed(_)).then_some(()))
@@ -197,6 +198,7 @@ fn tampered(daemon: &Daemon, dir: &Path) -> anyhow::Result<()> {
 fn second_swap(daemon: &Daemon) -> anyhow::Result<()> {
     let mut first = daemon
         .command(&["swap", "vmm", GUEST, "--to", SLOW, "--json"])
+        .stdout(Stdio::null())
         .spawn()?;
     wait_for("the first swap", PATIENCE, || {
         let report = daemon.stillpoint(&["report", GUEST])?;

@@ -1,10 +1,13 @@
 //! A guest lives through swaps of its VMM between two releases: on one vCPU or many, ten times
 //! or two hundred.
 
+use std::io::ErrorKind;
+
 use anyhow::ensure;
 use stillpoint_control::report::SwapReport;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::releases::Release;
+use stillpoint_tests::start::Manner;
 use stillpoint_tests::vm::{Recipe, Vm};
 
 /// What most clock errors stay within, ns.
@@ -107,5 +110,34 @@ fn a_release_to_itself_in_the_newest_format() -> anyhow::Result<()> {
         ensure!(report.state_format == 2, "format {}", report.state_format);
         vm.is_well()?;
     }
+    vm.power_off()
+}
+
+/// How the scheduler weighs our session, where it groups by session.
+fn autogroup() -> anyhow::Result<Option<String>> {
+    match std::fs::read_to_string("/proc/self/autogroup") {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        read => Ok(Some(read?)),
+    }
+}
+
+#[test]
+fn a_session_shared_with_others_is_left_as_it_is() -> anyhow::Result<()> {
+    needs_kvm!();
+    let before = autogroup()?;
+    let manner = Manner {
+        in_our_session: true,
+        ..Manner::default()
+    };
+    let recipe = Recipe::pulse(1, "ram=4M");
+    let mut vm = Vm::up(&Recipe { manner, ..recipe })?;
+    // The predecessor that retires makes itself small, and nobody else.
+    vm.must_move(Release::Current)?;
+    vm.is_well()?;
+    ensure!(
+        autogroup()? == before,
+        "{before:?} became {:?}",
+        autogroup()?
+    );
     vm.power_off()
 }

@@ -11,11 +11,15 @@
 //! the middle of one, the freeze waits for it up to a deadline, and the swap is called off when a
 //! slow disk would make the pause longer. Output that is not written yet travels in the saved
 //! state; viewers' sockets and the log travel beside it.
+//!
+//! Each viewer is sent output as fast as it reads. What it has not had yet is still among the
+//! bytes kept for viewers who come later; one that falls behind by more than those loses some.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,13 +29,15 @@ use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 
 use crate::devices::serial::SerialPort;
 
-/// Output kept for viewers who come later, bytes.
+/// Output kept for viewers who come later or read slowly, bytes.
 const REPLAY: usize = 64 << 10;
 /// Output that may wait for the console thread; what a guest writes beyond it, faster than the
 /// log takes it, pushes out the oldest, and the log says so.
 const PENDING: usize = 1 << 20;
 /// The most viewers at a time; their sockets travel in one message of a handover.
 pub const MAX_VIEWERS: usize = 16;
+/// How long viewers may take to read the last of it when the guest has ended.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default)]
 struct State {
@@ -40,6 +46,8 @@ struct State {
     dropped: u64,
     /// Input the UART has not taken yet.
     input: VecDeque<u8>,
+    /// From saved state: how far behind each viewer is that comes beside it.
+    behind: Vec<usize>,
     frozen: bool,
     in_flight: bool,
     closed: bool,
@@ -144,16 +152,18 @@ impl Buffer {
         self.0.wake();
     }
 
-    /// Adds the console's section; only while frozen.
-    pub fn save(&self, viewers: usize, to: &mut Saved) -> Result<(), StateError> {
+    /// Adds the console's section; only while frozen, so that no viewer comes or goes.
+    pub fn save(&self, viewers: &[Arc<Viewer>], to: &mut Saved) -> Result<(), StateError> {
         let state = self.0.lock();
+        let behind = |viewer: &Arc<Viewer>| u32::try_from(viewer.behind()).unwrap_or(u32::MAX);
         to.put(
             "",
             &sections::Console {
                 replay: state.replay.iter().copied().collect(),
                 pending: state.pending.iter().copied().collect(),
-                viewers: u32::try_from(viewers).unwrap_or(u32::MAX),
+                viewers: u32::try_from(viewers.len()).unwrap_or(u32::MAX),
                 input: state.input.iter().copied().collect(),
+                behind: viewers.iter().map(behind).collect(),
             },
         )
     }
@@ -165,6 +175,7 @@ impl Buffer {
         state.replay = section.replay.into();
         state.pending = section.pending.into();
         state.input = section.input.into();
+        state.behind = section.behind.iter().map(|&b| b as usize).collect();
         state.frozen = true;
         Ok(section.viewers as usize)
     }
@@ -189,11 +200,47 @@ impl Doors {
     }
 }
 
+/// One who looks at the console.
+#[derive(Debug)]
+pub struct Viewer {
+    socket: OwnedFd,
+    /// Of the bytes kept, how many of the last it has not been sent. Changed by the console's
+    /// thread alone, and only while that counts as in flight.
+    behind: AtomicUsize,
+}
+
+impl Viewer {
+    fn new(socket: OwnedFd, behind: usize) -> Arc<Self> {
+        let behind = AtomicUsize::new(behind);
+        Arc::new(Self { socket, behind })
+    }
+
+    fn behind(&self) -> usize {
+        self.behind.load(Ordering::Relaxed)
+    }
+
+    fn set_behind(&self, behind: usize) {
+        self.behind.store(behind, Ordering::Relaxed);
+    }
+}
+
+impl AsFd for Viewer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+type Viewers = Arc<Mutex<Vec<Arc<Viewer>>>>;
+
+fn list(viewers: &Viewers) -> MutexGuard<'_, Vec<Arc<Viewer>>> {
+    viewers.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The console: buffer, thread, viewers.
 #[derive(Debug)]
 pub struct Console {
     buffer: Buffer,
-    viewers: Arc<Mutex<Vec<Arc<OwnedFd>>>>,
+    viewers: Viewers,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -205,7 +252,11 @@ impl Console {
         viewers: Vec<OwnedFd>,
         serial: Arc<SerialPort>,
     ) -> std::io::Result<Self> {
-        let viewers = Arc::new(Mutex::new(viewers.into_iter().map(Arc::new).collect()));
+        let behind = std::mem::take(&mut buffer.0.lock().behind);
+        let behind = behind.into_iter().chain(std::iter::repeat(0));
+        let viewers = viewers.into_iter().zip(behind);
+        let viewers = viewers.map(|(socket, behind)| Viewer::new(socket, behind));
+        let viewers = Arc::new(Mutex::new(viewers.collect()));
         let pump = Pump {
             shared: Arc::clone(&buffer.0),
             doors,
@@ -227,12 +278,9 @@ impl Console {
         &self.buffer
     }
 
-    /// The viewers' sockets.
-    pub fn viewers(&self) -> Vec<Arc<OwnedFd>> {
-        self.viewers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+    /// The viewers.
+    pub fn viewers(&self) -> Vec<Arc<Viewer>> {
+        list(&self.viewers).clone()
     }
 }
 
@@ -250,7 +298,7 @@ impl Drop for Console {
 struct Pump {
     shared: Arc<Shared>,
     doors: Doors,
-    viewers: Arc<Mutex<Vec<Arc<OwnedFd>>>>,
+    viewers: Viewers,
     serial: Arc<SerialPort>,
 }
 
@@ -259,7 +307,7 @@ impl Pump {
         loop {
             match self.take() {
                 Some(chunk) => self.write(&chunk),
-                None if self.shared.lock().closed => return,
+                None if self.shared.lock().closed => return self.last_words(),
                 None => self.wait(),
             }
         }
@@ -288,16 +336,59 @@ impl Pump {
     fn write(&mut self, chunk: &[u8]) {
         // A full disk costs the log, never the guest.
         let _ = self.doors.log.write_all(chunk);
-        for viewer in self
-            .viewers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-        {
-            // A viewer that doesn't read loses output; the log has all of it.
-            let _ = rustix::net::send(&**viewer, chunk, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        for viewer in list(&self.viewers).iter() {
+            viewer.set_behind(viewer.behind() + chunk.len());
         }
+        self.catch_up();
         self.land();
+    }
+
+    /// Sends each viewer what it has not had yet, as far as its socket takes it. In flight.
+    fn catch_up(&self) {
+        let viewers = list(&self.viewers).clone();
+        for viewer in viewers.iter().filter(|v| v.behind() > 0) {
+            let unread: Vec<u8> = {
+                let kept = &self.shared.lock().replay;
+                let had = kept.len().saturating_sub(viewer.behind());
+                kept.iter().skip(had).copied().collect()
+            };
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let sent = match rustix::net::send(viewer, &unread, flags) {
+                Ok(sent) => sent,
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
+                // Gone: its socket says so when it is read next.
+                Err(_) => unread.len(),
+            };
+            viewer.set_behind(unread.len() - sent);
+        }
+    }
+
+    /// As [`Pump::catch_up`], on its own: nothing while frozen.
+    fn send_more(&self) {
+        let mut state = self.shared.lock();
+        if state.frozen {
+            return;
+        }
+        state.in_flight = true;
+        drop(state);
+        self.catch_up();
+        self.land();
+    }
+
+    /// The guest has ended: viewers get a moment to read the rest.
+    fn last_words(&self) {
+        let deadline = Instant::now() + LAST_WORDS;
+        loop {
+            self.send_more();
+            let viewers = list(&self.viewers).clone();
+            let behind = viewers.iter().filter(|v| v.behind() > 0);
+            let mut fds: Vec<_> = behind.map(|v| PollFd::new(v, PollFlags::OUT)).collect();
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = rustix::time::Timespec::try_from(left).unwrap_or_default();
+            if fds.is_empty() || left.is_zero() || poll(&mut fds, Some(&timeout)).is_err() {
+                return;
+            }
+        }
     }
 
     fn land(&self) {
@@ -321,26 +412,38 @@ impl Pump {
     }
 
     /// Waits for output, a viewer, or input.
-    fn wait(&mut self) {
+    fn wait(&self) {
         let Some(wake) = &self.shared.wake else {
             return;
         };
-        let viewers = self
-            .viewers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let viewers = list(&self.viewers).clone();
         let (frozen, full) = {
             let state = self.shared.lock();
             (state.frozen, !state.input.is_empty())
         };
+        let wanted = |viewer: &Arc<Viewer>| {
+            let input = if full {
+                PollFlags::empty()
+            } else {
+                PollFlags::IN
+            };
+            let output = if viewer.behind() > 0 {
+                PollFlags::OUT
+            } else {
+                PollFlags::empty()
+            };
+            input | output
+        };
+        let watched: Vec<_> = viewers
+            .iter()
+            .map(|viewer| (viewer, wanted(viewer)))
+            .filter(|(_, flags)| !frozen && !flags.is_empty())
+            .collect();
         let mut fds = vec![PollFd::new(wake, PollFlags::IN)];
         if !frozen {
             fds.push(PollFd::new(&self.doors.listener, PollFlags::IN));
-            if !full {
-                fds.extend(viewers.iter().map(|v| PollFd::new(&**v, PollFlags::IN)));
-            }
         }
+        fds.extend(watched.iter().map(|(v, flags)| PollFd::new(*v, *flags)));
         // Input that found the UART full is offered again soon; nothing tells us when it drains.
         let soon = rustix::time::Timespec {
             tv_sec: 0,
@@ -350,23 +453,33 @@ impl Pump {
         if poll(&mut fds, timeout).is_err() {
             return;
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let ready: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
         drop(fds);
         let _ = rustix::io::read(wake, &mut [0; 8]);
-        if ready.get(1) == Some(&true) {
+        if !frozen && !ready[1].is_empty() {
             self.admit();
         }
-        for (viewer, _) in viewers
+        let ready = ready.iter().skip(2);
+        for ((viewer, _), _) in watched
             .iter()
-            .zip(ready.iter().skip(2))
-            .filter(|(_, ready)| **ready)
+            .zip(ready)
+            .filter(|(_, ready)| !full && ready.intersects(!PollFlags::OUT))
         {
             self.hear(viewer);
+        }
+        if viewers.iter().any(|viewer| viewer.behind() > 0) {
+            self.send_more();
         }
         self.feed();
     }
 
-    fn admit(&mut self) {
+    fn admit(&self) {
+        // Under the lock of the buffer, as in `hear`: a freeze finds a new viewer either among
+        // the others or still waiting at the listener, for whoever has the guest next.
+        let state = self.shared.lock();
+        if state.frozen {
+            return;
+        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let Ok(viewer) = rustix::net::accept_with(&self.doors.listener, flags) else {
             return;
@@ -374,18 +487,18 @@ impl Pump {
         if !crate::doors::peer_may_enter(&viewer) {
             return;
         }
-        let mut viewers = self.viewers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut viewers = list(&self.viewers);
         if viewers.len() == MAX_VIEWERS {
             let full = b"[console: too many viewers]\r\n";
             let _ = rustix::net::send(&viewer, full, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
             return;
         }
-        let replay: Vec<u8> = self.shared.lock().replay.iter().copied().collect();
-        let _ = rustix::net::send(&viewer, &replay, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        viewers.push(Arc::new(viewer));
+        viewers.push(Viewer::new(viewer, state.replay.len()));
+        drop((viewers, state));
+        self.send_more();
     }
 
-    fn hear(&mut self, viewer: &Arc<OwnedFd>) {
+    fn hear(&self, viewer: &Arc<Viewer>) {
         // Read under the lock of the buffer: a freeze finds the bytes either still in the socket
         // or in the buffer, never in this thread's hands.
         let mut state = self.shared.lock();
@@ -394,11 +507,9 @@ impl Pump {
         }
         let mut bytes = [0; 64];
         let room = bytes.len();
-        match rustix::net::recv(viewer.as_fd(), &mut bytes[..room], RecvFlags::DONTWAIT) {
+        match rustix::net::recv(viewer, &mut bytes[..room], RecvFlags::DONTWAIT) {
             Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET) => {
-                drop(state);
-                let mut viewers = self.viewers.lock().unwrap_or_else(PoisonError::into_inner);
-                viewers.retain(|other| !Arc::ptr_eq(other, viewer));
+                list(&self.viewers).retain(|other| !Arc::ptr_eq(other, viewer));
             }
             Ok((_, n)) => state.input.extend(&bytes[..n]),
             Err(_) => {}
@@ -427,6 +538,11 @@ mod tests {
         );
     }
 
+    fn viewers() -> [Arc<Viewer>; 2] {
+        let socket = || OwnedFd::from(std::os::unix::net::UnixDatagram::unbound().expect("socket"));
+        [Viewer::new(socket(), 0), Viewer::new(socket(), 3)]
+    }
+
     #[test]
     fn round_trip_of_output() {
         let buffer = Buffer::new().expect("buffer");
@@ -434,13 +550,14 @@ mod tests {
         buffer.0.lock().replay.extend(b"before");
         buffer.freeze(Instant::now()).expect("freeze");
         let mut saved = Saved::default();
-        buffer.save(2, &mut saved).expect("save");
+        buffer.save(&viewers(), &mut saved).expect("save");
         let bytes = saved.finish(2, "", "", 0);
         let again = Buffer::new().expect("buffer");
         let mut state = Unclaimed::decode(&bytes).expect("decode");
         assert_eq!(again.load(&mut state).expect("load"), 2);
         let mut saved = Saved::default();
-        again.save(2, &mut saved).expect("save");
+        assert_eq!(again.0.lock().behind, [0, 3]);
+        again.save(&viewers(), &mut saved).expect("save");
         assert_eq!(saved.finish(2, "", "", 0), bytes);
     }
 

@@ -5,7 +5,7 @@
 pub mod build;
 pub mod frozen;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use stillpoint_control::spec::MachineSpec;
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
-use crate::console::{self, Console, ConsoleStuck};
+use crate::console::{self, Console, ConsoleStuck, Viewer};
 use crate::devices::Device;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
@@ -123,8 +123,8 @@ impl Machine {
         &self.probe
     }
 
-    /// Sockets of the console's viewers.
-    pub fn viewers(&self) -> Vec<Arc<OwnedFd>> {
+    /// The console's viewers.
+    pub fn viewers(&self) -> Vec<Arc<Viewer>> {
         self.console
             .as_ref()
             .map(Console::viewers)
@@ -157,7 +157,11 @@ impl Machine {
     pub fn stop(&mut self) -> std::io::Result<Vec<OwnedFd>> {
         // A vCPU that does not park can't be helped; its thread ends with the machine.
         let _ = self.vcpus.park(Duration::from_secs(10));
-        let viewers = self.viewers().iter().map(|fd| fd.try_clone()).collect();
+        let viewers = self.viewers();
+        let viewers = viewers
+            .iter()
+            .map(|v| v.as_fd().try_clone_to_owned())
+            .collect();
         self.console = None;
         viewers
     }
@@ -206,7 +210,7 @@ impl Machine {
         for device in &self.devices {
             device.save(&mut saved)?;
         }
-        self.buffer.save(self.viewers().len(), &mut saved)?;
+        self.buffer.save(&self.viewers(), &mut saved)?;
         Ok(saved)
     }
 }

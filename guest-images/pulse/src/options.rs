@@ -34,6 +34,8 @@ pub(crate) struct Options {
     pub(crate) ram: u64,
     /// `touch=`: bytes of RAM written once, the pattern among them.
     pub(crate) touch: u64,
+    /// `ram_from=`: the pattern lies at or above this address.
+    pub(crate) ram_from: u64,
     /// `timers=`.
     pub(crate) timers: Kinds,
     /// `duty=`: percent of each 10 ms to be awake.
@@ -49,12 +51,16 @@ unsafe impl Sync for Cell {}
 
 static OPTIONS: Cell = Cell(UnsafeCell::new(DEFAULT));
 
+/// Everything below holds the image and what the loader left.
+pub(crate) const ABOVE_IMAGE: u64 = 16 << 20;
+
 const DEFAULT: Options = Options {
     modes: [Mode::Spin; MAX_VCPUS],
     cpus: 1,
     online: MAX_VCPUS,
     ram: 4 << 20,
     touch: 0,
+    ram_from: ABOVE_IMAGE,
     timers: Kinds::Both,
     duty: 100,
     gap_us: 100,
@@ -88,6 +94,10 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
             "touch" => options.touch = size(value, DEFAULT.touch),
             "duty" => options.duty = number(value, 100).clamp(1, 100),
             "gap_us" => options.gap_us = number(value, DEFAULT.gap_us).max(1),
+            // Below lie the image and what the loader left.
+            "ram_from" => {
+                options.ram_from = size(value, DEFAULT.ram_from).max(DEFAULT.ram_from);
+            }
             "timers" => options.timers = kinds(value),
             _ => {}
         }

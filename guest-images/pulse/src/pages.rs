@@ -12,11 +12,10 @@ use stillpoint_guest_abi::pulse::{
 };
 
 use crate::bootinfo::BootInfo;
+use crate::options::Options;
 use crate::{options, paging};
 
 const PAGE: usize = probe::RECORD_STRIDE as usize;
-/// The RAM pattern starts here where it fits: above the image, below the devices.
-pub(crate) const PATTERN_BASE: u64 = 16 << 20;
 
 #[repr(C, align(4096))]
 struct Table(UnsafeCell<[u8; PAGE * (MAX_VCPUS + 1)]>);
@@ -83,7 +82,7 @@ pub(crate) fn raise(maximum: &AtomicU64, to: u64) {
 
 /// Fills in the header and where the pattern lies. The table is not announced yet.
 pub(crate) fn publish(info: &BootInfo) {
-    let (base, len) = place_pattern(info, options::get().ram);
+    let (base, len) = place_pattern(info, options::get());
     let globals = globals();
     field!(globals.pattern_base).store(base, Relaxed);
     field!(globals.pattern_len).store(len, Relaxed);
@@ -127,10 +126,11 @@ pub(crate) fn has_probe() -> bool {
 
 /// The pattern's base and length: the whole of what was asked where some RAM can hold it, else
 /// as much as the largest range holds. Whole pages for each of the most vCPUs.
-fn place_pattern(info: &BootInfo, wanted: u64) -> (u64, u64) {
-    let mut best = (PATTERN_BASE, 0);
+fn place_pattern(info: &BootInfo, options: &Options) -> (u64, u64) {
+    let (from, wanted) = (options.ram_from, options.ram);
+    let mut best = (from, 0);
     for region in info.ram() {
-        let start = region.start.max(PATTERN_BASE).next_multiple_of(PAGE as u64);
+        let start = region.start.max(from).next_multiple_of(PAGE as u64);
         let len = region
             .end
             .min(paging::LIMIT)

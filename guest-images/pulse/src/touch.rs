@@ -33,7 +33,7 @@ pub(crate) fn plan(info: &BootInfo) {
     let mut ranges = [(0, 0); RANGES];
     let mut wanted = 0;
     for (range, region) in ranges.iter_mut().zip(info.ram()) {
-        let mut start = region.start.max(pages::PATTERN_BASE);
+        let mut start = region.start.max(options::ABOVE_IMAGE);
         // The pattern lies at the start of its region.
         if (region.start..region.end).contains(&pattern) {
             start = pattern + pattern_len;

@@ -20,8 +20,8 @@ const SLICE_US: u64 = 10_000;
 const MASKED_US: u64 = 50_000;
 /// The console is looked at this often: each look is an exit.
 const CONSOLE_US: u64 = 4000;
-/// An AP that takes longer to come up will not.
-const START_US: u64 = 2_000_000;
+/// An AP that takes longer to come up will not, however busy the host is.
+const START_US: u64 = 20_000_000;
 
 /// One vCPU, once it is in ring 3.
 pub(crate) struct Vcpu {

@@ -151,7 +151,11 @@ fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
     };
     ClockReceipt {
         policy: "advance".into(),
-        tsc_offset_delta: deltas.iter().map(|delta| delta.unwrap_or(0)).collect(),
+        tsc_offset_delta: deltas
+            .iter()
+            .copied()
+            .collect::<Option<_>>()
+            .unwrap_or_default(),
         kvmclock_error_ns: page_error(evidence, machine),
         loop_error_ns: loaded.clock.error_ns,
         tries: loaded.clock.tries,
@@ -170,7 +174,8 @@ fn page_error(evidence: &Evidence, machine: &Machine) -> Option<i64> {
     let mut worst: Option<i64> = None;
     for (before, msr) in evidence.pages.iter().zip(&evidence.loaded.system_time) {
         let Some(before) = before else { continue };
-        // KVM writes the page at the vCPU's first entry; one that stays halted enters too.
+        // KVM writes the page at the vCPU's first entry; one that stays halted, and has no timer
+        // to wake it, makes none until something else does.
         let after = loop {
             match Page::read(memory, GuestAddress(msr & !1)) {
                 Some(page) if page.version != before.version => break Some(page),

@@ -44,7 +44,8 @@ impl Home {
 }
 
 /// Lets everything else run before the calling thread (SCHED_IDLE, and the least share for its
-/// session where the kernel groups by session). Lowering oneself needs no privilege.
+/// session where the kernel groups by session). Lowering oneself needs no privilege. A session
+/// that others are in, the successor among them perhaps, is left as it is.
 pub fn stand_back() {
     // SAFETY: a plain integer structure; pid 0 is the calling thread.
     unsafe {
@@ -54,5 +55,8 @@ pub fn stand_back() {
             &libc::sched_param { sched_priority: 0 },
         )
     };
-    let _ = std::fs::write("/proc/self/autogroup", "19");
+    let us = rustix::process::getpid();
+    if rustix::process::getsid(None).is_ok_and(|leader| leader == us) {
+        let _ = std::fs::write("/proc/self/autogroup", "19");
+    }
 }

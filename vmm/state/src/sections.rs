@@ -226,6 +226,9 @@ pub struct Console {
     /// Input not yet taken by the serial port.
     #[prost(bytes = "vec", tag = "4")]
     pub input: Vec<u8>,
+    /// For each viewer: how many of the last bytes of `replay` it has not been sent yet.
+    #[prost(uint32, repeated, tag = "5")]
+    pub behind: Vec<u32>,
 }
 
 #[cfg(test)]
