@@ -42,6 +42,8 @@ fn run(daemon: &Daemon, name: &str) -> anyhow::Result<Value> {
         "2",
         "--memory",
         "64M",
+        "--budget",
+        "5s",
         "--kernel",
         &kernel,
         "--cmdline",
