@@ -2,15 +2,20 @@
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 RELEASES := target/releases
-VMM := $(CARGO) build --release --quiet -p stillpoint-vmm
+VMM := $(CARGO) build --release --quiet --locked -p stillpoint-vmm
+PULSE := --quiet --locked --manifest-path guest-images/pulse/Cargo.toml --target-dir target/pulse
 
 .PHONY: help
 help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
+.PHONY: deps
+deps: ## install what a fresh Debian lacks (a C compiler and make; needs root)
+	@command -v cc >/dev/null && command -v make >/dev/null || (apt-get update -q && apt-get install -qy gcc make)
+
 .PHONY: images
-images: ## build the bare-metal test guest
-	$(CARGO) build --release --quiet --manifest-path guest-images/pulse/Cargo.toml --target-dir target/pulse
+images: ## build pulse, the bare-metal test guest
+	$(CARGO) build --release $(PULSE)
 	@mkdir -p $(RELEASES) && cp -f target/pulse/release/pulse $(RELEASES)/pulse
 
 .PHONY: releases
@@ -20,10 +25,33 @@ releases: images ## build the VMM releases that tests and demo swap between
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
 
+.PHONY: bench
+bench: releases ## measure the blackout beside the floor (BENCH="--quick" for less)
+	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
+	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
+
 .PHONY: programs
-programs: ## build the daemon and the command
-	$(CARGO) build --release --quiet -p stillpoint
+programs: ## build the daemon, the command and the demo
+	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-tests --bins
 
 .PHONY: demo
 demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
-	$(CARGO) run --release --quiet -p stillpoint-tests --bin demo
+	target/release/demo
+
+.PHONY: test
+test: releases programs ## run every test; prints each suite's time
+	target/release/suites
+
+.PHONY: fmt lint
+fmt: ## check the formatting
+	$(CARGO) fmt --check && $(CARGO) fmt --check --manifest-path guest-images/pulse/Cargo.toml
+lint: ## clippy, warnings denied
+	$(CARGO) clippy --quiet --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --release $(PULSE) -- -D warnings
+
+.PHONY: docs
+docs: ## build the documentation of every crate
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --quiet --locked --workspace --no-deps --document-private-items
+
+.PHONY: check
+check: fmt lint docs test ## exactly what CI runs

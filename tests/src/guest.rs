@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use stillpoint_guest_abi::probe::{self, Record};
+use stillpoint_guest_abi::probe::{self, Gap, Record};
 use stillpoint_guest_abi::pulse::{GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report};
 
 use crate::patience::{PATIENCE, wait_for};
@@ -121,6 +121,25 @@ impl Pulse {
     pub fn wait_online(&self, n: u32) -> anyhow::Result<Snapshot> {
         self.wait("all vCPUs", PATIENCE, |s| s.globals.online >= n)
             .context("pulse's boot")
+    }
+
+    /// Waits until the guest has written all the RAM that `touch=` told it to.
+    pub fn wait_touched(&self, patience: Duration) -> anyhow::Result<Snapshot> {
+        self.wait("touch= to end", patience, |s| {
+            s.globals.touched >= s.globals.touch_wanted
+        })
+    }
+
+    /// The gaps that a vCPU has in its ring, in guest TSC cycles, in no order.
+    pub fn gaps(&self, vcpu: usize) -> anyhow::Result<Vec<Gap>> {
+        let count = self.word(Self::record(vcpu))?.min(probe::RING as u64);
+        let ring = Self::record(vcpu) + std::mem::offset_of!(Record, ring) as u64;
+        (0..count)
+            .map(|n| {
+                let (start, end) = (self.word(ring + n * 16)?, self.word(ring + n * 16 + 8)?);
+                Ok(Gap { start, end })
+            })
+            .collect()
     }
 
     /// Waits until every vCPU of those given has gone through `loops` more loops.

@@ -84,7 +84,6 @@ impl Successor {
                 version: self.to.version().into(),
                 sha256: String::new(),
             },
-            successor_pid: self.child.id(),
             budget_ns: Some(u64::try_from(terms.budget.as_nanos())?),
             brownout: terms.brownout,
         })

@@ -15,8 +15,8 @@
 //! | [`doors`] | sockets and files of a guest |
 //! | [`doctor`] | what this host's KVM can and can't do |
 //!
-//! No async runtime, no HTTP. Only `memory`, `vcpu`, `irq`, `raw` and `handover` name raw file
-//! descriptors or addresses.
+//! No async runtime, no HTTP. Raw addresses and `unsafe` live in `memory`, `raw`, `vcpu` and the
+//! ownership word of `stillpoint-control`; raw descriptor numbers in `main` alone.
 
 pub mod boot;
 pub mod bus;

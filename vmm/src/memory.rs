@@ -120,6 +120,11 @@ impl GuestRam {
         let fd = rustix::fs::memfd_create("stillpoint-ram", memfd_flags(spec.pages))
             .map_err(file("create"))?;
         rustix::fs::ftruncate(&fd, spec.size).map_err(file("size"))?;
+        if huge {
+            // Now, and with an error: a huge page that is missing later kills the process.
+            let flags = rustix::fs::FallocateFlags::empty();
+            rustix::fs::fallocate(&fd, flags, 0, spec.size).map_err(file("find huge pages for"))?;
+        }
         // Nobody who is lent this file may cut it off under the guest.
         let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(file("seal"))?;
@@ -307,6 +312,27 @@ mod tests {
         assert!(ram.populate(|| true) >= 8192);
         assert_eq!(blocks(), before, "populating must not allocate");
         assert_eq!(ram.populate(|| false), 0, "it can be called off");
+    }
+
+    #[test]
+    fn huge_pages_that_are_not_there_are_named() {
+        let free =
+            std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
+        if free.map_or(true, |free| free.trim() != "0") {
+            eprintln!("SKIPPED memory: this host has huge pages of 1 GiB, or knows none");
+            return;
+        }
+        let spec = MemorySpec {
+            size: 1 << 30,
+            pages: Pages::Hugetlb1g,
+        };
+        let error = GuestRam::create(&spec)
+            .expect_err("none are free")
+            .to_string();
+        assert!(
+            error.contains("huge page") && error.contains("nr_hugepages"),
+            "{error}"
+        );
     }
 
     #[test]

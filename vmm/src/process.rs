@@ -9,6 +9,7 @@ mod serve;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -255,7 +256,20 @@ impl Process {
             }
         };
         let progress = |phase: &_| drop(reply.send(Reply::Progress(Clone::clone(phase))));
-        let outcome = outgoing::hand_over(&mut self.guest, &errand, &mut channel, progress, ended);
+        // A bug must not cost the guest: unwinding runs the guard, and the guest goes on here.
+        let attempt = AssertUnwindSafe(|| {
+            outgoing::hand_over(&mut self.guest, &errand, &mut channel, progress, ended)
+        });
+        let Ok(outcome) = catch_unwind(attempt) else {
+            if !self.guest.is_ours() {
+                return Some(End::Moved);
+            }
+            let message = "the handover panicked, which is a bug; the guest goes on here".into();
+            let code = "failed".to_owned();
+            let _ = reply.send(Reply::Error { code, message });
+            self.stay();
+            return None;
+        };
         let moved = outcome == Handover::Moved;
         if let Handover::Kept { report } = &outcome {
             self.desk.set_last_swap(&errand.swap);

@@ -22,6 +22,7 @@ pub mod timer;
 mod exit;
 mod run;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
@@ -150,7 +151,15 @@ impl VcpuSet {
             let around = around.clone();
             let thread = std::thread::Builder::new().name(format!("vcpu{id}"));
             let handle = thread
-                .spawn(move || run::Runner::new(id, fd, around, inbox, answer).run())
+                .spawn(move || {
+                    let events = around.events.clone();
+                    let runner = run::Runner::new(id, fd, around, inbox, answer);
+                    // A bug here must not cost the guest a processor in silence.
+                    if catch_unwind(AssertUnwindSafe(|| runner.run())).is_err() {
+                        let failure = Some("its thread panicked, which is a bug".to_owned());
+                        let _ = events.send(Event::VcpuOver { vcpu: id, failure });
+                    }
+                })
                 .map_err(VcpusError::Spawn)?;
             set.threads.push(Thread {
                 orders,

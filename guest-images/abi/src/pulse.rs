@@ -39,6 +39,10 @@ pub struct Globals {
     pub total: u64,
     /// Guest-physical address of the 12-byte wall clock structure given to KVM, 0 if none.
     pub wall_clock_gpa: u64,
+    /// Bytes beside the pattern that `touch=` is to write once; what RAM there is bounds it.
+    pub touch_wanted: u64,
+    /// Bytes of them that were written. Equal to `touch_wanted` when all is done.
+    pub touched: u64,
 }
 
 /// How one kind of timer fared. Armed one by one: the next is armed when the last has fired.

@@ -23,6 +23,7 @@ mod pattern;
 mod registers;
 mod serial;
 mod timers;
+mod touch;
 mod tsc;
 mod vcpu;
 
@@ -50,5 +51,6 @@ fn bring_up(boot: u64, protocol: u64) {
     apic::init();
     tsc::calibrate();
     pages::publish(&info);
+    touch::plan(&info);
     clock::publish_wall_clock();
 }

@@ -32,6 +32,8 @@ pub(crate) struct Options {
     pub(crate) online: usize,
     /// `ram=`: length of the RAM pattern in bytes (`K`, `M`, `G`).
     pub(crate) ram: u64,
+    /// `touch=`: bytes of RAM written once, the pattern among them.
+    pub(crate) touch: u64,
     /// `ram_from=`: the pattern lies at or above this address.
     pub(crate) ram_from: u64,
     /// `timers=`.
@@ -49,12 +51,16 @@ unsafe impl Sync for Cell {}
 
 static OPTIONS: Cell = Cell(UnsafeCell::new(DEFAULT));
 
+/// Everything below holds the image and what the loader left.
+pub(crate) const ABOVE_IMAGE: u64 = 16 << 20;
+
 const DEFAULT: Options = Options {
     modes: [Mode::Spin; MAX_VCPUS],
     cpus: 1,
     online: MAX_VCPUS,
     ram: 4 << 20,
-    ram_from: 16 << 20,
+    touch: 0,
+    ram_from: ABOVE_IMAGE,
     timers: Kinds::Both,
     duty: 100,
     gap_us: 100,
@@ -85,6 +91,7 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
             "cpus" => options.cpus = number(value, cpus as u64) as usize,
             "online" => options.online = number(value, u64::MAX) as usize,
             "ram" => options.ram = size(value, DEFAULT.ram),
+            "touch" => options.touch = size(value, DEFAULT.touch),
             "duty" => options.duty = number(value, 100).clamp(1, 100),
             "gap_us" => options.gap_us = number(value, DEFAULT.gap_us).max(1),
             // Below lie the image and what the loader left.

@@ -11,6 +11,7 @@ use crate::pages::{self, add, field, field32};
 use crate::pattern::Pattern;
 use crate::serial::say;
 use crate::timers::Timers;
+use crate::touch::Touch;
 use crate::{apic, clock, gate, modes, options, registers, tsc};
 
 /// A halt of mode `halt`, and the slice of which `duty=` is a part.
@@ -30,6 +31,7 @@ pub(crate) struct Vcpu {
     gaps: Gaps,
     timers: Timers,
     pattern: Pattern,
+    touch: Touch,
     console: Console,
     kvmclock: bool,
     mode: Mode,
@@ -86,6 +88,7 @@ impl Vcpu {
             gaps: Gaps::new(index),
             timers: Timers::new(local, report, options::get().timers),
             pattern: Pattern::new(index),
+            touch: Touch::new(index),
             console: Console::new(),
             kvmclock,
             mode,
@@ -128,6 +131,7 @@ impl Vcpu {
             clock::check(self.local, report);
         }
         self.pattern.walk(&mut self.gaps);
+        self.touch.walk(&mut self.gaps);
         if self.masked_since.is_none() && self.mode != Mode::Halt {
             self.timers.service();
         }

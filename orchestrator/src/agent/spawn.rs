@@ -27,7 +27,7 @@ pub const GIVEN_FD: i32 = 4;
 const LAST_LINES: usize = 8;
 /// What of the daemon's environment a VMM gets to see. Not `NOTIFY_SOCKET`: it is no part of
 /// the service.
-const ENVIRONMENT: [&str; 2] = ["RUST_LOG", "RUST_BACKTRACE"];
+const ENVIRONMENT: [&str; 2] = ["STILLPOINT_LOG", "RUST_BACKTRACE"];
 
 /// Why a process did not come up.
 #[derive(Debug, thiserror::Error)]

@@ -139,7 +139,7 @@ fn clock(report: &SwapReport) -> String {
         return String::new();
     };
     let error = clock.kvmclock_error_ns.map_or_else(
-        || "no kvmclock in this guest".to_owned(),
+        || "kvmclock not measured (not in use, or its vCPUs stayed halted)".to_owned(),
         |ns| format!("kvmclock {}", format::signed_time(ns)),
     );
     let off: Vec<String> = clock
@@ -148,7 +148,9 @@ fn clock(report: &SwapReport) -> String {
         .filter(|&&delta| delta != 0)
         .map(|delta| delta.to_string())
         .collect();
-    let tsc = if off.is_empty() {
+    let tsc = if clock.tsc_offset_delta.is_empty() {
+        "TSC offset not known".to_owned()
+    } else if off.is_empty() {
         "TSC exact".to_owned()
     } else {
         format!("TSC off by {} cycles", off.join(", "))

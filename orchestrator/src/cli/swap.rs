@@ -1,7 +1,7 @@
 //! `stillpoint swap vmm`
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper::Method;
 use indicatif::ProgressBar;
@@ -12,6 +12,8 @@ use crate::model::{Code, Event, Problem, SwapId, SwapRecord, SwapState, VMM};
 
 /// How long to wait for an event before looking at the record itself.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a daemon may stay away before the command stops waiting for it.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -68,6 +70,7 @@ async fn follow(
     mut events: http::Events,
     bar: &ProgressBar,
 ) -> Result<SwapRecord, Problem> {
+    let mut seen = Instant::now();
     loop {
         match tokio::time::timeout(LOOK, events.next()).await {
             Ok(Some(event)) => {
@@ -83,11 +86,11 @@ async fn follow(
                 return Ok(swap);
             }
             // The daemon was restarted: the swap goes on without it, and it settles the record.
-            Err(problem) if problem.code == Code::NoDaemon => {
+            Err(problem) if problem.code == Code::NoDaemon && seen.elapsed() < DAEMON_PATIENCE => {
                 bar.set_message(format!("swap {id}: waiting for the daemon to come back"));
             }
             Err(problem) => return Err(problem),
-            Ok(_) => {}
+            Ok(_) => seen = Instant::now(),
         }
     }
 }

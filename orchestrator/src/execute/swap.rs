@@ -170,7 +170,6 @@ async fn hand_over(
         request: Request::HandOver {
             swap: swap.id.0.clone(),
             to: swap.to.clone(),
-            successor_pid: successor.id().pid,
             budget_ns: swap.budget_ns,
             brownout: BROWNOUT,
         },

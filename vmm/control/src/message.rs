@@ -33,7 +33,7 @@ pub enum Request {
     /// End the guest and the process. Answered by [`Reply::Done`] before the process exits.
     PowerOff,
     /// Hand the guest over. With two fds: the predecessor's end of the handover socketpair (the
-    /// other end is the successor's fd 3), and an empty, sealable memfd for the saved state, which
+    /// other end is the successor's), and an empty, sealable memfd for the saved state, which
     /// the sender keeps a duplicate of. Answered by [`Reply::Handover`] after any number of
     /// [`Reply::Progress`].
     HandOver {
@@ -41,8 +41,6 @@ pub enum Request {
         swap: String,
         /// The successor's release.
         to: ReleaseName,
-        /// Process id of the successor.
-        successor_pid: u32,
         /// The longest blackout allowed; the VM's own budget when absent.
         budget_ns: Option<u64>,
         /// The longest the preparation may take while the guest runs.

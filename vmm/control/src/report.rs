@@ -61,7 +61,8 @@ pub enum Side {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Phase {
-    /// `start`, `adopt`, `park`, `quiesce`, `save`, `load`, `clock`, `take`, `resume`, ...
+    /// `start`, `build`, `populate`; then `park`, `quiesce`, `save`, `seal`, `load`, `await`,
+    /// `enter`.
     pub name: String,
     /// Where it was spent.
     pub side: Side,
@@ -106,7 +107,8 @@ impl Blackout {
 pub struct ClockReceipt {
     /// `advance`: the guest's clocks include the pause.
     pub policy: String,
-    /// For each vCPU: TSC offset read back in the successor less the predecessor's, cycles.
+    /// For each vCPU: TSC offset read back in the successor less the predecessor's, cycles. Empty
+    /// where the kernel tells none.
     #[serde(default)]
     pub tsc_offset_delta: Vec<i64>,
     /// What the guest's own pvclock page says now less what the page of before would have said
@@ -145,7 +147,7 @@ pub struct SwapReport {
     pub to: ReleaseName,
     /// How it ended.
     pub outcome: Outcome,
-    /// Why it ended so, when it did not move.
+    /// Why it ended so, when it did not move; or what else was out of the ordinary.
     pub reason: Option<String>,
     /// When it was asked for, nanoseconds since the Unix epoch.
     pub started_at_unix_ns: u64,

@@ -98,7 +98,10 @@ pub fn gap_over(
 ) -> Option<u64> {
     let word = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).ok();
     let half = |at: u64| memory.read_obj::<u32>(GuestAddress(at)).ok();
-    if word(table.0)? != abi::TABLE_MAGIC || u32::from(vcpu) >= half(table.0.checked_add(12)?)? {
+    if word(table.0)? != abi::TABLE_MAGIC || half(table.0.checked_add(8)?)? != abi::VERSION {
+        return None;
+    }
+    if u32::from(vcpu) >= half(table.0.checked_add(12)?)? {
         return None;
     }
     let (offset, stride) = (

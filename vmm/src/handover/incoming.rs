@@ -28,7 +28,7 @@ use crate::machine::frozen::Guest;
 use crate::machine::{Event, Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
-use crate::{faults, release};
+use crate::{clock, faults, release};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
@@ -200,8 +200,11 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     timing.mark("await");
     // The guest is ours. No error from here on may be answered by anything but carrying on or
     // ending: nobody else may run it again.
+    let taken_tsc = clock::host_tsc();
     let entered_tsc = machine.enter(ENTER_PATIENCE)?;
-    timing.mark("enter");
+    // By the vCPUs' own stamps: this thread leaves the cores to them first.
+    let entering = clock::duration(entered_tsc.saturating_sub(taken_tsc), machine.tsc_khz());
+    timing.marks.push(("enter", entering));
     let _ = channel.send(Body::Running(Running {}), &[]);
     let evidence = Evidence {
         kicked_tsc,

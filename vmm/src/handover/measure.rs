@@ -151,7 +151,11 @@ fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
     };
     ClockReceipt {
         policy: "advance".into(),
-        tsc_offset_delta: deltas.iter().map(|delta| delta.unwrap_or(0)).collect(),
+        tsc_offset_delta: deltas
+            .iter()
+            .copied()
+            .collect::<Option<_>>()
+            .unwrap_or_default(),
         kvmclock_error_ns: page_error(evidence, machine),
         loop_error_ns: loaded.clock.error_ns,
         tries: loaded.clock.tries,

@@ -50,6 +50,11 @@ pub struct GivenUp<'g> {
 }
 
 impl Guest {
+    /// Whether the word still says that the guest is this process's.
+    pub fn is_ours(&self) -> bool {
+        self.ownership.read().is_ok_and(|now| now == self.owner)
+    }
+
     /// Brings the guest to rest. On an error it runs on.
     pub fn freeze(&mut self, deadline: Instant) -> Result<Frozen<'_>, FreezeError> {
         let mut frozen = Frozen {

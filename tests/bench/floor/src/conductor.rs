@@ -49,6 +49,7 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let table = worker.expect(TABLE)?;
     let probe = Probe::new(&ram, table, bench.vcpus, tsc_khz)?;
 
+    probe.wait_touched()?;
     let mut samples = Vec::new();
     for number in 0..bench.swaps {
         let next = Worker::spawn(bench, &memfd, Some(&worker.next))

@@ -6,9 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use stillpoint_guest_abi::probe::{Gap, Header, RECORD_STRIDE, RING, Record, TABLE_MAGIC};
+use stillpoint_guest_abi::pulse::{GLOBALS_OFFSET, Globals};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 const PATIENCE: Duration = Duration::from_secs(5);
+/// For the guest to touch its memory: some 5 s for each GiB.
+const TOUCH_PATIENCE: Duration = Duration::from_secs(300);
 /// A vCPU that has not read its TSC for so long idles.
 const SURELY_LIVE: Duration = Duration::from_millis(100);
 const LAST: u64 = offset_of!(Record, last) as u64;
@@ -48,6 +51,20 @@ impl<'a> Probe<'a> {
             .map(|(first, second)| second > first)
             .collect();
         Ok(probe)
+    }
+
+    /// Waits until the guest has touched all the memory that its command line told it to.
+    pub(crate) fn wait_touched(&self) -> Result<()> {
+        let begin = Instant::now();
+        let global = |field: usize| self.word(self.table + GLOBALS_OFFSET + field as u64);
+        while global(offset_of!(Globals, touched))? < global(offset_of!(Globals, touch_wanted))? {
+            ensure!(
+                begin.elapsed() < TOUCH_PATIENCE,
+                "the guest does not come to the end of its touch="
+            );
+            sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// The latest TSC reading of each vCPU.

@@ -66,7 +66,9 @@ pub(crate) fn tell() -> anyhow::Result<Verdict> {
 fn add_releases(daemon: &Daemon) -> anyhow::Result<()> {
     let path = |release: Release| Ok::<_, anyhow::Error>(release.binary()?.display().to_string());
     let faulty = path(Release::Faulty(""))?;
-    println!("\nTwo releases that work, written apart: 0.1.0 knows state format 1, 0.2.0 writes 2");
+    println!(
+        "\nTwo builds that really differ: 0.1.0 knows saved-state format 1 alone, 0.2.0 prefers 2"
+    );
     told(daemon, &["release", "add", &path(Release::Compat)?])?;
     told(daemon, &["release", "add", &path(Release::Current)?])?;
     println!("\nAnd two that don't");

@@ -1,0 +1,96 @@
+//! The machine it ran on.
+#![allow(unsafe_code)] // Reading the TSC.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use stillpoint_tests::ground;
+
+/// Over this the TSC's frequency is measured.
+const CALIBRATION: Duration = Duration::from_millis(100);
+
+/// Facts that a figure means nothing without.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Facts {
+    /// Cores this process may use.
+    pub(crate) cores: usize,
+    /// Model of the processor.
+    pub(crate) cpu: String,
+    /// `uname -r`.
+    pub(crate) kernel: String,
+    /// Frequency of the TSC, measured.
+    pub(crate) tsc_khz: u64,
+    /// The host's clocksource.
+    pub(crate) clocksource: String,
+    /// Whose KVM: modules in use.
+    pub(crate) kvm: String,
+    /// Whether the memfd of a guest may get huge pages.
+    pub(crate) thp_shmem: String,
+    /// Load average over a minute, before.
+    pub(crate) load_before: f64,
+    /// And after.
+    pub(crate) load_after: f64,
+    /// Whether the bench pinned anything to cores (releases may place their own threads).
+    pub(crate) pinned: bool,
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(path)
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_else(|_| "unknown".into())
+}
+
+/// The load average over a minute.
+pub(crate) fn load() -> f64 {
+    let text = read("/proc/loadavg");
+    let first = text.split_whitespace().next().map(str::parse);
+    first.and_then(Result::ok).unwrap_or(0.0)
+}
+
+/// What can be known of this machine; `load_before` as it was before measuring.
+pub(crate) fn facts(load_before: f64) -> Facts {
+    let modules = std::fs::read_dir("/sys/module").into_iter().flatten();
+    let mut kvm: Vec<_> = modules
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("kvm"))
+        .collect();
+    kvm.sort();
+    let cpu = read("/proc/cpuinfo")
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map(|rest| rest.trim_start_matches(['\t', ' ', ':']).to_owned());
+    Facts {
+        cores: ground::cores(),
+        cpu: cpu.unwrap_or_else(|| "unknown".into()),
+        kernel: read("/proc/sys/kernel/osrelease"),
+        tsc_khz: tsc_khz(),
+        clocksource: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
+        kvm: kvm.join(", "),
+        thp_shmem: chosen(&read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
+        load_before,
+        load_after: load(),
+        pinned: false,
+    }
+}
+
+/// The word in brackets of a setting that shows its choices.
+fn chosen(setting: &str) -> String {
+    let inner = setting
+        .split_once('[')
+        .and_then(|(_, rest)| rest.split_once(']'));
+    inner.map_or(setting, |(word, _)| word).to_owned()
+}
+
+/// Frequency of the TSC by the monotonic clock.
+pub(crate) fn tsc_khz() -> u64 {
+    let (begin, first) = (Instant::now(), tsc());
+    std::thread::sleep(CALIBRATION);
+    let (took, last) = (begin.elapsed(), tsc());
+    let cycles = u128::from(last.saturating_sub(first));
+    u64::try_from(cycles * 1_000_000 / took.as_nanos().max(1)).unwrap_or(0)
+}
+
+fn tsc() -> u64 {
+    // SAFETY: every x86-64 processor has it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}

@@ -1,0 +1,92 @@
+//! `make bench`: how long a guest stands still in a swap, beside the floor of this machine.
+//!
+//! Ours and the floor (the same KVM calls with nothing of ours around them, `stillpoint-floor`)
+//! take turns on the same guest image with the same command line, so that what else the machine
+//! does falls on both. The bench pins nothing and changes nothing
+//! host-wide. A control beside
+//! it looks at windows of the same length in which nobody swaps: that is the machine's noise.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`scene`] | what is measured: the machines |
+//! | [`run`] | the order of it all |
+//! | [`ours`], [`floor`], [`control`] | a batch of swaps of ours, of the floor, and of none |
+//! | [`sample`] | what a batch gives |
+//! | [`stats`] | quantiles, and how sure a ratio is |
+//! | [`verdict`] | ratios and targets |
+//! | [`environment`] | the machine it ran on |
+//! | [`output`], [`table`], [`picture`] | files, terminal, SVG |
+
+mod control;
+mod environment;
+mod floor;
+mod ours;
+mod output;
+mod picture;
+mod run;
+mod sample;
+mod scene;
+mod stats;
+mod table;
+mod verdict;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use stillpoint_tests::ground;
+
+/// Measures how long a guest stands still in a swap, beside the floor of this machine.
+#[derive(Debug, Parser)]
+#[command(name = "stillpoint-bench")]
+pub(crate) struct Options {
+    /// Swaps of ours, and of the floor, for each machine.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(2..=10_000))]
+    swaps: u32,
+    /// Swaps of the machine with 8 GiB; each takes seconds of preparation.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    big_swaps: u32,
+    /// Time for all of it: on a busy machine there are fewer swaps, and the output says so.
+    #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+    /// A small run, under half a minute, without the machine with 8 GiB.
+    #[arg(long)]
+    quick: bool,
+    /// Prints the report as JSON instead of tables.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let mut options = Options::parse();
+    if options.quick {
+        options.swaps = options.swaps.min(10);
+        options.big_swaps = 0;
+        options.seconds = options.seconds.min(25);
+    }
+    if let Some(reason) = ground::no_kvm() {
+        eprintln!("bench: nothing to measure on: {reason}");
+        return ExitCode::FAILURE;
+    }
+    match bench(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(options: &Options) -> anyhow::Result<()> {
+    let before = environment::load();
+    let measured = run::all(options)?;
+    let report = verdict::report(&measured, environment::facts(before));
+    let files = output::write(&report, &measured)?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", table::render(&report));
+        println!("\nwritten to {}:", files.dir.display());
+        println!("  {}", files.names.join(", "));
+    }
+    Ok(())
+}

@@ -1,0 +1,94 @@
+//! Swaps of ours: the current release to itself, each in a new process.
+
+use std::time::{Duration, Instant};
+
+use stillpoint_control::report::SwapReport;
+use stillpoint_tests::releases::Release;
+use stillpoint_tests::vm::{Recipe, Vm};
+
+use crate::sample::Sample;
+use crate::scene::{Scene, WORK_MIB};
+
+/// For the guest to touch its RAM: some 5 s for each GiB, and others may be busy.
+const TOUCH_PATIENCE: Duration = Duration::from_secs(300);
+/// The time between swaps varies as the floor's does, or it might march in step with timers.
+const BETWEEN_MS: u64 = 30;
+const SPREAD_MS: u64 = 21;
+
+/// A guest that has touched all its RAM.
+pub(crate) fn boot(scene: &Scene) -> anyhow::Result<Vm> {
+    let vm = boot_untouched(scene)?;
+    vm.pulse.wait_touched(TOUCH_PATIENCE)?;
+    Ok(vm)
+}
+
+/// The same, unless it takes longer than until then.
+pub(crate) fn boot_until(scene: &Scene, until: Instant) -> anyhow::Result<Option<Vm>> {
+    let vm = boot_untouched(scene)?;
+    let left = until.saturating_duration_since(Instant::now());
+    Ok(vm.pulse.wait_touched(left).is_ok().then_some(vm))
+}
+
+fn boot_untouched(scene: &Scene) -> anyhow::Result<Vm> {
+    let mut recipe = Recipe::pulse(scene.vcpus, &format!("ram={WORK_MIB}M {}", scene.touch()));
+    recipe.memory_mib = scene.memory_mib;
+    let vm = Vm::boot(&recipe)?;
+    vm.pulse.wait_online(scene.vcpus.into())?;
+    Ok(vm)
+}
+
+/// So many swaps.
+pub(crate) fn swaps(vm: &mut Vm, count: u32) -> anyhow::Result<Vec<Sample>> {
+    (0..count)
+        .map(|number| {
+            pause(BETWEEN_MS + u64::from(number) * 7 % SPREAD_MS);
+            vm.must_move(Release::Current).map(|report| sample(&report))
+        })
+        .collect()
+}
+
+/// What the guest found wrong.
+pub(crate) fn faults(vm: &Vm) -> anyhow::Result<Vec<String>> {
+    Ok(vm.pulse.look()?.faults())
+}
+
+/// Sleeps.
+pub(crate) fn pause(ms: u64) {
+    std::thread::sleep(Duration::from_millis(ms));
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Phases within the blackout. Those of the two processes overlap a little: the new one may load
+/// before the old one notes that `seal` is done. The last ends where the blackout does: what the report counts
+/// further is the wait until the new process notices that its vCPUs run.
+fn within(report: &SwapReport) -> Vec<(String, u64)> {
+    let mut left = report.blackout.host;
+    let phases = report.phases.iter().filter(|phase| phase.in_blackout);
+    phases
+        .map(|phase| {
+            let took = phase.duration.min(left);
+            left -= took;
+            (phase.name.clone(), nanos(took))
+        })
+        .collect()
+}
+
+fn sample(report: &SwapReport) -> Sample {
+    let before = report.phases.iter().filter(|phase| !phase.in_blackout);
+    Sample {
+        host_ns: nanos(report.blackout.host),
+        guest_ns: report
+            .blackout
+            .guest_ns
+            .iter()
+            .map(|gap| gap.unwrap_or(0))
+            .collect(),
+        phases: within(report),
+        brownout: before
+            .map(|phase| (phase.name.clone(), nanos(phase.duration)))
+            .collect(),
+    }
+}

@@ -1,0 +1,210 @@
+//! The order in which all is measured: ours, control and floor in turns, batch by batch.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::process::{Pid, Signal, kill_process};
+use stillpoint_tests::vm::Vm;
+
+use crate::sample::{Sample, Series, Who};
+use crate::scene::{BASE, LARGE, PAIR, SMALL, Scene};
+use crate::{Options, control, environment, floor, ours};
+
+/// Swaps before the other side has its turn.
+const BATCH: u32 = 10;
+/// The same in a quick run.
+const QUICK_BATCH: u32 = 5;
+/// The same for the machines of two sizes.
+const BIG_BATCH: u32 = 5;
+/// After a stopped VMM goes on: to be itself again.
+const WAKE_MS: u64 = 200;
+/// Host RAM beside the guest's that must be free to touch 8 GiB.
+const ROOM_MIB: u64 = 2048;
+
+/// All that was measured.
+#[derive(Debug, Default)]
+pub(crate) struct Measured {
+    /// Every series, in order.
+    pub(crate) series: Vec<Series>,
+    /// What was left out, and why.
+    pub(crate) left_out: Vec<String>,
+    /// How long it all took.
+    pub(crate) took: Duration,
+}
+
+impl Measured {
+    /// One of the series, if it holds anything.
+    pub(crate) fn get(&self, scene: &Scene, who: Who) -> Option<&Series> {
+        self.series
+            .iter()
+            .find(|s| s.scene.id == scene.id && s.who == who && !s.samples.is_empty())
+    }
+}
+
+/// Measures everything that the options ask for.
+pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
+    let began = Instant::now();
+    let mut measured = Measured::default();
+    let until = |share: f64| began + Duration::from_secs(options.seconds).mul_f64(share);
+    let tsc_khz = environment::tsc_khz();
+    let shares = match no_room(options) {
+        Some(_) => [0.5, 1.0],
+        None => [0.33, 0.63],
+    };
+    for (scene, share) in [BASE, PAIR].into_iter().zip(shares) {
+        let series = beside_floor(scene, options, until(share), tsc_khz)?;
+        note_short(&mut measured, &series[0], options.swaps);
+        measured.series.extend(series);
+    }
+    match no_room(options) {
+        Some(reason) => measured.left_out.push(reason),
+        None => match two_sizes(options.big_swaps, until(1.0), tsc_khz)? {
+            Some(series) => {
+                note_short(&mut measured, &series[1], options.big_swaps);
+                measured.series.extend(series);
+            }
+            None => measured.left_out.push(format!(
+                "{}: the guest had not touched all of it in time (--seconds)",
+                LARGE.title
+            )),
+        },
+    }
+    measured.took = began.elapsed();
+    Ok(measured)
+}
+
+/// A busy machine takes longer than there is time for.
+fn note_short(measured: &mut Measured, series: &Series, asked: u32) {
+    let done = series.samples.len() + series.unseen;
+    if done < asked as usize {
+        measured.left_out.push(format!(
+            "{}: {} of {asked} swaps, for want of time (--seconds)",
+            series.scene.title,
+            asked as usize - done
+        ));
+    }
+}
+
+fn no_room(options: &Options) -> Option<String> {
+    if options.big_swaps < 2 {
+        return Some(format!("{}: not asked for", LARGE.title));
+    }
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    let free_mib = kib.unwrap_or(0) >> 10;
+    (free_mib < LARGE.memory_mib + ROOM_MIB).then(|| {
+        format!(
+            "{}: only {free_mib} MiB of this host's RAM are free",
+            LARGE.title
+        )
+    })
+}
+
+/// Batches of `batch` that add up to `count`.
+fn batches(count: u32, batch: u32) -> impl Iterator<Item = u32> {
+    (0..count.div_ceil(batch)).map(move |n| batch.min(count - n * batch))
+}
+
+/// The middle host blackout of a batch: the length of a window without a swap.
+fn middle(samples: &[Sample]) -> u64 {
+    let mut host: Vec<u64> = samples.iter().map(|sample| sample.host_ns).collect();
+    host.sort_unstable();
+    host.get(host.len() / 2).copied().unwrap_or(1_000_000)
+}
+
+/// Ours, nobody and the floor, in turns.
+fn beside_floor(
+    scene: Scene,
+    options: &Options,
+    until: Instant,
+    tsc_khz: u64,
+) -> anyhow::Result<[Series; 3]> {
+    let swaps = options.swaps;
+    let batch = if options.quick { QUICK_BATCH } else { BATCH };
+    let mut all = [Who::Ours, Who::Floor, Who::NoSwap].map(|who| Series::new(scene, who));
+    let [own, bare, none] = &mut all;
+    let mut done = 0;
+    for count in batches(swaps, batch) {
+        if done > 0 && Instant::now() > until {
+            break;
+        }
+        progress(scene.title, done, swaps);
+        small_batch(own, Some((none, tsc_khz)), count)?;
+        let taken = floor::swaps(&scene, count).context("a batch of the floor")?;
+        bare.extend(taken);
+        done += count;
+    }
+    progress(scene.title, done, done);
+    Ok(all)
+}
+
+/// A fresh guest, a batch of swaps, and the same number of windows without.
+fn small_batch(
+    series: &mut Series,
+    control: Option<(&mut Series, u64)>,
+    count: u32,
+) -> anyhow::Result<()> {
+    let scene = series.scene;
+    let context = || format!("a batch of ours, {}", scene.title);
+    let mut vm = ours::boot(&scene).with_context(context)?;
+    let samples = ours::swaps(&mut vm, count).with_context(context)?;
+    if let Some((none, tsc_khz)) = control {
+        let window = middle(&samples);
+        none.extend(control::windows(&vm, count, window, tsc_khz).with_context(context)?);
+    }
+    series.extend(samples);
+    series.faults.extend(ours::faults(&vm)?);
+    vm.power_off().with_context(context)
+}
+
+/// Ours with little and with much RAM, in turns. The large guest is booted and touches its RAM
+/// once, and is stopped while it isn't its turn: it would take a core from the other.
+fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<Option<[Series; 3]>> {
+    let mut small = Series::new(SMALL, Who::Ours);
+    let mut large = Series::new(LARGE, Who::Ours);
+    let mut none = Series::new(LARGE, Who::NoSwap);
+    progress("touching 8 GiB", 0, 1);
+    let booted = ours::boot_until(&LARGE, until).context("the guest with 8 GiB")?;
+    let Some(mut vm) = booted else {
+        return Ok(None);
+    };
+    let mut done = 0;
+    for count in batches(swaps, BIG_BATCH) {
+        if done > 0 && Instant::now() > until {
+            break;
+        }
+        progress(LARGE.title, done, swaps);
+        signal(&vm, Signal::STOP)?;
+        small_batch(&mut small, None, count)?;
+        signal(&vm, Signal::CONT)?;
+        ours::pause(WAKE_MS);
+        let samples = ours::swaps(&mut vm, count).context("a batch of the guest with 8 GiB")?;
+        none.extend(control::windows(&vm, count, middle(&samples), tsc_khz)?);
+        large.extend(samples);
+        done += count;
+    }
+    progress(LARGE.title, done, done);
+    large.faults = ours::faults(&vm)?;
+    vm.power_off()?;
+    Ok(Some([small, large, none]))
+}
+
+/// Stops or continues our own child.
+fn signal(vm: &Vm, signal: Signal) -> anyhow::Result<()> {
+    let pid = i32::try_from(vm.pid()).ok().and_then(Pid::from_raw);
+    kill_process(pid.context("the VMM's pid")?, signal).context("stop or continue the VMM")
+}
+
+/// Says how far it is, to a person who watches.
+fn progress(what: &str, done: u32, of: u32) {
+    if std::io::stderr().is_terminal() {
+        let end = if done == of { "\n" } else { "" };
+        eprint!("\r\x1b[K  {what}: {done}/{of}{end}");
+    } else if done == 0 || done == of {
+        eprintln!("  {what}: {done}/{of}");
+    }
+}

@@ -1,0 +1,100 @@
+//! What measuring gives.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::scene::Scene;
+
+/// Who swapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Who {
+    /// Stillpoint.
+    Ours,
+    /// Bare KVM calls.
+    Floor,
+    /// Nobody.
+    NoSwap,
+}
+
+impl Who {
+    /// For people.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ours => "Stillpoint",
+            Self::Floor => "floor",
+            Self::NoSwap => "no swap",
+        }
+    }
+}
+
+/// One swap, or one window without.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Sample {
+    /// From the kick of the first vCPU to the first entry of the last, ns. For a window without
+    /// a swap: its length.
+    pub(crate) host_ns: u64,
+    /// The longest gap that each vCPU saw, ns; 0 if none was long enough to be logged.
+    pub(crate) guest_ns: Vec<u64>,
+    /// Phases within the blackout, in their order: name, ns.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) phases: Vec<(String, u64)>,
+    /// Phases before it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) brownout: BTreeMap<String, u64>,
+}
+
+impl Sample {
+    /// The worst vCPU's gap, ns.
+    pub(crate) fn guest(&self) -> u64 {
+        self.guest_ns.iter().copied().max().unwrap_or(0)
+    }
+}
+
+/// All samples of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Series {
+    /// The machine.
+    pub(crate) scene: Scene,
+    /// Who swapped.
+    pub(crate) who: Who,
+    /// In the order in which they were taken.
+    pub(crate) samples: Vec<Sample>,
+    /// Swaps whose gap could not be found in the guest's log; not among the samples.
+    pub(crate) unseen: usize,
+    /// What the guest found wrong with how it was treated, if anything.
+    pub(crate) faults: Vec<String>,
+}
+
+impl Series {
+    /// Nothing yet.
+    pub(crate) fn new(scene: Scene, who: Who) -> Self {
+        Self {
+            scene,
+            who,
+            samples: Vec::new(),
+            unseen: 0,
+            faults: Vec::new(),
+        }
+    }
+
+    /// Takes samples in; one in which the guest logged no gap proves nothing of a swap.
+    pub(crate) fn extend(&mut self, samples: Vec<Sample>) {
+        let (seen, unseen): (Vec<_>, Vec<_>) = samples
+            .into_iter()
+            .partition(|sample| self.who == Who::NoSwap || sample.guest() != 0);
+        self.unseen += unseen.len();
+        self.samples.extend(seen);
+    }
+
+    /// The worst vCPU's gap of each sample, ns.
+    pub(crate) fn guest(&self) -> Vec<u64> {
+        self.samples.iter().map(Sample::guest).collect()
+    }
+
+    /// The host's blackout of each sample, ns.
+    pub(crate) fn host(&self) -> Vec<u64> {
+        self.samples.iter().map(|sample| sample.host_ns).collect()
+    }
+}

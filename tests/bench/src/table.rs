@@ -1,0 +1,167 @@
+//! The report for a terminal.
+
+use std::fmt::Write;
+
+use crate::sample::Who;
+use crate::stats::Summary;
+use crate::verdict::{Noise, Report};
+
+/// All of it.
+pub(crate) fn render(report: &Report) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = write_all(&mut text, report);
+    text
+}
+
+fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
+    let facts = &report.environment;
+    writeln!(to, "\nHow long the guest stood still, ms (worst vCPU)\n")?;
+    writeln!(
+        to,
+        "  {:<18} {:<11} {:>4} {:>8} {:>8} {:>8} {:>8} {:>10}",
+        "machine", "", "n", "median", "p90", "p99", "worst", "host's p50"
+    )?;
+    let mut last = "";
+    for row in &report.series {
+        let id = row.scene.id;
+        let title = if id == last { "" } else { row.scene.title };
+        last = id;
+        let Summary {
+            n,
+            p50,
+            p90,
+            p99,
+            max,
+            ..
+        } = row.guest;
+        let who = row.who.name();
+        write!(to, "  {title:<18} {who:<11} {n:>4} ")?;
+        for value in [p50, p90, p99, max] {
+            write!(to, "{:>8} ", gap(value))?;
+        }
+        match row.who {
+            Who::NoSwap => writeln!(to, "{:>10}", "")?,
+            _ => writeln!(to, "{:>10.2}", row.host.p50)?,
+        }
+        if row.unseen > 0 {
+            writeln!(
+                to,
+                "{:21}{} swaps left out: no gap in the guest's log",
+                "", row.unseen
+            )?;
+        }
+        for fault in &row.faults {
+            writeln!(to, "{:21}the guest complains: {fault}", "")?;
+        }
+    }
+    writeln!(to, "\nRatios (in brackets: where it lies with 95 %)\n")?;
+    for interval in &report.intervals {
+        let (title, ratio) = (interval.title, interval.ratio);
+        let (value, low, high) = (ratio.value, ratio.low, ratio.high);
+        writeln!(to, "  {title:<37} {value:>6.2}  [{low:.2} .. {high:.2}]")?;
+    }
+    writeln!(to, "\nTargets\n")?;
+    for target in &report.targets {
+        let word = if target.met {
+            "target met"
+        } else {
+            "target missed"
+        };
+        let sure = if target.sure {
+            ""
+        } else {
+            ", but noise could turn it"
+        };
+        writeln!(
+            to,
+            "  {word:<13}  {}: {:.2}{sure}",
+            target.title, target.value
+        )?;
+    }
+    phases(to, report)?;
+    writeln!(
+        to,
+        "\nNoise: the longest gap in as long a window without a swap, ms\n"
+    )?;
+    report
+        .noise
+        .iter()
+        .try_for_each(|noise| noise_line(to, noise))?;
+    writeln!(to)?;
+    for line in &report.left_out {
+        writeln!(to, "  left out: {line}")?;
+    }
+    writeln!(
+        to,
+        "  {} cores, {}, kernel {}, {}, TSC {:.3} MHz; load {:.1} before, {:.1} after",
+        facts.cores,
+        facts.cpu,
+        facts.kernel,
+        facts.kvm,
+        facts.tsc_khz as f64 / 1e3,
+        facts.load_before,
+        facts.load_after
+    )?;
+    writeln!(
+        to,
+        "  nothing pinned by the bench; every page of guest RAM touched before; {:.0} s",
+        report.took_s
+    )
+}
+
+/// A gap; the guest logs none below 0.1 ms.
+fn gap(ms: f64) -> String {
+    if ms < 0.1 {
+        "<0.10".into()
+    } else {
+        format!("{ms:.2}")
+    }
+}
+
+fn phases(to: &mut String, report: &Report) -> std::fmt::Result {
+    writeln!(to, "\nWhere our time goes, median ms\n")?;
+    for phases in &report.phases {
+        write!(to, "  {:<18}", phases.scene.title)?;
+        for (name, ms) in &phases.medians {
+            write!(to, " {name} {ms:.2} ")?;
+        }
+        writeln!(
+            to,
+            " between {:.2}  to the first reading {:.2}",
+            phases.between, phases.after
+        )?;
+    }
+    Ok(())
+}
+
+fn noise_line(to: &mut String, noise: &Noise) -> std::fmt::Result {
+    let Summary { p50, p90, p99, .. } = noise.no_swap;
+    let title = noise.scene;
+    writeln!(
+        to,
+        "  {title:<18} median {}, p90 {}, p99 {}; we add {:+.2} to the floor's median, {:+.2} to its p99",
+        gap(p50),
+        gap(p90),
+        gap(p99),
+        noise.effect_p50,
+        noise.effect_p99
+    )?;
+    if noise.busy {
+        writeln!(
+            to,
+            "{:21}this machine is too busy: gaps like a swap's come without one",
+            ""
+        )?;
+    }
+    for (hidden, which) in [(noise.hides_p50, "medians"), (noise.hides_p99, "p99")] {
+        if hidden {
+            writeln!(
+                to,
+                "{:21}noise is larger than the effect on the {which}: no telling the two apart",
+                ""
+            )?;
+        }
+    }
+    Ok(())
+}
