@@ -19,6 +19,10 @@ use crate::vm::{Vm, binary};
 /// The hard bound of a kvmclock's error after a swap, ns.
 pub const CLOCK_BOUND_NS: u64 = 50;
 
+/// How long a predecessor may take to clear up. It does that in time nobody else wants, of which a
+/// busy machine has little.
+const RETIREMENT: Duration = Duration::from_secs(150);
+
 /// What a swap is allowed.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
@@ -162,7 +166,10 @@ impl Vm {
     pub fn inherit(&mut self, mut successor: Successor) -> anyhow::Result<ExitStatus> {
         // From here on `self` ends the successor, and `successor` the predecessor.
         std::mem::swap(&mut self.child, &mut successor.child);
-        patience::wait_end(&mut successor.child, "the predecessor's end")
+        let predecessor = &mut successor.child;
+        wait_for("the predecessor's end", RETIREMENT, || {
+            Ok(predecessor.try_wait()?)
+        })
     }
 
     /// The report of a swap that was just made.

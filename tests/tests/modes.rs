@@ -290,15 +290,15 @@ fn one_console_connection_through_swaps() -> anyhow::Result<()> {
     needs_kvm!();
     let mut vm = Vm::up(&Recipe::pulse(2, "ram=4M duty=50"))?;
     let mut console = Console::open(&vm)?;
-    console.ask("ping", "pong")?;
+    console.ask("ping", "pong\n")?;
     for to in ROUND.into_iter().cycle().take(5) {
         // Typed before the swap, and answered on whichever side of it.
         console.type_line("ping")?;
         vm.must_move(to)?;
         console.ask("report", "globals online=2")?;
-        console.ask("ping", "pong")?;
+        console.ask("ping", "pong\n")?;
     }
-    console.wait("pong", 11)?;
+    console.wait("pong\n", 11)?;
     // What the viewer saw is what was logged, to the byte: nothing lost or doubled on either.
     let (seen, log) = (console.seen()?, vm.console()?);
     ensure!(

@@ -33,6 +33,8 @@ use desk::Desk;
 
 /// How long a vCPU may take to enter at a cold boot.
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long whoever asked for the end may take to be told of it.
+const TELL_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A request for the machine thread.
 #[derive(Debug)]
@@ -43,6 +45,8 @@ pub struct Job {
     pub fds: Vec<OwnedFd>,
     /// Where replies go; closed after the last one.
     pub reply: Sender<Reply>,
+    /// Closed by the caller's thread when the last reply has been sent on.
+    pub told: Option<Receiver<()>>,
 }
 
 /// How a process ends that had a guest.
@@ -170,8 +174,11 @@ impl Process {
                     self.desk.set_state(GuestState::Stopped);
                     anyhow::bail!("vCPU {vcpu}: {failure}");
                 }
-                Event::Control(job) => {
+                Event::Control(mut job) => {
+                    let told = job.told.take();
                     if let Some(end) = self.carry_out(job) {
+                        // The process ends with this thread, and would take the reply with it.
+                        let _ = told.map(|told| told.recv_timeout(TELL_PATIENCE));
                         return Ok(end);
                     }
                 }

@@ -104,11 +104,13 @@ fn change(
         return frame::send_json(caller, &refusal, &[]).is_ok();
     }
     let (reply, replies) = channel();
+    let (telling, told) = channel();
     if events
         .send(Event::Control(Job {
             request,
             fds,
             reply,
+            told: Some(told),
         }))
         .is_err()
     {
@@ -120,6 +122,7 @@ fn change(
     for reply in replies {
         alive = alive && frame::send_json(caller, &reply, &[]).is_ok();
     }
+    drop(telling);
     alive
 }
 
