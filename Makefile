@@ -51,7 +51,7 @@ lint: ## clippy, warnings denied
 
 .PHONY: docs
 docs: ## build the documentation of every crate
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --quiet --locked --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --quiet --locked --workspace --no-deps
 
 .PHONY: check
 check: fmt lint docs test ## exactly what CI runs

@@ -10,7 +10,7 @@
 //! listening sockets themselves: clients find it under the same path.
 
 use std::fs::{DirBuilder, OpenOptions};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -144,13 +144,6 @@ fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, DoorError> {
     rustix::net::bind(&socket, &address).map_err(failed)?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
     Ok(socket)
-}
-
-/// Whether whoever connected is of our uid, or root.
-pub fn peer_may_enter(socket: impl AsFd) -> bool {
-    let us = rustix::process::geteuid();
-    rustix::net::sockopt::socket_peercred(socket)
-        .is_ok_and(|peer| peer.uid == us || peer.uid.is_root())
 }
 
 #[cfg(test)]

@@ -24,24 +24,6 @@ use crate::memory::GuestRam;
 use crate::vcpu::{VcpuSet, VcpusError};
 use crate::{clock, irq};
 
-/// What can happen to a machine while its thread waits.
-#[derive(Debug)]
-pub enum Event {
-    /// The guest switched itself off.
-    PowerOff,
-    /// The guest wants to begin anew.
-    Reset,
-    /// A vCPU can't go on. `None`: it shut down by itself (triple fault), which resets a PC.
-    VcpuOver {
-        /// Which.
-        vcpu: u8,
-        /// What KVM said.
-        failure: Option<String>,
-    },
-    /// A request that changes the guest.
-    Control(crate::process::Job),
-}
-
 /// Why a machine did not come to rest or could not be saved.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {

@@ -23,11 +23,12 @@ use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
 
 use crate::boot::Images;
 use crate::doors::{CONTROL_SOCKET, Doors};
+use crate::event::{Event, Job};
 use crate::handover::incoming::{self, Arrived};
 use crate::handover::outgoing::{self, Errand};
 use crate::handover::{Channel, measure};
+use crate::machine::Machine;
 use crate::machine::frozen::Guest;
-use crate::machine::{Event, Machine};
 use crate::memory::GuestRam;
 use desk::Desk;
 
@@ -35,19 +36,6 @@ use desk::Desk;
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long whoever asked for the end may take to be told of it.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
-
-/// A request for the machine thread.
-#[derive(Debug)]
-pub struct Job {
-    /// What is asked.
-    pub request: Request,
-    /// File descriptors that came with it.
-    pub fds: Vec<OwnedFd>,
-    /// Where replies go; closed after the last one.
-    pub reply: Sender<Reply>,
-    /// Closed by the caller's thread when the last reply has been sent on.
-    pub told: Option<Receiver<()>>,
-}
 
 /// How a process ends that had a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,17 +14,20 @@
 //! back with `EINTR`: by then KVM has completed every port or memory access that the vCPU was in
 //! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
 
+pub mod error;
 pub mod msrs;
 pub mod placement;
 pub mod state;
 pub mod timer;
 
 mod exit;
+mod orders;
 mod run;
+mod settle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -32,46 +35,15 @@ use kvm_ioctls::VcpuFd;
 use stillpoint_state::sections::Vcpu as VcpuSection;
 
 use crate::bus::Bus;
-use crate::machine::Event;
+use crate::event::Event;
 use crate::memory::Memory;
+use error::VcpuError;
+use orders::{Answer, Gone, Order, SPIN, wait_for};
 use placement::Home;
-use state::{LoadedVcpu, VcpuError};
-
-/// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a
-/// wake-up costs more than most of the steps of a freeze.
-const SPIN: Duration = Duration::from_micros(300);
+use state::LoadedVcpu;
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
 const HEAD_START: Duration = Duration::from_millis(1);
-
-/// What a vCPU thread is told.
-#[derive(Debug)]
-enum Order {
-    /// Run on after a freeze that was called off.
-    Run,
-    /// Come to rest; a kick follows.
-    Park,
-    /// Save, in this state format.
-    Save { format: u32 },
-    /// The next order comes at once: stay awake for it.
-    StandBy,
-    /// Load everything that changes nothing outside this process.
-    Load(Box<VcpuSection>),
-    /// The guest is ours: load the rest and run, with exits going to this bus.
-    Enter(Arc<Bus>),
-    /// End the thread.
-    Stop,
-}
-
-/// What it answers.
-#[derive(Debug)]
-enum Answer {
-    Ready(Result<Home, VcpuError>),
-    Parked,
-    Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
-    Loaded(Result<LoadedVcpu, VcpuError>),
-    Entering(Result<u64, VcpuError>),
-}
 
 /// Why not all vCPUs did as they were told.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +98,12 @@ struct Wait {
     spin: Duration,
     /// Give up after this.
     patience: Duration,
+}
+
+impl From<Gone> for VcpusError {
+    fn from(Gone: Gone) -> Self {
+        Self::Died
+    }
 }
 
 /// What every vCPU thread shares.
@@ -265,7 +243,7 @@ impl VcpuSet {
     fn kick(&self) {
         for thread in &self.threads {
             if let Some(handle) = &thread.handle {
-                run::kick(handle);
+                settle::kick(handle);
             }
         }
     }
@@ -353,27 +331,5 @@ impl Drop for VcpuSet {
                 let _ = handle.join();
             }
         }
-    }
-}
-
-/// Waits for a message: spins a little, then sleeps. `None` when the deadline passes.
-fn wait_for<T>(
-    from: &Receiver<T>,
-    spin: Duration,
-    deadline: Instant,
-) -> Result<Option<T>, VcpusError> {
-    let spun = Instant::now();
-    loop {
-        match from.try_recv() {
-            Ok(message) => return Ok(Some(message)),
-            Err(TryRecvError::Disconnected) => return Err(VcpusError::Died),
-            Err(TryRecvError::Empty) if spun.elapsed() < spin => std::thread::yield_now(),
-            Err(TryRecvError::Empty) => break,
-        }
-    }
-    match from.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        Ok(message) => Ok(Some(message)),
-        Err(RecvTimeoutError::Timeout) => Ok(None),
-        Err(RecvTimeoutError::Disconnected) => Err(VcpusError::Died),
     }
 }

@@ -9,7 +9,7 @@ use stillpoint_guest_abi::power::{POWER_OFF, RESET};
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 
 use super::Device;
-use crate::machine::Event;
+use crate::event::Event;
 
 /// The power device.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use stillpoint_guest_abi::{power as power_abi, probe as probe_abi};
 use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
 use stillpoint_state::{StateError, Unclaimed};
 
-use super::{Event, Machine};
+use super::Machine;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
 use crate::clock::Alignment;
@@ -29,6 +29,7 @@ use crate::devices::Device;
 use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
+use crate::event::Event;
 use crate::irq::{IrqError, Line};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::state::LoadedVcpu;

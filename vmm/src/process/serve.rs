@@ -11,10 +11,9 @@ use rustix::net::SocketFlags;
 use stillpoint_control::frame;
 use stillpoint_control::message::{GuestState, Reply, Request};
 
-use super::Job;
 use super::desk::Desk;
-use crate::machine::Event;
-use crate::{doors, handover};
+use crate::event::{Event, Job};
+use crate::{handover, peer};
 
 /// The most callers at a time.
 const MAX_CALLERS: usize = 32;
@@ -53,7 +52,7 @@ fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
 }
 
 fn admit(caller: OwnedFd, desk: &Arc<Desk>, events: &Sender<Event>, callers: &Arc<AtomicUsize>) {
-    if !doors::peer_may_enter(&caller) || callers.load(Ordering::SeqCst) >= MAX_CALLERS {
+    if !peer::may_enter(&caller) || callers.load(Ordering::SeqCst) >= MAX_CALLERS {
         return;
     }
     callers.fetch_add(1, Ordering::SeqCst);

@@ -11,7 +11,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::state::VcpuError;
+use super::error::VcpuError;
 use crate::memory::Memory;
 
 /// IA32_TSC: never saved, never written. The TSC offset carries it, exactly.

@@ -1,41 +1,22 @@
-//! The vCPU thread: a state machine of three phases, and nothing else.
-//!
-//! The kick is a signal that the thread keeps blocked and KVM unblocks inside `KVM_RUN`
-//! (KVM_SET_SIGNAL_MASK): it can't be lost between a check and an entry, and it stays pending
-//! while the vCPU is parked. That makes a second thing possible: *settling*, a `KVM_RUN` with the
-//! kick pending, in which KVM handles its own requests and injects expired timers, and returns
-//! without having run one guest instruction.
-#![allow(unsafe_code)] // Signals by number.
+//! The vCPU thread: a state machine of a few phases, and nothing else.
 
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{SIGRTMIN, block_signal, clear_signal};
 
+use super::Surroundings;
+use super::error::VcpuError;
 use super::exit::{self, Exit};
 use super::msrs::{self, Late};
+use super::orders::{Answer, Order, SPIN, wait_for};
 use super::placement::Home;
-use super::state::{self, VcpuError};
-use super::{Answer, Order, SPIN, Surroundings, wait_for};
+use super::settle::{arm, disarm, settle};
+use super::state;
 use crate::bus::Bus;
 use crate::clock;
-use crate::machine::Event;
-use crate::raw;
-
-fn kick_signal() -> i32 {
-    SIGRTMIN() + 1
-}
-
-/// Makes a vCPU thread leave the guest, or not enter it.
-pub(super) fn kick(thread: &JoinHandle<()>) {
-    // SAFETY: the handle is not joined yet, so the thread id is valid; the signal is blocked in
-    // the thread, so it only ends a KVM_RUN.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
-}
+use crate::event::Event;
 
 enum Phase {
     Parked,
@@ -113,11 +94,7 @@ impl Runner {
 
     fn prime(&mut self) -> Result<Home, VcpuError> {
         state::warm_up();
-        let kick = kick_signal();
-        block_signal(kick).map_err(|_| VcpuError::Signal)?;
-        raw::set_signal_mask(&self.fd, 0).map_err(VcpuError::kvm("set the signal mask"))?;
-        // SAFETY: sends the blocked signal to this very thread.
-        unsafe { libc::pthread_kill(libc::pthread_self(), kick) };
+        arm(&self.fd)?;
         settle(&mut self.fd)?;
         self.msrs = msrs::readable(&self.fd)?;
         Ok(Home::spread(self.id))
@@ -172,7 +149,7 @@ impl Runner {
         // The guest's watchdogs are told that it stood still. Refused where the guest has no
         // kvmclock, which is no failure.
         let _ = self.fd.kvmclock_ctrl();
-        let _ = clear_signal(kick_signal());
+        disarm();
         if self.ended {
             Phase::Ended
         } else {
@@ -191,7 +168,7 @@ impl Runner {
                     }
                     Ok(Order::Stop) => return Phase::Stopped,
                     // A kick that came late for an order already carried out.
-                    _ => drop(clear_signal(kick_signal())),
+                    _ => disarm(),
                 },
                 Exit::Over(failure) => {
                     self.ended = true;
@@ -215,18 +192,4 @@ impl Runner {
             Ok(_) => Phase::Ended,
         }
     }
-}
-
-/// See the module. The kick must be pending.
-pub(super) fn settle(fd: &mut VcpuFd) -> Result<(), VcpuError> {
-    for _ in 0..8 {
-        match fd.run() {
-            Err(e) if e.errno() == libc::EINTR => return Ok(()),
-            // A vCPU that waits for its SIPI says so instead.
-            Err(e) if e.errno() == libc::EAGAIN => {}
-            Err(source) => return Err(VcpuError::kvm("settle")(source)),
-            Ok(_) => return Err(VcpuError::Unsettled),
-        }
-    }
-    Ok(())
 }

@@ -13,9 +13,9 @@
 use kvm_bindings::kvm_lapic_state;
 use kvm_ioctls::VcpuFd;
 
+use super::error::VcpuError;
 use super::msrs;
-use super::run::settle;
-use super::state::VcpuError;
+use super::settle::settle;
 use crate::clock;
 
 // Register offsets (Intel SDM vol. 3, table 11-1).
