@@ -319,6 +319,32 @@ fn predecessor_fails(fault: &'static str, owner: Owner) -> anyhow::Result<()> {
     vm.is_well()
 }
 
+#[test]
+fn the_predecessor_panics_when_frozen() -> anyhow::Result<()> {
+    needs_kvm!();
+    predecessor_panics("frozen=panic", held(0))
+}
+
+#[test]
+fn the_predecessor_panics_when_sealed() -> anyhow::Result<()> {
+    needs_kvm!();
+    predecessor_panics("sealed=panic", held(1))
+}
+
+/// A bug in the handover costs the swap, not the guest.
+fn predecessor_panics(fault: &'static str, owner: Owner) -> anyhow::Result<()> {
+    let mut vm = guest_of(Release::Faulty(fault))?;
+    let pid = vm.pid();
+    let mut successor = vm.start_successor(Release::Current)?;
+    match successor.ask(&vm.client()?, &Terms::default(), |_| {})? {
+        Err(ClientError::Refused { message, .. }) if message.contains("panicked") => {}
+        other => bail!("a predecessor that panicked says {other:?}"),
+    }
+    ensure!(!successor.wait_end()?.success(), "the successor ended well");
+    ensure!(vm.pid() == pid && vm.owner()? == owner, "{:?}", vm.owner()?);
+    vm.is_well()
+}
+
 /// What the daemon hears of a predecessor that dies on the way.
 fn dies(outcome: Result<Handover, ClientError>) -> anyhow::Result<()> {
     match outcome {

@@ -15,7 +15,7 @@
 //! Each viewer is sent output as fast as it reads. What it has not had yet is still among the
 //! bytes kept for viewers who come later; one that falls behind by more than those loses some.
 
-mod buffer;
+pub mod buffer;
 mod pump;
 mod viewer;
 
@@ -24,7 +24,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use crate::devices::serial::SerialPort;
-pub use buffer::{Buffer, ConsoleStuck, Output};
+use buffer::Buffer;
 use pump::Pump;
 pub use viewer::{MAX_VIEWERS, Viewer};
 use viewer::{Viewers, list};

@@ -40,10 +40,11 @@ mod imp {
         Crash,
         Hang,
         Fail,
+        Panic,
         Slow(Duration),
     }
 
-    /// Arms one fault, written `point=crash`, `=hang`, `=fail` or `=slow:MILLISECONDS`.
+    /// Arms one fault, written `point=crash`, `=hang`, `=fail`, `=panic` or `=slow:MILLISECONDS`.
     pub fn arm(text: &str) -> Result<(), String> {
         let bad = || format!("`{text}` is no fault; write for example load=crash or take=slow:50");
         let (point, action) = text.split_once('=').ok_or_else(bad)?;
@@ -60,6 +61,7 @@ mod imp {
             "crash" => Action::Crash,
             "hang" => Action::Hang,
             "fail" => Action::Fail,
+            "panic" => Action::Panic,
             other => {
                 let ms = other.strip_prefix("slow:").and_then(|ms| ms.parse().ok());
                 Action::Slow(Duration::from_millis(ms.ok_or_else(bad)?))
@@ -79,6 +81,7 @@ mod imp {
                     std::thread::park();
                 },
                 Action::Fail => Err("a fault was injected here"),
+                Action::Panic => panic!("a panic was injected here"),
                 Action::Slow(time) => {
                     std::thread::sleep(*time);
                     Ok(())

@@ -15,7 +15,8 @@ use stillpoint_control::spec::MachineSpec;
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
-use crate::console::{self, Console, ConsoleStuck, Viewer};
+use crate::console::buffer::ConsoleStuck;
+use crate::console::{self, Console, Viewer};
 use crate::devices::Device;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
@@ -56,7 +57,7 @@ pub struct Machine {
     vcpus: VcpuSet,
     console: Option<Console>,
     /// The console's output buffer; there before the console's thread is.
-    buffer: console::Buffer,
+    buffer: console::buffer::Buffer,
     devices: Vec<Arc<dyn Device>>,
     serial: Arc<SerialPort>,
     probe: Arc<Probe>,

@@ -252,7 +252,9 @@ impl Process {
             if !self.guest.is_ours() {
                 return Some(End::Moved);
             }
-            let message = "the handover panicked, which is a bug; the guest goes on here".into();
+            let message =
+                "the handover panicked, which is a bug; the guest goes on here".to_owned();
+            channel.refuse(&message);
             let code = "failed".to_owned();
             let _ = reply.send(Reply::Error { code, message });
             self.stay();

@@ -11,7 +11,7 @@ use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use super::Device;
-use crate::console::Output;
+use crate::console::buffer::Output;
 use crate::irq::Line;
 
 /// First port of COM1.
@@ -183,7 +183,7 @@ impl Write for Output {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::console::Buffer;
+    use crate::console::buffer::Buffer;
 
     fn port() -> SerialPort {
         SerialPort::new(Line::loose(), Buffer::default().output())

@@ -24,7 +24,7 @@ use super::Machine;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
 use crate::clock::Alignment;
-use crate::console::Buffer;
+use crate::console::buffer::Buffer;
 use crate::devices::Device;
 use crate::devices::power::Power;
 use crate::devices::probe::Probe;
