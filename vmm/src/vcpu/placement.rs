@@ -1,4 +1,4 @@
-//! Where vCPU threads run while they are being started.
+//! Where vCPU threads run while they are being started, or read.
 //!
 //! Threads that wake together often land on one core, and the second then waits for a tick of
 //! the scheduler (4 ms at 250 Hz) while another core idles. So each vCPU thread starts bound to a
@@ -8,7 +8,7 @@
 //! own threads is touched.
 #![allow(unsafe_code)] // One scheduler call that rustix does not have.
 
-use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_setaffinity};
+use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
 /// A thread and the cores it was allowed before it was bound to one.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,8 +27,20 @@ impl Home {
         if cores.len() < 2 {
             return Self::default();
         }
+        Self::bind(allowed, cores[usize::from(id) % cores.len()])
+    }
+
+    /// Binds the calling thread to the core that it is on. Best effort, too.
+    pub(super) fn stay() -> Self {
+        match sched_getaffinity(None) {
+            Ok(allowed) => Self::bind(allowed, sched_getcpu()),
+            Err(_) => Self::default(),
+        }
+    }
+
+    fn bind(allowed: CpuSet, core: usize) -> Self {
         let mut one = CpuSet::new();
-        one.set(cores[usize::from(id) % cores.len()]);
+        one.set(core);
         match sched_setaffinity(None, &one) {
             Ok(()) => Self(Some((gettid(), allowed))),
             Err(_) => Self::default(),

@@ -24,16 +24,12 @@ pub fn save(
     format: u32,
 ) -> Result<(VcpuSection, u32), VcpuError> {
     // First: reading it accepts a pending INIT or SIPI, which changes registers and local APIC.
-    let mp_state = fd
-        .get_mp_state()
-        .map_err(VcpuError::kvm("save MP state"))?
-        .mp_state;
+    timer::mp_state(fd)?;
     let mut section = VcpuSection {
-        mp_state,
+        tsc_khz: fd.get_tsc_khz().unwrap_or(0),
+        tsc_offset: raw::tsc_offset(fd).ok(),
         ..VcpuSection::default()
     };
-    section.tsc_khz = fd.get_tsc_khz().unwrap_or(0);
-    section.tsc_offset = raw::tsc_offset(fd).ok();
     let mut msrs = msrs::read(fd, msr_list)?;
     // Settles due timers, so before anything that an injection changes.
     let deadline = msrs
@@ -44,6 +40,9 @@ pub fn save(
     if let Some(entry) = msrs.iter_mut().find(|(i, _)| *i == msrs::TSC_DEADLINE) {
         entry.1 = saved.deadline.unwrap_or(0);
     }
+    // Again: settling may have ended a halt. One that is saved as halted with its interrupt
+    // already injected would never wake up.
+    section.mp_state = timer::mp_state(fd)?;
     section.lapic = raw::bytes_of(&saved.lapic.0).to_vec();
     section.lapic_tsc = saved.host_tsc;
     let regs = fd.get_regs().map_err(VcpuError::kvm("save registers"))?;

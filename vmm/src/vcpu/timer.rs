@@ -15,6 +15,7 @@ use kvm_ioctls::VcpuFd;
 
 use super::error::VcpuError;
 use super::msrs;
+use super::placement::Home;
 use super::settle::settle;
 use crate::clock;
 
@@ -163,13 +164,7 @@ fn save_one_shot(fd: &mut VcpuFd, lapic: Lapic, host_tsc: u64) -> Result<SavedLa
             host_tsc,
         });
     }
-    // Expired. The kernel's timer interrupt may still be on its way to this CPU: a sleep of our
-    // own, due later on the same clock, ends only after it was handled.
-    let _ = rustix::thread::nanosleep(&rustix::time::Timespec {
-        tv_sec: 0,
-        tv_nsec: 1_000,
-    });
-    settle(fd)?;
+    gather_expired(fd)?;
     let mut lapic = read(fd)?;
     lapic.set(INITIAL_COUNT, 0);
     Ok(SavedLapic {
@@ -177,6 +172,60 @@ fn save_one_shot(fd: &mut VcpuFd, lapic: Lapic, host_tsc: u64) -> Result<SavedLa
         deadline: None,
         host_tsc,
     })
+}
+
+/// Brings the interrupt of an expired one-shot timer into the IRR, or further, wherever it is on
+/// its way.
+///
+/// KVM's timer lives on the core on which the vCPU ran last. After a halt that need not be the one
+/// we woke up on, and KVM moves the timer only when the vCPU is entered (x86.c,
+/// KVM_REQ_MIGRATE_TIMER), which one that is halted is not. So, made runnable and bound to one
+/// core: settle, and the timer is here; sleep, and as our own timer is due later on the same
+/// core's clock, KVM's has fired; settle, and what fired is injected.
+fn gather_expired(fd: &mut VcpuFd) -> Result<(), VcpuError> {
+    let halted = mp_state(fd)? == kvm_bindings::KVM_MP_STATE_HALTED;
+    if halted {
+        set_mp_state(fd, kvm_bindings::KVM_MP_STATE_RUNNABLE)?;
+    }
+    let home = Home::stay();
+    let gathered = settle(fd).and_then(|()| {
+        let _ = rustix::thread::nanosleep(&rustix::time::Timespec {
+            tv_sec: 0,
+            tv_nsec: 1_000,
+        });
+        settle(fd)
+    });
+    home.return_to();
+    gathered?;
+    // With an event injected it has left its halt; nothing else but an interrupt may end that.
+    if halted && !has_event(fd)? {
+        set_mp_state(fd, kvm_bindings::KVM_MP_STATE_HALTED)?;
+    }
+    Ok(())
+}
+
+/// What the vCPU is doing, by `KVM_MP_STATE_*`.
+pub(super) fn mp_state(fd: &VcpuFd) -> Result<u32, VcpuError> {
+    let state = fd.get_mp_state();
+    Ok(state.map_err(VcpuError::kvm("save MP state"))?.mp_state)
+}
+
+fn set_mp_state(fd: &VcpuFd, mp_state: u32) -> Result<(), VcpuError> {
+    fd.set_mp_state(kvm_bindings::kvm_mp_state { mp_state })
+        .map_err(VcpuError::kvm("set MP state"))
+}
+
+/// Whether an event is on its way into the guest.
+fn has_event(fd: &VcpuFd) -> Result<bool, VcpuError> {
+    let events = fd
+        .get_vcpu_events()
+        .map_err(VcpuError::kvm("save pending events"))?;
+    let injected = [
+        events.interrupt.injected,
+        events.nmi.injected,
+        events.exception.injected,
+    ];
+    Ok(injected.iter().any(|&injected| injected != 0))
 }
 
 fn save_deadline(fd: &mut VcpuFd) -> Result<SavedLapic, VcpuError> {
