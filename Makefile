@@ -55,3 +55,7 @@ docs: ## build the documentation of every crate
 
 .PHONY: check
 check: fmt lint docs test ## exactly what CI runs
+
+.PHONY: openapi
+openapi: ## write the API's document anew after a change of the API
+	$(CARGO) run --quiet --locked -p stillpoint --bin stillpointd -- --print-openapi > orchestrator/openapi.json
