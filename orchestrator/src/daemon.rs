@@ -83,6 +83,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         scopes: Scopes::connect().await,
     };
     add_first_release(&host).await?;
+    // Before anybody can reach us: who is told to end must end in order, and close its store.
+    let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
     let waker = reconcile::start(host.clone()).await?;
     let router = api::router(Desk { host, waker });
@@ -94,7 +96,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     notify(&[NotifyState::Ready]);
     tracing::info!(socket = %config.socket.display(), "ready");
     tokio::select! {
-        told = told_to_end() => told?,
+        () = told_to_end => {}
         served = &mut serving => served.context("serve the API")?.context("serve the API")?,
     }
     notify(&[NotifyState::Stopping]);
@@ -113,14 +115,16 @@ fn notify(state: &[NotifyState<'_>]) {
     }
 }
 
-async fn told_to_end() -> anyhow::Result<()> {
+/// Listens for the signals that end the daemon, from now on; the future ends with the first.
+fn told_to_end() -> anyhow::Result<impl Future<Output = ()>> {
     let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
 }
 
 /// One daemon per run directory. The lock ends with the process, however it ends.

@@ -25,7 +25,10 @@ fn a_locked_store_is_refused() {
     let said = daemon.refused();
     assert!(said.contains("is locked by another process"), "{said}");
     drop(holder);
-    assert_eq!(std::fs::read(&path).expect("read"), before);
+    assert!(
+        std::fs::read(&path).expect("read") == before,
+        "it was changed"
+    );
     daemon.spawn();
 }
 
@@ -34,19 +37,16 @@ fn a_damaged_store_is_refused_and_left_as_it_is() {
     let mut daemon = Daemon::start();
     daemon.terminate();
     let path = daemon.path().join("state/store.sqlite");
-    // What the daemon had still in its write-ahead log would mend the damage.
-    let store = rusqlite::Connection::open(&path).expect("open");
-    store
-        .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
-        .expect("checkpoint");
-    store.close().expect("close");
     let mut bytes = std::fs::read(&path).expect("read");
     // The header stays, the pages behind it don't.
     bytes[100..].fill(0x5a);
     std::fs::write(&path, &bytes).expect("write");
     let said = daemon.refused();
     assert!(said.contains("is damaged"), "{said}");
-    assert_eq!(std::fs::read(&path).expect("read"), bytes);
+    assert!(
+        std::fs::read(&path).expect("read") == bytes,
+        "it was changed"
+    );
 }
 
 #[test]
