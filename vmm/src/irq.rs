@@ -6,11 +6,14 @@
 //! acknowledged. That also covers an edge which KVM's irqfd work item had not yet delivered when
 //! the I/O APIC was read: a spurious interrupt is allowed, a lost one is not.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
     kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use rustix::event::{EventfdFlags, eventfd};
 use stillpoint_state::sections::Irqchip as IrqchipSection;
 use stillpoint_state::{Section, StateError};
 use vmm_sys_util::eventfd::EventFd;
@@ -72,6 +75,46 @@ impl Line {
     /// Raises the interrupt (an edge).
     pub fn raise(&self) -> std::io::Result<()> {
         self.0.write(1)
+    }
+}
+
+/// A kick: the guest's write to a queue's notification register, as an eventfd (ioeventfd).
+///
+/// Unlike a line it is shared by predecessor and successor: both machines write to one counter,
+/// and only the process whose device is at work listens.
+#[derive(Debug)]
+pub struct Kick(OwnedFd);
+
+impl Kick {
+    /// A new one.
+    pub fn new() -> Result<Self, IrqError> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let fd = eventfd(0, flags).map_err(std::io::Error::from)?;
+        Ok(Self(fd))
+    }
+
+    /// One that a predecessor made.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Has this machine write to it when its guest writes `queue` to `address` as 32 bits.
+    pub fn connect(&self, vm: &VmFd, address: u64, queue: u32) -> Result<(), IrqError> {
+        let event = raw::event_fd(self.0.try_clone()?);
+        vm.register_ioevent(&event, &IoEventAddress::Mmio(address), queue)
+            .map_err(kvm("connect a queue's notification"))
+    }
+
+    /// As the guest does it, from a vCPU's exit: where KVM could not do so by itself.
+    pub fn ring(&self) {
+        // Fails only if it was written 2^64 times and never read.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl AsFd for Kick {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

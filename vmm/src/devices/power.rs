@@ -4,11 +4,12 @@
 //! keeps nothing; a frozen guest has no vCPU that could write to it.
 
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use stillpoint_guest_abi::power::{POWER_OFF, RESET};
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 
-use super::Device;
+use super::{Busy, Device};
 use crate::event::Event;
 
 /// The power device.
@@ -31,7 +32,7 @@ impl Power {
 }
 
 impl Device for Power {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "power"
     }
 
@@ -56,7 +57,13 @@ impl Device for Power {
         let _ = self.events.send(event);
     }
 
-    fn freeze(&self) {}
+    fn drain(&self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
+
+    fn freeze(&self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
 
     fn resume(&self) {}
 

@@ -29,7 +29,11 @@ use crate::devices::Device;
 use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
+use crate::devices::virtio::backend::{Backend, BackendError, Plug};
+use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::virtio::slot::{Place, Slot};
 use crate::event::Event;
+use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::state::LoadedVcpu;
@@ -80,6 +84,9 @@ pub enum BuildError {
     /// Saved state that doesn't fit.
     #[error(transparent)]
     State(#[from] StateError),
+    /// What a device is made of.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// Something of the host's.
     #[error("cannot make the console: {0}")]
     Console(#[from] std::io::Error),
@@ -115,6 +122,8 @@ pub struct Blank {
     vcpus: VcpuSet,
     /// The serial port's interrupt line; the port itself comes with the guest.
     line: Line,
+    /// Places of virtio devices, with threads of their own that wait for them.
+    slots: Vec<(Slot, Backend)>,
     buffer: Buffer,
     events: Sender<Event>,
     vm: VmFd,
@@ -146,6 +155,7 @@ impl Blank {
         spec: &MachineSpec,
         ram: &Arc<GuestRam>,
         events: &Sender<Event>,
+        plugs: Vec<Plug>,
         promise: Promise,
         prepare: impl FnOnce(&[VcpuFd]) -> Result<(), BuildError>,
     ) -> Result<Self, BuildError> {
@@ -162,6 +172,11 @@ impl Blank {
         prepare(&vcpus)?;
         let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
         let line = Line::new(&vm, COM1_GSI)?;
+        let slots = plugs.into_iter().map(|plug| {
+            let slot = Slot::new(&vm, plug.name, plug.place, plug.kicks, ram.map())?;
+            Ok::<_, IrqError>((slot, plug.backend))
+        });
+        let slots = slots.collect::<Result<_, _>>()?;
         let around = Surroundings {
             memory: ram.map().clone(),
             events: events.clone(),
@@ -173,6 +188,7 @@ impl Blank {
         Ok(Self {
             vcpus,
             line,
+            slots,
             buffer: Buffer::new()?,
             events: events.clone(),
             vm,
@@ -187,13 +203,19 @@ impl Blank {
     /// Puts the guest's devices in their places.
     fn with_devices(
         self,
-        make: impl FnOnce(Line, &Buffer, Sender<Event>) -> Result<Parts, BuildError>,
+        make: impl FnOnce(Wiring<'_>) -> Result<Parts, BuildError>,
     ) -> Result<Machine, BuildError> {
         let Parts {
             serial,
             power,
             probe,
-        } = make(self.line, &self.buffer, self.events)?;
+            virtio,
+        } = make(Wiring {
+            line: self.line,
+            buffer: &self.buffer,
+            events: self.events,
+            slots: self.slots,
+        })?;
         let mut bus = Bus::default();
         bus.attach(Space::Pio, COM1, 8, Arc::clone(&serial) as Arc<dyn Device>);
         let ports = u64::from(power_abi::PORTS);
@@ -210,12 +232,18 @@ impl Blank {
             probe_abi::MMIO_SIZE,
             registers,
         );
-        let devices = vec![Arc::clone(&serial) as _, power, Arc::clone(&probe) as _];
+        let mut devices = vec![Arc::clone(&serial) as _, power, Arc::clone(&probe) as _];
+        for device in &virtio {
+            let registers = Arc::clone(device) as Arc<dyn Device>;
+            bus.attach(Space::Mmio, device.place().base, Place::LEN, registers);
+            devices.push(Arc::clone(device) as _);
+        }
         Ok(Machine {
             vcpus: self.vcpus,
             console: None,
             buffer: self.buffer,
             devices,
+            virtio,
             serial,
             probe,
             bus: Arc::new(bus),
@@ -228,11 +256,12 @@ impl Blank {
         })
     }
 
-    /// Loads saved state: vCPUs in parallel on their own threads, everything else meanwhile, the
+    /// Loads saved state, with the files of devices that followed it: vCPUs in parallel on their own threads, everything else meanwhile, the
     /// clock last (after every TSC write).
     pub fn load(
         mut self,
         mut state: Unclaimed,
+        late: &mut Borrowed,
         patience: Duration,
     ) -> Result<(Machine, Loaded), BuildError> {
         self.vcpus.stand_by()?;
@@ -252,10 +281,16 @@ impl Blank {
         let viewers = self.buffer.load(&mut state)?;
         let vcpus = self.vcpus.loaded(patience)?;
         let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
-        let machine = self.with_devices(|line, buffer, events| {
+        let machine = self.with_devices(|wiring| {
+            let output = wiring.buffer.output();
+            let virtio = wiring.slots.into_iter().map(|(slot, backend)| {
+                let kind = backend.restore(slot.name(), &mut state, late)?;
+                VirtioMmio::restore(slot, kind, &mut state).map(Arc::new)
+            });
             Ok(Parts {
-                serial: Arc::new(SerialPort::restore(line, buffer.output(), &mut state)?),
-                power: Arc::new(Power::restore(events, &mut state)?),
+                virtio: virtio.collect::<Result<_, _>>()?,
+                serial: Arc::new(SerialPort::restore(wiring.line, output, &mut state)?),
+                power: Arc::new(Power::restore(wiring.events, &mut state)?),
                 probe: Arc::new(Probe::restore(&mut state)?),
             })
         })?;
@@ -273,10 +308,19 @@ impl Blank {
     }
 }
 
+/// What devices are connected to.
+struct Wiring<'b> {
+    line: Line,
+    buffer: &'b Buffer,
+    events: Sender<Event>,
+    slots: Vec<(Slot, Backend)>,
+}
+
 struct Parts {
     serial: Arc<SerialPort>,
     power: Arc<dyn Device>,
     probe: Arc<Probe>,
+    virtio: Vec<Arc<VirtioMmio>>,
 }
 
 fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
@@ -334,10 +378,11 @@ impl Machine {
         spec: &MachineSpec,
         ram: &Arc<GuestRam>,
         images: &mut Images,
+        plugs: Vec<Plug>,
         events: &Sender<Event>,
     ) -> Result<Self, BuildError> {
         let entry = boot::load(images, ram)?;
-        let blank = Blank::new(spec, ram, events, Promise::default(), |vcpus| {
+        let blank = Blank::new(spec, ram, events, plugs, Promise::default(), |vcpus| {
             for vcpu in vcpus {
                 // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
                 // same, which then sets its own.
@@ -347,10 +392,13 @@ impl Machine {
             }
             Ok(entry.apply(&vcpus[0])?)
         })?;
-        blank.with_devices(|line, buffer, events| {
+        blank.with_devices(|wiring| {
+            let virtio = wiring.slots.into_iter();
+            let virtio = virtio.map(|(slot, backend)| VirtioMmio::new(slot, backend.fresh()));
             Ok(Parts {
-                serial: Arc::new(SerialPort::new(line, buffer.output())),
-                power: Arc::new(Power::new(events)),
+                virtio: virtio.map(Arc::new).collect(),
+                serial: Arc::new(SerialPort::new(wiring.line, wiring.buffer.output())),
+                power: Arc::new(Power::new(wiring.events)),
                 probe: Arc::new(Probe::default()),
             })
         })
