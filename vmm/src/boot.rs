@@ -22,6 +22,8 @@ mod linux64;
 mod pvh;
 mod segments;
 
+pub(crate) use segments::protected_mode as flat_protected_mode;
+
 use std::fs::File;
 use std::path::Path;
 

@@ -196,6 +196,19 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Takes the RAM out of a virtual machine again.
+    pub fn unregister(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        for (slot, _) in self.map.iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                ..Default::default()
+            };
+            // SAFETY: a slot of no size is removed; no address is taken.
+            unsafe { vm.set_user_memory_region(region) }?;
+        }
+        Ok(())
+    }
+
     /// Gives the RAM back to the host and reads as zero afterwards (a reset of the machine).
     pub fn clear(&self) -> Result<(), MemoryError> {
         use rustix::fs::{FallocateFlags, fallocate};
