@@ -14,7 +14,7 @@ use crate::boot::flat_protected_mode;
 use crate::memory::GuestRam;
 
 /// Slower than this is emulation: a kernel of some 2 billion instructions boots in 40 s at best.
-pub const HARDWARE: f64 = 50e6;
+pub(super) const HARDWARE: f64 = 50e6;
 
 /// Turns of the loop, two instructions each.
 const TURNS: u32 = 50_000;
@@ -23,7 +23,7 @@ const START: u64 = 0x1000;
 const PORT: u8 = 0x80;
 
 /// Instructions per second. `vcpu` is fresh, and the first of `vm`, which has no memory yet.
-pub fn instructions_per_second(vm: &VmFd, vcpu: &mut VcpuFd) -> Result<f64, String> {
+pub(super) fn instructions_per_second(vm: &VmFd, vcpu: &mut VcpuFd) -> Result<f64, String> {
     let spec = MemorySpec {
         size: 16 << 20,
         ..MemorySpec::default()
