@@ -18,6 +18,7 @@ use crate::bus::Bus;
 use crate::console::buffer::ConsoleStuck;
 use crate::console::{self, Console, Viewer};
 use crate::devices::Device;
+use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
 use crate::irq::IrqError;
@@ -60,6 +61,7 @@ pub struct Machine {
     buffer: console::buffer::Buffer,
     devices: Vec<Arc<dyn Device>>,
     serial: Arc<SerialPort>,
+    power: Arc<Power>,
     probe: Arc<Probe>,
     bus: Arc<Bus>,
     vm: VmFd,
@@ -104,6 +106,11 @@ impl Machine {
     /// The probe device, to see what the guest saw of a pause.
     pub fn probe(&self) -> &Probe {
         &self.probe
+    }
+
+    /// Presses the power button; what the guest makes of it is its own affair.
+    pub fn press_power_button(&self) {
+        self.power.press_button();
     }
 
     /// The console's viewers.

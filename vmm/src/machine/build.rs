@@ -21,24 +21,25 @@ use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Machine;
+use crate::boot::acpi::Platform;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
 use crate::clock::Alignment;
 use crate::console::buffer::Buffer;
 use crate::devices::Device;
-use crate::devices::power::Power;
+use crate::devices::power::{BUTTON_GSI, Power};
 use crate::devices::probe::Probe;
 use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
 use crate::event::Event;
 use crate::irq::{IrqError, Line};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 use crate::vcpu::state::LoadedVcpu;
 use crate::vcpu::{Surroundings, VcpuSet, VcpusError, msrs};
 use crate::{clock, irq, raw};
 
-/// Where Intel hosts keep a TSS and an identity map of their own: below 4 GiB, in the hole.
-const KVM_TSS: usize = 0xfffb_d000;
-const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Where Intel hosts keep an identity map and a TSS of their own: below 4 GiB, in the hole.
+const KVM_IDENTITY_MAP: u64 = memory::KVM_PRIVATE.start;
+const KVM_TSS: usize = KVM_IDENTITY_MAP as usize + 0x1000;
 
 /// MTRR default type: enabled, write-back. What firmware leaves on a PC.
 const MTRR_DEFAULT_TYPE: (u32, u64) = (0x2ff, 0x806);
@@ -113,8 +114,7 @@ pub struct Promise {
 #[derive(Debug)]
 pub struct Blank {
     vcpus: VcpuSet,
-    /// The serial port's interrupt line; the port itself comes with the guest.
-    line: Line,
+    lines: Lines,
     buffer: Buffer,
     events: Sender<Event>,
     vm: VmFd,
@@ -123,6 +123,13 @@ pub struct Blank {
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,
     tsc_offset: Option<i64>,
+}
+
+/// Interrupt lines of devices; the devices themselves come with the guest.
+#[derive(Debug)]
+struct Lines {
+    serial: Line,
+    power: Line,
 }
 
 /// What loading showed.
@@ -161,7 +168,10 @@ impl Blank {
         let (vcpus, cpuid, tsc_khz) = make_vcpus(&kvm_fd, &vm, spec, promise)?;
         prepare(&vcpus)?;
         let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
-        let line = Line::new(&vm, COM1_GSI)?;
+        let lines = Lines {
+            serial: Line::new(&vm, COM1_GSI)?,
+            power: Line::new(&vm, BUTTON_GSI)?,
+        };
         let around = Surroundings {
             memory: ram.map().clone(),
             events: events.clone(),
@@ -172,7 +182,7 @@ impl Blank {
         let vcpus = VcpuSet::start(vcpus, &around)?;
         Ok(Self {
             vcpus,
-            line,
+            lines,
             buffer: Buffer::new()?,
             events: events.clone(),
             vm,
@@ -187,13 +197,13 @@ impl Blank {
     /// Puts the guest's devices in their places.
     fn with_devices(
         self,
-        make: impl FnOnce(Line, &Buffer, Sender<Event>) -> Result<Parts, BuildError>,
+        make: impl FnOnce(Lines, &Buffer, Sender<Event>) -> Result<Parts, BuildError>,
     ) -> Result<Machine, BuildError> {
         let Parts {
             serial,
             power,
             probe,
-        } = make(self.line, &self.buffer, self.events)?;
+        } = make(self.lines, &self.buffer, self.events)?;
         let mut bus = Bus::default();
         bus.attach(Space::Pio, COM1, 8, Arc::clone(&serial) as Arc<dyn Device>);
         let ports = u64::from(power_abi::PORTS);
@@ -201,7 +211,7 @@ impl Blank {
             Space::Pio,
             power_abi::PORT.into(),
             ports,
-            Arc::clone(&power),
+            Arc::clone(&power) as Arc<dyn Device>,
         );
         let registers = Arc::clone(&probe) as Arc<dyn Device>;
         bus.attach(
@@ -210,13 +220,18 @@ impl Blank {
             probe_abi::MMIO_SIZE,
             registers,
         );
-        let devices = vec![Arc::clone(&serial) as _, power, Arc::clone(&probe) as _];
+        let devices = vec![
+            Arc::clone(&serial) as _,
+            Arc::clone(&power) as _,
+            Arc::clone(&probe) as _,
+        ];
         Ok(Machine {
             vcpus: self.vcpus,
             console: None,
             buffer: self.buffer,
             devices,
             serial,
+            power,
             probe,
             bus: Arc::new(bus),
             vm: self.vm,
@@ -252,10 +267,14 @@ impl Blank {
         let viewers = self.buffer.load(&mut state)?;
         let vcpus = self.vcpus.loaded(patience)?;
         let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
-        let machine = self.with_devices(|line, buffer, events| {
+        let machine = self.with_devices(|lines, buffer, events| {
             Ok(Parts {
-                serial: Arc::new(SerialPort::restore(line, buffer.output(), &mut state)?),
-                power: Arc::new(Power::restore(events, &mut state)?),
+                serial: Arc::new(SerialPort::restore(
+                    lines.serial,
+                    buffer.output(),
+                    &mut state,
+                )?),
+                power: Arc::new(Power::restore(lines.power, events, &mut state)?),
                 probe: Arc::new(Probe::restore(&mut state)?),
             })
         })?;
@@ -275,7 +294,7 @@ impl Blank {
 
 struct Parts {
     serial: Arc<SerialPort>,
-    power: Arc<dyn Device>,
+    power: Arc<Power>,
     probe: Arc<Probe>,
 }
 
@@ -336,7 +355,11 @@ impl Machine {
         images: &mut Images,
         events: &Sender<Event>,
     ) -> Result<Self, BuildError> {
-        let entry = boot::load(images, ram)?;
+        let platform = Platform {
+            vcpus: spec.cpus,
+            virtio: Vec::new(),
+        };
+        let entry = boot::load(images, ram, &platform)?;
         let blank = Blank::new(spec, ram, events, Promise::default(), |vcpus| {
             for vcpu in vcpus {
                 // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
@@ -347,10 +370,11 @@ impl Machine {
             }
             Ok(entry.apply(&vcpus[0])?)
         })?;
-        blank.with_devices(|line, buffer, events| {
+        irq::mask_pics(&blank.vm)?;
+        blank.with_devices(|lines, buffer, events| {
             Ok(Parts {
-                serial: Arc::new(SerialPort::new(line, buffer.output())),
-                power: Arc::new(Power::new(events)),
+                serial: Arc::new(SerialPort::new(lines.serial, buffer.output())),
+                power: Arc::new(Power::new(lines.power, events)),
                 probe: Arc::new(Probe::default()),
             })
         })
