@@ -130,6 +130,21 @@ pub fn create(vm: &VmFd) -> Result<(), IrqError> {
     vm.create_pit2(pit).map_err(kvm("create the PIT"))
 }
 
+/// Masks every line of the two PICs, as firmware leaves them. A kernel that goes by the I/O APIC
+/// alone (hardware-reduced ACPI) never touches them; unmasked and not set up, they would put the
+/// first interrupt of a device before vCPU 0 as one of the processor's exceptions.
+pub fn mask_pics(vm: &VmFd) -> Result<(), IrqError> {
+    /// `imr` of `struct kvm_pic_state` within `struct kvm_irqchip`.
+    const MASK: usize = 8 + 2;
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut bytes = chip(vm, chip_id)?;
+        bytes[MASK] = 0xff;
+        vm.set_irqchip(&raw::from_bytes(IrqchipSection::NAME, &bytes)?)
+            .map_err(kvm("mask the interrupt controllers"))?;
+    }
+    Ok(())
+}
+
 fn chip(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, IrqError> {
     let mut state = kvm_irqchip {
         chip_id,

@@ -18,6 +18,7 @@ use stillpoint_state::{Saved, StateError};
 use crate::bus::Bus;
 use crate::console::buffer::ConsoleStuck;
 use crate::console::{self, Console, Viewer};
+use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::mmio::VirtioMmio;
@@ -30,6 +31,9 @@ use crate::{clock, irq, release};
 
 /// How long the parts of a machine that ends may take to come to rest.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two looks at whether the guest took note of its power button.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Why a machine did not come to rest or could not be saved.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +78,7 @@ pub struct Machine {
     /// Those of `devices` that have files on the host.
     virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<SerialPort>,
+    power: Arc<Power>,
     probe: Arc<Probe>,
     bus: Arc<Bus>,
     vm: VmFd,
@@ -118,6 +123,20 @@ impl Machine {
     /// The probe device, to see what the guest saw of a pause.
     pub fn probe(&self) -> &Probe {
         &self.probe
+    }
+
+    /// Presses the power button, and waits up to `patience` for the guest to take note of it; tells
+    /// whether it did. What the guest makes of it is its own affair.
+    pub fn press_power_button(&self, patience: Duration) -> bool {
+        self.power.press_button();
+        let deadline = Instant::now() + patience;
+        while self.power.is_press_pending() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(GLANCE);
+        }
+        true
     }
 
     /// The console's viewers.

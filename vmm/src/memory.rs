@@ -27,6 +27,10 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// Start of high RAM (4 GiB).
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
+/// What of the hole KVM keeps for itself on Intel hosts: an identity map of one page, and a TSS of
+/// three (api.rst, KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR).
+pub const KVM_PRIVATE: std::ops::Range<u64> = 0xfffb_c000..0xfffc_0000;
+
 /// Bytes populated by one call, so that a swap can be called off in between.
 const POPULATE_STEP: u64 = 32 << 20;
 

@@ -35,6 +35,8 @@ use desk::Desk;
 
 /// How long a vCPU may take to enter at a cold boot.
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guest that has a driver for its power button may take to look at it.
+const BUTTON_PATIENCE: Duration = Duration::from_secs(1);
 /// How long whoever asked for the end may take to be told of it.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -207,6 +209,11 @@ impl Process {
 
     fn carry_out(&mut self, job: Job) -> Option<End> {
         match job.request {
+            Request::PressPowerButton => {
+                let heard = self.guest.machine.press_power_button(BUTTON_PATIENCE);
+                let _ = job.reply.send(Reply::Pressed { heard });
+                None
+            }
             Request::PowerOff => {
                 let end = self.power_off();
                 let _ = job.reply.send(Reply::Done);

@@ -3,7 +3,7 @@
 //! * [`probe`]: the paravirtual *probe* device and the table a guest keeps for it, so that a
 //!   pause can be measured from inside any guest that cares to look at its own clock.
 //! * [`pulse`]: what our bare-metal test guest writes beside it, for a harness to judge.
-//! * [`power`]: the port by which a guest without ACPI powers off or resets.
+//! * [`power`]: the ports by which a guest powers off or resets, and hears of the power button.
 //!
 //! Everything is `repr(C)`, little endian, and made of naturally aligned integers. Every
 //! structure here only grows: a reader checks `version` and `record_stride`.

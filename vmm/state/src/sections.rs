@@ -30,7 +30,7 @@ sections! {
     Clock = "clock", version 1;
     Serial = "serial", version 1;
     Probe = "probe", version 1;
-    Power = "power", version 1;
+    Power = "power", version 2;
     Console = "console", version 1;
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
@@ -212,9 +212,16 @@ pub struct Probe {
     pub table: u64,
 }
 
-/// The power device. It has no registers that keep anything; its section says that it is there.
+/// The power device.
+///
+/// Version 2 is written only if the event register holds something. Otherwise the section says
+/// no more than that the device is there, as version 1 did.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct Power {}
+pub struct Power {
+    /// The event register: what the guest has not read yet.
+    #[prost(uint32, tag = "1")]
+    pub pending: u32,
+}
 
 /// The console behind the serial port.
 #[derive(Clone, PartialEq, Eq, Message)]

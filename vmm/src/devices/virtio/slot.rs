@@ -11,9 +11,9 @@ use crate::irq::{Gsi, IrqError, Kick, Line};
 use crate::memory::Memory;
 
 /// First window; each device has a page.
-const BASE: u64 = 0xd000_1000;
+const BASE: u32 = 0xd000_1000;
 /// From one window to the next.
-const STRIDE: u64 = 0x1000;
+const STRIDE: u32 = 0x1000;
 /// First line. 4 is COM1's and 5 the power button's.
 const FIRST_GSI: u32 = 6;
 /// Offset of `QueueNotify` (virtio 1.2, 4.2.2).
@@ -22,23 +22,24 @@ pub(super) const QUEUE_NOTIFY: u64 = 0x50;
 /// Where a device lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// First guest-physical address of its registers.
-    pub base: u64,
+    /// First guest-physical address of its registers, in the hole below 4 GiB.
+    pub base: u32,
     /// Its interrupt line, edge-triggered.
     pub gsi: Gsi,
 }
 
 impl Place {
     /// Bytes of registers.
-    pub const LEN: u64 = 0x200;
+    pub const LEN: u32 = 0x200;
 
     /// Of the device with this number, in the order of the machine's spec: disks, network
     /// interfaces, vsock, entropy.
     pub fn nth(number: usize) -> Self {
         // At most `spec::MAX_DEVICES`: an I/O APIC has 24 pins.
+        let number = number as u32;
         Self {
-            base: BASE + number as u64 * STRIDE,
-            gsi: Gsi(FIRST_GSI + number as u32),
+            base: BASE + number * STRIDE,
+            gsi: Gsi(FIRST_GSI + number),
         }
     }
 }
@@ -63,7 +64,7 @@ impl Slot {
     ) -> Result<Self, IrqError> {
         let line = Line::new(vm, place.gsi)?;
         for (queue, kick) in (0u32..).zip(&kicks) {
-            kick.connect(vm, place.base + QUEUE_NOTIFY, queue)?;
+            kick.connect(vm, u64::from(place.base) + QUEUE_NOTIFY, queue)?;
         }
         let worker = Worker::start(&name, &kicks, Interrupt::new(line), memory.clone())?;
         Ok(Self {
