@@ -66,6 +66,12 @@ impl Line {
         Self(EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"))
     }
 
+    /// A line that leads into this eventfd, for tests of devices.
+    #[cfg(test)]
+    pub fn loose_into(event: OwnedFd) -> Self {
+        Self(raw::event_fd(event))
+    }
+
     /// How often the loose line was raised since the last call.
     #[cfg(test)]
     pub fn raised(&self) -> u64 {

@@ -26,6 +26,8 @@ pub mod queue;
 pub mod rng;
 pub mod slot;
 
+#[cfg(test)]
+mod driver;
 mod worker;
 
 use stillpoint_state::{Saved, StateError};

@@ -155,6 +155,12 @@ impl VirtioMmio {
         self.slot.place
     }
 
+    /// The kick of a queue, to be rung as KVM rings it.
+    #[cfg(test)]
+    pub(super) fn kick(&self, queue: usize) -> &crate::irq::Kick {
+        &self.slot.kicks[queue]
+    }
+
     /// Lends a successor every file it needs and has not had yet: kicks, and the kind's own.
     pub fn lend(&self, to: &mut Lending) -> std::io::Result<()> {
         let name = &self.slot.name;

@@ -90,3 +90,68 @@ impl Kind for Rng {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::Device;
+    use crate::devices::virtio::driver::{Driver, EVENT_IDX, FREE, PATIENCE, buffer};
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn boot() -> Driver {
+        Driver::boot("rng", Box::new(Rng))
+    }
+
+    #[test]
+    fn gives_random_bytes_and_no_more_than_fit() {
+        for features in [0, EVENT_IDX] {
+            let driver = boot();
+            let ring = &mut driver.start(features)[0];
+            let head = ring.add(&[], &[buffer(FREE, 16), buffer(FREE + 64, 8000)]);
+            ring.kick();
+            let used = ring.wait();
+            assert_eq!((used.head, used.len), (head, 4096));
+            let mut bytes = [0u8; 16];
+            let at = GuestAddress(FREE);
+            driver.memory.read_slice(&mut bytes, at).expect("read");
+            assert_ne!(bytes, [0; 16]);
+            assert_eq!(driver.acknowledge(), 1);
+        }
+    }
+
+    #[test]
+    fn round_trip_and_requests_go_on_over_swaps() {
+        for features in [0, EVENT_IDX] {
+            let mut driver = boot();
+            let ring = &mut driver.start(features)[0];
+            driver.stand_still(PATIENCE).expect("rest");
+            let saved = driver.saved();
+            driver.device.resume();
+            driver = driver.swap(|state, _| Box::new(Rng::restore("rng", state).expect("rng")));
+            driver.stand_still(PATIENCE).expect("rest");
+            // Beside the interrupt that a device raises when it is let go.
+            driver.acknowledge();
+            assert_eq!(driver.saved(), saved);
+            driver.device.resume();
+            for _ in 0..50 {
+                ring.add(&[], &[buffer(FREE, 16)]);
+                ring.kick();
+                ring.wait();
+                driver = driver.swap(|state, _| Box::new(Rng::restore("rng", state).expect("rng")));
+            }
+        }
+    }
+
+    #[test]
+    fn frozen_means_silent() {
+        let driver = boot();
+        let ring = &mut driver.start(0)[0];
+        driver.stand_still(PATIENCE).expect("rest");
+        let _ = driver.interrupted();
+        ring.add(&[], &[buffer(FREE, 16)]);
+        ring.kick();
+        assert!(ring.take().is_none() && !driver.interrupted());
+        driver.device.resume();
+        ring.wait();
+    }
+}

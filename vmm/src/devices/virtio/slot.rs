@@ -83,8 +83,14 @@ impl Slot {
     /// A place in no machine, for tests of devices.
     #[cfg(test)]
     pub fn loose(name: &str, queues: usize, memory: &Memory) -> Self {
-        let kicks: Vec<_> = (0..queues).map(|_| Kick::new().expect("kick")).collect();
-        let interrupt = Interrupt::new(Line::loose());
+        let kicks = (0..queues).map(|_| Kick::new().expect("kick")).collect();
+        Self::loose_with(name, kicks, Line::loose(), memory)
+    }
+
+    /// The same with these kicks and this line.
+    #[cfg(test)]
+    pub fn loose_with(name: &str, kicks: Vec<Kick>, line: Line, memory: &Memory) -> Self {
+        let interrupt = Interrupt::new(line);
         let worker = Worker::start(name, &kicks, interrupt, memory.clone()).expect("thread");
         Self {
             name: name.to_owned(),
