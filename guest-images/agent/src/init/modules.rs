@@ -37,6 +37,10 @@ fn load(line: &str) -> io::Result<()> {
     match finit_module(&file, &parameters, if compressed { COMPRESSED } else { 0 }) {
         // It is loaded or built in; or this machine has nothing for it.
         Ok(()) | Err(Errno::EXIST | Errno::NODEV) => Ok(()),
+        // The file is there: the kernel says this of a symbol that it doesn't have.
+        Err(Errno::NOENT) => Err(io::Error::other(format!(
+            "it needs a module that must stand before it in {LIST}; the kernel's log says which symbol"
+        ))),
         Err(error) => Err(error.into()),
     }
 }
