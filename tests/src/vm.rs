@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
+use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
@@ -64,6 +65,7 @@ impl Recipe {
             nets: Vec::new(),
             vsock: None,
             rng: false,
+            clock: ClockSpec::default(),
             blackout_budget: Duration::from_secs(5),
         }
     }

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
+use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
-use stillpoint_state::sections::VIRTIO_FORMAT;
+use stillpoint_state::sections::{Clock, VIRTIO_FORMAT};
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
@@ -26,7 +27,7 @@ use crate::devices::{Busy, Device};
 use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
 use crate::memory::GuestRam;
-use crate::vcpu::{VcpuSet, VcpusError};
+use crate::vcpu::{Entered, VcpuSet, VcpusError};
 use crate::{clock, irq, release};
 
 /// How long the parts of a machine that ends may take to come to rest.
@@ -115,6 +116,11 @@ impl Machine {
         self.tsc_offset
     }
 
+    /// Its kvmclock as it is now.
+    pub fn clock(&self) -> Result<Clock, kvm_ioctls::Error> {
+        clock::save(&self.vm, self.tsc_khz, Policy::Advance)
+    }
+
     /// How many vCPUs it has.
     pub fn vcpu_count(&self) -> usize {
         self.vcpus.count()
@@ -153,10 +159,12 @@ impl Machine {
     }
 
     /// Formats of saved state that carry all there is of this machine, preferred first.
-    pub fn formats(&self) -> Vec<u32> {
-        let least = match self.virtio.is_empty() {
-            true => 0,
-            false => VIRTIO_FORMAT,
+    /// `policy` is the pause's.
+    pub fn formats(&self, policy: Policy) -> Vec<u32> {
+        // Releases of before format 3 would read over `hold`, and the guest's clocks would jump.
+        let least = match (self.virtio.is_empty(), policy) {
+            (true, Policy::Advance) => 0,
+            _ => VIRTIO_FORMAT,
         };
         let formats = release::FORMATS.iter().copied();
         formats.filter(|&format| format >= least).collect()
@@ -173,9 +181,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs a machine that was built and has not run: devices first, then the vCPUs. Gives the
-    /// host TSC at which the last vCPU was let in. The guest must be ours.
-    pub fn enter(&self, patience: Duration) -> Result<u64, VcpusError> {
+    /// Runs a machine that was built and has not run: devices first, then the vCPUs. The guest must
+    /// be ours.
+    pub fn enter(&self, patience: Duration) -> Result<Entered, VcpusError> {
         for device in &self.devices {
             device.resume();
         }
@@ -245,12 +253,12 @@ impl Machine {
     }
 
     /// Saves everything. It stands still.
-    fn save(&self, format: u32, deadline: Instant) -> Result<Saved, FreezeError> {
+    fn save(&self, format: u32, policy: Policy, deadline: Instant) -> Result<Saved, FreezeError> {
         let mut saved = Saved::with_capacity(64 << 10);
         let patience = deadline.saturating_duration_since(Instant::now());
         let vcpus = self.vcpus.save(format, patience)?;
         // The clock next to the vCPUs, so that their timers and it are of one moment.
-        let clock = clock::save(&self.vm, self.tsc_khz).map_err(FreezeError::Clock)?;
+        let clock = clock::save(&self.vm, self.tsc_khz, policy).map_err(FreezeError::Clock)?;
         saved.put("", &clock)?;
         for (id, (section, version)) in vcpus.iter().enumerate() {
             saved.put_version(&id.to_string(), section, *version)?;

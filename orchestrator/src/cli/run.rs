@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hyper::Method;
+use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::spec::{
     DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
 };
@@ -134,6 +135,7 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
         nets: Vec::new(),
         vsock: None,
         rng: false,
+        clock: ClockSpec::default(),
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::{power as power_abi, probe as probe_abi};
 use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
@@ -24,7 +25,7 @@ use super::Machine;
 use crate::boot::acpi::Platform;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
-use crate::clock::Alignment;
+use crate::clock::align::{self, Alignment};
 use crate::console::buffer::Buffer;
 use crate::devices::Device;
 use crate::devices::power::{BUTTON_GSI, Power};
@@ -37,7 +38,7 @@ use crate::event::Event;
 use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
 use crate::memory::{self, GuestRam, MemoryError};
-use crate::vcpu::state::LoadedVcpu;
+use crate::vcpu::state::{LoadedVcpu, Pause};
 use crate::vcpu::{Surroundings, VcpuSet, VcpusError, msrs};
 use crate::{clock, irq, raw};
 
@@ -88,6 +89,13 @@ pub enum BuildError {
     /// What a device is made of.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The clock's policy can't be kept here.
+    #[error(
+        "clock policy hold: this host's KVM ignores TSC offsets (its guests read the host's TSC), \
+         so a guest's clocks can't leave out a pause; use the policy advance, or a host whose \
+         KVM is hardware"
+    )]
+    Hold,
     /// Something of the host's.
     #[error("cannot make the console: {0}")]
     Console(#[from] std::io::Error),
@@ -115,6 +123,8 @@ pub struct Promise {
     pub tsc_khz: Option<u32>,
     /// TSC offset of vCPU 0, cycles.
     pub tsc_offset: Option<i64>,
+    /// Its clocks are to leave out a pause.
+    pub hold: bool,
 }
 
 /// A machine without a guest.
@@ -150,8 +160,14 @@ pub struct Loaded {
     pub clock: Alignment,
     /// The clock as it was saved.
     pub saved_clock: Clock,
+    /// The pause, as far as it goes into the guest's clocks.
+    pub pause: Pause,
+    /// TSC offset of vCPU 0 before it.
+    pub tsc_offset_before: Option<i64>,
     /// `MSR_KVM_SYSTEM_TIME` of each vCPU: where its pvclock page is.
     pub system_time: Vec<u64>,
+    /// `MSR_KVM_WALL_CLOCK`: where the wall clock structure is; 0 if there is none.
+    pub wall_clock: u64,
     /// Console viewers whose sockets come beside the state.
     pub viewers: usize,
 }
@@ -282,21 +298,27 @@ impl Blank {
     ) -> Result<(Machine, Loaded), BuildError> {
         self.vcpus.stand_by()?;
         let count = self.vcpus.count();
+        let saved_clock: Clock = state.take("")?;
+        let pause = pause_of(&saved_clock, &self.spec)?;
         let sections: Vec<Vcpu> = (0..count)
             .map(|id| state.take(&id.to_string()))
             .collect::<Result<_, _>>()?;
         let system_time = sections
             .iter()
-            .map(system_time_of)
+            .map(|section| msr_of(section, msrs::SYSTEM_TIME))
             .collect::<Result<_, _>>()?;
+        let wall_clock = sections.first().map(|s| msr_of(s, msrs::WALL_CLOCK));
+        let wall_clock = wall_clock.transpose()?.unwrap_or(0);
         // The guest may have moved its TSC since the predecessor's machine was made.
-        self.tsc_offset = sections.first().and_then(|first| first.tsc_offset);
-        self.vcpus.load(sections)?;
+        let tsc_offset_before = sections.first().and_then(|first| first.tsc_offset);
+        let held = pause.held.cast_signed();
+        self.tsc_offset = tsc_offset_before.map(|offset| offset.wrapping_sub(held));
+        self.vcpus.load(sections, pause)?;
         irq::load(&self.vm, &state.take::<Irqchip>("")?)?;
-        let saved_clock: Clock = state.take("")?;
         let viewers = self.buffer.load(&mut state)?;
         let vcpus = self.vcpus.loaded(patience)?;
-        let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
+        let clock =
+            align::align(&self.vm, &saved_clock, pause.held).map_err(kvm("set the clock"))?;
         let machine = self.with_devices(|wiring| {
             let Lines { serial, power } = wiring.lines;
             let output = wiring.buffer.output();
@@ -318,7 +340,10 @@ impl Blank {
                 vcpus,
                 clock,
                 saved_clock,
+                pause,
+                tsc_offset_before,
                 system_time,
+                wall_clock,
                 viewers,
             },
         ))
@@ -340,11 +365,25 @@ struct Parts {
     virtio: Vec<Arc<VirtioMmio>>,
 }
 
-fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
-    let found = section
-        .msrs()?
-        .into_iter()
-        .find(|(index, _)| *index == msrs::SYSTEM_TIME);
+/// The pause behind a saved clock, as far as it goes into the guest's clocks. For one that is held,
+/// guest time goes on from now.
+fn pause_of(clock: &Clock, spec: &MachineSpec) -> Result<Pause, BuildError> {
+    if clock.hold && !clock::is_master(clock.flags) {
+        // The TSC that goes with the reading is not known then.
+        return Err(BuildError::Hold);
+    }
+    Ok(Pause {
+        from_tsc: clock.host_tsc,
+        held: match clock.hold {
+            true => clock::host_tsc().saturating_sub(clock.host_tsc),
+            false => 0,
+        },
+        steal: spec.clock.steal,
+    })
+}
+
+fn msr_of(section: &Vcpu, msr: u32) -> Result<u64, StateError> {
+    let found = section.msrs()?.into_iter().find(|(index, _)| *index == msr);
     Ok(found.map_or(0, |(_, value)| value))
 }
 
@@ -364,6 +403,9 @@ fn make_vcpus(
         first
             .set_tsc_khz(tsc_khz)
             .map_err(kvm("set the TSC frequency"))?;
+    }
+    if promise.hold && !raw::moves_tsc(&first) {
+        return Err(BuildError::Hold);
     }
     if let Some(offset) = promise.tsc_offset.filter(|_| raw::has_tsc_offset(&first)) {
         // Before the others exist: KVM gives a new vCPU the TSC generation of the machine.
@@ -403,7 +445,11 @@ impl Machine {
             virtio: plugs.iter().map(|plug| plug.place).collect(),
         };
         let entry = boot::load(images, ram, &platform)?;
-        let blank = Blank::new(spec, ram, events, plugs, Promise::default(), |vcpus| {
+        let promise = Promise {
+            hold: spec.clock.policy == Policy::Hold,
+            ..Promise::default()
+        };
+        let blank = Blank::new(spec, ram, events, plugs, promise, |vcpus| {
             for vcpu in vcpus {
                 // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
                 // same, which then sets its own.
