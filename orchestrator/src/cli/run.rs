@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hyper::Method;
-use stillpoint_control::clock::ClockSpec;
+use stillpoint_control::clock::{ClockSpec, Policy};
 use stillpoint_control::spec::{
     DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
 };
@@ -21,7 +21,7 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, clock.{policy,correction,steal,vmclock}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -45,6 +45,13 @@ pub(super) struct Args {
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
+    /// What the guest's clocks make of a pause: advance (they include it) or hold (they leave it
+    /// out, and its wall clock is corrected afterwards) [advance].
+    #[arg(long, value_name = "POLICY", conflicts_with = "spec")]
+    clock: Option<Policy>,
+    /// Give the guest a vmclock device, which tells it of every swap.
+    #[arg(long, conflicts_with = "spec")]
+    vmclock: bool,
     /// Version of the release to start it with [the one added last].
     #[arg(long, value_name = "VERSION")]
     release: Option<String>,
@@ -135,7 +142,11 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
         nets: Vec::new(),
         vsock: None,
         rng: false,
-        clock: ClockSpec::default(),
+        clock: ClockSpec {
+            policy: args.clock.unwrap_or_default(),
+            vmclock: args.vmclock,
+            ..ClockSpec::default()
+        },
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;
