@@ -13,6 +13,7 @@ use crate::endpoint::{Connect, Door, Stream, Target};
 use crate::frame::{Frames, Kind, MAX_PAYLOAD};
 use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
+use crate::term;
 
 /// The client's side.
 #[derive(clap::Args, Debug)]
@@ -110,7 +111,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<EchoReport> {
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let more = |trips| match args.count {
         Some(count) => trips < count,
-        None => Instant::now() < end,
+        None => term::goes_on(end),
     };
     let mut total_us = 0.0;
     while report.error.is_none() && more(report.round_trips) {
