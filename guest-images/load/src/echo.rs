@@ -14,6 +14,9 @@ use crate::frame::{Frames, Kind, MAX_PAYLOAD};
 use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
 
+/// What a server's report is called.
+const SERVE: &str = "echo-serve";
+
 /// The client's side.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
@@ -185,7 +188,7 @@ fn send_back(stream: &mut Stream) -> EchoReport {
         }
     }
     EchoReport {
-        load: "echo-serve",
+        load: SERVE,
         ok: error.is_none(),
         error,
         pace: pace.end(),
