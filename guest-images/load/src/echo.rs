@@ -15,6 +15,9 @@ use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
 use crate::term;
 
+/// What a server's report is called.
+const SERVE: &str = "echo-serve";
+
 /// The client's side.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
@@ -186,7 +189,7 @@ fn send_back(stream: &mut Stream) -> EchoReport {
         }
     }
     EchoReport {
-        load: "echo-serve",
+        load: SERVE,
         ok: error.is_none(),
         error,
         pace: pace.end(),

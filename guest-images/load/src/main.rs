@@ -60,7 +60,11 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     let told = match cli.kind {
-        Kind::Disk(args) => disk::run(&args).and_then(|report| report::tell(&report, cli.json)),
+        Kind::Disk(args) => {
+            // A journal on standard output is for a program to read, to its last line.
+            let json = cli.json || args.journal == "-";
+            disk::run(&args).and_then(|report| report::tell(&report, json))
+        }
         Kind::Verify(args) => verify::run(&args).and_then(|report| report::tell(&report, cli.json)),
         Kind::Tcp(tcp::Verb::Send(args)) => {
             tcp::send(&args).and_then(|report| report::tell(&report, cli.json))
