@@ -226,6 +226,8 @@ impl Driver {
         let device = VirtioMmio::restore(slot, kind, &mut state).expect("restore");
         state.finish().expect("all of the state was taken");
         drop(std::mem::replace(&mut self.device, device));
+        // As an edge that got lost between two machines.
+        let _ = self.interrupted();
         self.device.resume();
         self
     }
