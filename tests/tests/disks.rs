@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use stillpoint_control::spec::DiskSpec;
 use stillpoint_tests::cli::{Refusal, must_refuse, vmm};
+use stillpoint_tests::console::Console;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases::{self, Release};
@@ -88,6 +89,12 @@ fn disks_travel_with_their_locks() -> anyhow::Result<()> {
         // A successor that dies with duplicates of them in its hands.
         let mut successor: Successor = vm.start_successor(Release::Current)?;
         successor.kill()?;
+        vm.is_well()?;
+        // The guest begins anew, in the same process and with the same disks.
+        let mut console = Console::open(&vm)?;
+        console.type_line("reset")?;
+        console.wait("pulse: 2 vCPUs online", 2)?;
+        vm.must_move(Release::Current)?;
         vm.is_well()
     })?;
     ensure!(tries > 100, "{tries} tries are no probe");
