@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
+use stillpoint_control::spec::{DiskSpec, KernelSpec, MachineSpec, MemorySpec};
 
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
@@ -31,6 +31,8 @@ pub struct Recipe {
     pub kernel: Option<PathBuf>,
     /// How all VMMs of this guest are started.
     pub manner: Manner,
+    /// Its disks.
+    pub disks: Vec<DiskSpec>,
 }
 
 impl Recipe {
@@ -44,6 +46,7 @@ impl Recipe {
             release: Release::Current,
             kernel: None,
             manner: Manner::default(),
+            disks: Vec::new(),
         }
     }
 
@@ -60,7 +63,7 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
-            disks: Vec::new(),
+            disks: self.disks.clone(),
             nets: Vec::new(),
             vsock: None,
             rng: false,
