@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// Time between round trips.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     interval_ms: u64,
-    /// Where the randomness comes from [random].
+    /// Where the randomness comes from; without it, from anywhere.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// A round trip that takes longer has failed.
