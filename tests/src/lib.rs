@@ -11,6 +11,7 @@
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
+//! | [`rig`] | a whole host, emulated, with KVM inside |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
@@ -20,6 +21,7 @@ pub mod ground;
 pub mod guest;
 pub mod patience;
 pub mod releases;
+pub mod rig;
 pub mod start;
 pub mod swap;
 pub mod vm;
