@@ -11,11 +11,8 @@
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
-<<<<<<< HEAD
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
-=======
 //! | [`rig`] | a whole host, emulated, with KVM inside |
->>>>>>> rig
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
