@@ -41,7 +41,8 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
             let lent = [toy.memory.as_fd(), toy.ownership.as_fd()];
             return Ok(frame::send_json(client, &Reply::Guest, &lent)?);
         }
-        Request::PowerOff => {
+        // The toy's guest obeys its button at once.
+        Request::PowerOff | Request::PressPowerButton => {
             frame::send_json(client, &Reply::Done, &[])?;
             let _ = std::fs::remove_file(toy.dir.join("control.sock"));
             leave(0)

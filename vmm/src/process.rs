@@ -208,6 +208,11 @@ impl Process {
                 let _ = job.reply.send(Reply::Done);
                 Some(end)
             }
+            Request::PressPowerButton => {
+                self.guest.machine.press_power_button();
+                let _ = job.reply.send(Reply::Done);
+                None
+            }
             Request::HandOver { .. } => self.hand_over(job),
             _ => None,
         }

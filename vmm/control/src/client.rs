@@ -150,6 +150,14 @@ impl Client {
         }
     }
 
+    /// Presses the guest's power button. What the guest makes of it shows later, if at all.
+    pub fn press_power_button(&self) -> Result<(), ClientError> {
+        match self.ask(&Request::PressPowerButton, &[])?.0 {
+            Reply::Done => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// Asks for a handover and waits for its end; `progress` hears of each phase. `request` must
     /// be a [`Request::HandOver`]. The socket is closed here as soon as it is sent: a copy kept
     /// open would hide a dead predecessor from its successor.

@@ -32,6 +32,9 @@ pub enum Request {
     LendGuest,
     /// End the guest and the process. Answered by [`Reply::Done`] before the process exits.
     PowerOff,
+    /// Press the guest's power button: it is asked to shut itself down, and may do otherwise.
+    /// Answered by [`Reply::Done`] once it is pressed, which is before the guest knows.
+    PressPowerButton,
     /// Hand the guest over. With two fds: the predecessor's end of the handover socketpair (the
     /// other end is the successor's), and an empty, sealable memfd for the saved state, which
     /// the sender keeps a duplicate of. Answered by [`Reply::Handover`] after any number of
