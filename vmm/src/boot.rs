@@ -19,13 +19,15 @@
 //! | `0x7000` | Linux zero page |
 //! | `0x9000`..`0xf000` | page tables: first 4 GiB one to one, 2 MiB pages |
 //! | `0x20000` | command line |
-//! | `0xe0000`..`0x100000` | ACPI tables, reserved in the memory map |
+//! | `0xe0000`..`0xffff0` | ACPI tables, reserved in the memory map |
+//! | `0xffff0` | code at the reset vector, reserved too |
 
 pub mod acpi;
 pub mod cpuid;
 mod images;
 mod linux64;
 mod pvh;
+mod reset;
 mod segments;
 
 use std::path::Path;
@@ -189,6 +191,7 @@ pub fn load(images: &mut Images, ram: &GuestRam, platform: &Platform) -> Result<
         initrd: images.load_initrd(ram, &kernel)?,
         rsdp: acpi::write(memory, platform)?,
     };
+    reset::write(memory)?;
     segments::write_tables(memory)?;
     let mut regs = kvm_regs {
         rip: kernel.entry,
