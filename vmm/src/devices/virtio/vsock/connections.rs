@@ -71,7 +71,7 @@ pub(super) struct Connections {
     /// Where the search for a host port begins.
     pub(super) next_port: u32,
     poller: Option<Poller>,
-    most: usize,
+    pub(super) most: usize,
 }
 
 /// A handover needs two more descriptors for each for a moment.

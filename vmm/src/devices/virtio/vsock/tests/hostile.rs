@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::Instant;
 
+use super::super::connection::{Given, Stage};
 use super::super::connections::{GREETING_PATIENCE, MOST_GREETINGS, MOST_RESETS};
 use super::super::packet::{HEADER, HOST_CID, Header, Op, Ports};
 use super::*;
@@ -251,6 +252,50 @@ fn a_first_line_has_its_time() {
     connections.expire(now + GREETING_PATIENCE + Duration::from_secs(1));
     assert_eq!(connections.greetings(), 0);
     assert_eq!(read_all(&mut program), b"");
+}
+
+#[test]
+fn a_program_that_says_nothing_is_sent_away_in_time() {
+    let place = Place::new();
+    let began = Instant::now();
+    assert_eq!(read_all(&mut place.call()), b"");
+    assert!(began.elapsed() >= GREETING_PATIENCE);
+}
+
+#[test]
+fn where_there_is_no_place_the_half_gone_give_theirs() {
+    let mut connections = Connections::new(0, HOST_PORTS.start);
+    let poller = Poller::new().expect("epoll");
+    connections.watch(&poller).expect("watch");
+    connections.most = 2;
+    for host in [7, 8] {
+        let (_program, ours) = UnixStream::pair().expect("pair");
+        let request = stray(host).header(Op::Request);
+        assert!(connections.has_place());
+        assert!(connections.answer(&request, Socket::new(ours.into())));
+        let connection = connections.all.get_mut(&(connections.next - 1));
+        connection.expect("it").stage = Stage::Open;
+    }
+    assert!(!connections.has_place());
+    // The program behind the first has gone, and the guest does not say anything to it.
+    let first = connections.all.get_mut(&0).expect("it");
+    let shutdown = first.next_packet(&mut [0]);
+    assert!(
+        matches!(
+            shutdown,
+            Given::Packet {
+                op: Op::Shutdown,
+                ..
+            }
+        ),
+        "{shutdown:?}"
+    );
+    assert!(connections.has_place());
+    let (_program, ours) = UnixStream::pair().expect("pair");
+    connections.greet(Socket::new(ours.into()));
+    assert!(!connections.has_place() && connections.all.len() == 2);
+    let owed: Vec<_> = connections.resets.iter().map(|reset| reset.ports).collect();
+    assert_eq!(owed, [stray(7).ports]);
 }
 
 #[test]

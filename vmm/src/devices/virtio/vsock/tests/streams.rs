@@ -230,6 +230,21 @@ fn the_guest_is_sent_no_more_than_it_has_room_for() {
 }
 
 #[test]
+fn an_end_needs_no_credit() {
+    let mut place = Place::new();
+    let mut program = place.call();
+    writeln!(program, "CONNECT 1").expect("write");
+    let request = place.guest.hear_op(Op::Request);
+    let mut stream = guest::Stream::new(request.ports());
+    stream.room = 0;
+    place.guest.tell(&stream, Op::Response);
+    assert!(line(&mut BufReader::new(&program)).starts_with("OK "));
+    drop(program);
+    let packet = place.guest.hear();
+    assert_eq!((packet.op(), packet.header.flags), (Op::Shutdown, NO_MORE));
+}
+
+#[test]
 fn a_host_program_that_reads_nothing_stops_its_guest_and_nobody_else() {
     let mut place = Place::new();
     let (mut stream, mut program) = place.connected(1);
