@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, Pages, VsockSpec, parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,7 +20,8 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, vsock.cid, rng,
+    /// blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -45,6 +46,13 @@ pub(super) struct Args {
     /// Pages behind RAM [base].
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
+    /// Sockets between guest and host: host programs connect to `vsock.sock` in the guest's
+    /// directory. CID is the guest's context id [made of its name].
+    #[arg(long, value_name = "CID", conflicts_with = "spec", num_args = 0..=1, require_equals = true)]
+    vsock: Option<Option<u32>>,
+    /// A source of entropy.
+    #[arg(long, conflicts_with = "spec")]
+    rng: bool,
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
@@ -95,13 +103,17 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         say_json(&vm)?;
     } else {
         let pid = vm.process.as_ref().map_or(0, |process| process.pid);
-        say(&format!(
+        let mut text = format!(
             "{name} is {}: {} vCPUs, {}, release {}, pid {pid}\nits console: stillpoint console {name}",
             vm.state,
             vm.spec.cpus,
             format::size(vm.spec.memory.size),
             vm.release
-        ))?;
+        );
+        if let Some(socket) = &vm.vsock_socket {
+            text.push_str(&format!("\nits vsock: {socket}"));
+        }
+        say(&text)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -122,8 +134,14 @@ fn read_spec(file: &Path) -> Result<MachineSpec, Problem> {
 }
 
 fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
+    let name = args.name.unwrap_or_default();
     let spec = MachineSpec {
-        name: args.name.unwrap_or_default(),
+        vsock: args.vsock.map(|cid| match cid {
+            Some(cid) => VsockSpec { cid },
+            None => VsockSpec::for_name(&name),
+        }),
+        rng: args.rng,
+        name,
         cpus: args.cpus.unwrap_or(1),
         memory: MemorySpec {
             size: args.memory.unwrap_or(MemorySpec::default().size),
@@ -136,8 +154,6 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
         },
         disks: args.disks,
         nets: Vec::new(),
-        vsock: None,
-        rng: false,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;
@@ -178,6 +194,7 @@ fn with_absolute_paths(mut spec: MachineSpec) -> Result<MachineSpec, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
     #[test]
     fn disks_are_read_as_they_are_typed() {
@@ -188,5 +205,30 @@ mod tests {
         assert_eq!(parse_disk("a.img"), disk("a.img", false));
         assert_eq!(parse_disk("/dev/vg/a,b,ro"), disk("/dev/vg/a,b", true));
         assert!(parse_disk(",ro").is_err() && parse_disk("").is_err());
+    }
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn spec(words: &[&str]) -> MachineSpec {
+        let line = ["run", "web-1", "--kernel", "k"].iter().chain(words);
+        let typed = Typed::try_parse_from(line).expect("parse");
+        spec_of_flags(typed.args).expect("spec")
+    }
+
+    #[test]
+    fn sockets_and_entropy_as_they_are_typed() {
+        let plain = spec(&[]);
+        assert_eq!((plain.vsock, plain.rng), (None, false));
+        let both = spec(&["--vsock", "--rng"]);
+        assert_eq!(both.vsock, Some(VsockSpec::for_name("web-1")));
+        assert!(both.rng);
+        assert_eq!(spec(&["--vsock=7"]).vsock, Some(VsockSpec { cid: 7 }));
+        let typed = Typed::try_parse_from(["run", "a", "--kernel", "k", "--vsock=2"]);
+        let error = spec_of_flags(typed.expect("parse").args).expect_err("the host's");
+        assert!(error.to_string().contains("vsock.cid"), "{error}");
     }
 }

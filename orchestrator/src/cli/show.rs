@@ -52,6 +52,12 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         ("console", vm.console_socket.clone()),
         ("log", vm.vmm_log.clone()),
     ];
+    if let (Some(vsock), Some(socket)) = (&vm.spec.vsock, &vm.vsock_socket) {
+        rows.push(("vsock", format!("CID {}, {socket}", vsock.cid)));
+    }
+    if vm.spec.rng {
+        rows.push(("entropy", "yes".to_owned()));
+    }
     if let Some(process) = &vm.process {
         rows.insert(3, ("pid", process.pid.to_string()));
     }

@@ -35,6 +35,7 @@ sections! {
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
     VirtioBlk = "virtio-blk", version 1;
+    VirtioVsock = "virtio-vsock", version 1;
 }
 
 /// One MSR of format 1.
@@ -319,6 +320,116 @@ pub struct VirtioBlk {
     /// The cache is in write-back mode: what is written is durable after a flush, not before.
     #[prost(bool, tag = "2")]
     pub write_back: bool,
+}
+
+/// A socket device.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct VirtioVsock {
+    /// Number of the next connection; none is used twice.
+    #[prost(uint64, tag = "1")]
+    pub next: u64,
+    /// Host port from which on a free one is looked for.
+    #[prost(uint32, tag = "2")]
+    pub next_port: u32,
+    /// Its connections, ordered by number.
+    #[prost(message, repeated, tag = "3")]
+    pub connections: Vec<VsockConnection>,
+    /// Resets owed to the guest, oldest first.
+    #[prost(message, repeated, tag = "4")]
+    pub resets: Vec<VsockReset>,
+}
+
+/// A connection of a socket device.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct VsockConnection {
+    /// Its number, by which its socket is lent.
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    /// How far it has come.
+    #[prost(enumeration = "VsockStage", tag = "2")]
+    pub stage: i32,
+    /// Whether there is a socket; not so once its host program is gone.
+    #[prost(bool, tag = "3")]
+    pub socket: bool,
+    /// What was read of the host program's first line.
+    #[prost(bytes = "vec", tag = "4")]
+    pub line: Vec<u8>,
+    /// Host port.
+    #[prost(uint32, tag = "5")]
+    pub host_port: u32,
+    /// Guest port.
+    #[prost(uint32, tag = "6")]
+    pub guest_port: u32,
+    /// Bytes promised to the guest (`buf_alloc`).
+    #[prost(uint32, tag = "7")]
+    pub own_room: u32,
+    /// Bytes that the host has taken, modulo 2^32 (`fwd_cnt`).
+    #[prost(uint32, tag = "8")]
+    pub consumed: u32,
+    /// That, as the guest heard it last.
+    #[prost(uint32, tag = "9")]
+    pub told: u32,
+    /// Bytes that the guest promised.
+    #[prost(uint32, tag = "10")]
+    pub guest_room: u32,
+    /// Bytes that the guest's program has taken.
+    #[prost(uint32, tag = "11")]
+    pub guest_consumed: u32,
+    /// Bytes sent to the guest.
+    #[prost(uint32, tag = "12")]
+    pub sent: u32,
+    /// Taken from the guest, and not yet by the host's socket.
+    #[prost(bytes = "vec", tag = "13")]
+    pub for_host: Vec<u8>,
+    /// What the guest won't do any more: 1 receive, 2 send.
+    #[prost(uint32, tag = "14")]
+    pub guest_shut: u32,
+    /// What the host program won't do any more.
+    #[prost(uint32, tag = "15")]
+    pub host_shut: u32,
+    /// That, as the guest was told.
+    #[prost(uint32, tag = "16")]
+    pub told_shut: u32,
+    /// The guest asked for its credit and was not told yet.
+    #[prost(bool, tag = "17")]
+    pub owes_credit: bool,
+}
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum VsockStage {
+    /// Not known: a later release's.
+    Unknown = 0,
+    /// The host program's first line is being read.
+    Greeting = 1,
+    /// The guest is to be asked.
+    Requesting = 2,
+    /// The guest was asked.
+    Requested = 3,
+    /// The guest asked, and is to be told that it is connected.
+    Answering = 4,
+    /// Connected.
+    Open = 5,
+    /// The guest is through with it; the host has not read all.
+    Lingering = 6,
+}
+
+/// A reset that a guest is owed.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct VsockReset {
+    /// Context id in whose name.
+    #[prost(uint64, tag = "1")]
+    pub cid: u64,
+    /// That side's port.
+    #[prost(uint32, tag = "2")]
+    pub host_port: u32,
+    /// Guest port.
+    #[prost(uint32, tag = "3")]
+    pub guest_port: u32,
+    /// Socket type.
+    #[prost(uint32, tag = "4")]
+    pub kind: u32,
 }
 
 #[cfg(test)]

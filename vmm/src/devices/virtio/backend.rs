@@ -4,9 +4,10 @@
 //! resets itself, the very same descriptions are handed on ([`lend`](crate::handover::lend)):
 //! nothing is opened or locked a second time.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
-use stillpoint_control::spec::{DiskSpec, MachineSpec};
+use stillpoint_control::spec::{DiskSpec, MachineSpec, VsockSpec};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Kind;
@@ -14,6 +15,8 @@ use super::blk::Blk;
 use super::blk::image::{Image, ImageError};
 use super::rng::Rng;
 use super::slot::Place;
+use super::vsock::{self, Vsock};
+use crate::doors::DoorError;
 use crate::handover::lend::{Borrowed, Missing};
 use crate::irq::{IrqError, Kick};
 
@@ -23,6 +26,9 @@ pub enum BackendError {
     /// They did not come from the predecessor.
     #[error(transparent)]
     Missing(#[from] Missing),
+    /// A socket in the guest's directory.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// No eventfd to be had.
     #[error(transparent)]
     Kick(#[from] IrqError),
@@ -36,6 +42,15 @@ pub enum BackendError {
 pub enum Backend {
     /// An image or block device.
     Disk(Image),
+    /// Unix sockets in the guest's directory.
+    Vsock {
+        /// The guest's context id.
+        cid: u32,
+        /// Where host programs connect.
+        listener: OwnedFd,
+        /// The guest's directory.
+        dir: PathBuf,
+    },
     /// The host's entropy.
     Rng,
 }
@@ -57,6 +72,7 @@ pub struct Plug {
 #[derive(Clone, Copy, Debug)]
 enum Wanted<'s> {
     Disk(&'s DiskSpec),
+    Vsock(VsockSpec),
     Rng,
 }
 
@@ -64,8 +80,11 @@ enum Wanted<'s> {
 fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted<'_>)> {
     let disks = spec.disks.iter().enumerate();
     let disks = disks.map(|(number, disk)| (format!("disk{number}"), Wanted::Disk(disk)));
+    let vsock = spec
+        .vsock
+        .map(|vsock| ("vsock".to_owned(), Wanted::Vsock(vsock)));
     let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
-    disks.chain(rng).collect()
+    disks.chain(vsock).chain(rng).collect()
 }
 
 /// Places of all devices of `spec`, without opening anything.
@@ -74,10 +93,15 @@ pub fn places(spec: &MachineSpec) -> Vec<Place> {
 }
 
 /// Opens everything that `spec` names. `dir` is the guest's directory.
-pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> {
+pub fn open(spec: &MachineSpec, dir: &Path) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
             Wanted::Disk(disk) => Backend::Disk(Image::open(&spec.name, name, disk)?),
+            Wanted::Vsock(VsockSpec { cid }) => Backend::Vsock {
+                cid,
+                listener: vsock::listen(dir)?,
+                dir: dir.to_owned(),
+            },
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|_| Kick::new());
@@ -86,14 +110,24 @@ pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> 
     })
 }
 
-/// Takes everything from what a predecessor lends.
-pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, BackendError> {
+/// Takes everything from what a predecessor lends, but what came with the guest itself: that is
+/// taken with the guest's state.
+pub fn adopt(
+    spec: &MachineSpec,
+    dir: &Path,
+    from: &mut Borrowed,
+) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
             Wanted::Disk(disk) => {
                 let fd = from.take(&format!("{name}/image"))?;
                 Backend::Disk(Image::adopt(&spec.name, name, disk, fd)?)
             }
+            Wanted::Vsock(VsockSpec { cid }) => Backend::Vsock {
+                cid,
+                listener: from.take(&format!("{name}/listener"))?,
+                dir: dir.to_owned(),
+            },
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|queue| from.take(&format!("{name}/kick{queue}")));
@@ -101,6 +135,22 @@ pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, Backe
         let kicks = kicks.collect::<Result<_, _>>()?;
         Ok((backend, kicks))
     })
+}
+
+/// As [`adopt`], for a guest that begins anew on the same files. What it had of its own, such as
+/// connections, ends.
+pub fn begin_anew(
+    spec: &MachineSpec,
+    dir: &Path,
+    from: &mut Borrowed,
+) -> Result<Vec<Plug>, BackendError> {
+    let plugs = adopt(spec, dir, from)?;
+    for plug in &plugs {
+        if let Backend::Vsock { .. } = plug.backend {
+            vsock::end_lent(&plug.name, from);
+        }
+    }
+    Ok(plugs)
 }
 
 fn plugs(
@@ -125,6 +175,7 @@ impl Backend {
     fn queues(&self) -> usize {
         match self {
             Self::Disk(_) | Self::Rng => 1,
+            Self::Vsock { .. } => 3,
         }
     }
 
@@ -132,6 +183,7 @@ impl Backend {
     pub fn fresh(self) -> Box<dyn Kind> {
         match self {
             Self::Disk(image) => Box::new(Blk::new(image)),
+            Self::Vsock { cid, listener, dir } => Box::new(Vsock::new(cid, listener, &dir)),
             Self::Rng => Box::new(Rng),
         }
     }
@@ -141,10 +193,14 @@ impl Backend {
         self,
         instance: &str,
         from: &mut Unclaimed,
-        _late: &mut Borrowed,
+        late: &mut Borrowed,
     ) -> Result<Box<dyn Kind>, StateError> {
         Ok(match self {
             Self::Disk(image) => Box::new(Blk::restore(image, instance, from)?),
+            Self::Vsock { cid, listener, dir } => {
+                let vsock = Vsock::restore(cid, listener, &dir, instance, from, late)?;
+                Box::new(vsock)
+            }
             Self::Rng => Box::new(Rng::restore(instance, from)?),
         })
     }
