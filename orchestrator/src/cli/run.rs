@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
+    DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,7 +20,7 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, nets[].{tap,mac,queue_pairs}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -41,6 +41,10 @@ pub(super) struct Args {
     /// Pages behind RAM [base].
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
+    /// A network interface over a tap that exists on this host, such as tap=tap0 or
+    /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
+    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
+    nets: Vec<NetSpec>,
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
@@ -102,6 +106,28 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Reads `tap=NAME[,mac=MAC][,queues=N]`. Values are judged by the spec's validation.
+fn parse_net(text: &str) -> Result<NetSpec, String> {
+    let (mut tap, mut mac, mut queue_pairs) = (None, None, 1);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("mac", address)) => mac = Some(address.to_owned()),
+            Some(("queues", number)) => {
+                let parsed = number.parse();
+                queue_pairs = parsed.map_err(|_| format!("`{number}` is no number of queues"))?;
+            }
+            _ => return Err(format!("`{part}` is none of tap=, mac=, queues=")),
+        }
+    }
+    let tap = tap.ok_or("tap=NAME is missing")?;
+    Ok(NetSpec {
+        tap,
+        mac,
+        queue_pairs,
+    })
+}
+
 fn bad(error: impl std::fmt::Display) -> Problem {
     Problem::new(Code::BadRequest, error.to_string())
 }
@@ -131,7 +157,7 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             cmdline: args.cmdline.unwrap_or_default(),
         },
         disks: Vec::new(),
-        nets: Vec::new(),
+        nets: args.nets,
         vsock: None,
         rng: false,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
@@ -151,4 +177,26 @@ fn with_absolute_paths(mut spec: MachineSpec) -> Result<MachineSpec, Problem> {
         spec.kernel.initrd = Some(absolute(initrd)?);
     }
     Ok(spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_interfaces_as_they_are_typed() {
+        let net = parse_net("tap=t0,queues=4,mac=52:54:00:12:34:56").expect("all of it");
+        assert_eq!((net.tap.as_str(), net.queue_pairs), ("t0", 4));
+        assert_eq!(net.mac.as_deref(), Some("52:54:00:12:34:56"));
+        assert_eq!(parse_net("tap=t0").expect("the least").queue_pairs, 1);
+        for bad in [
+            "",
+            "t0",
+            "mac=52:54:00:12:34:56",
+            "tap=t0,queues=x",
+            "tap=t0,vlan=3",
+        ] {
+            parse_net(bad).expect_err(bad);
+        }
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use stillpoint_control::spec::format_mac;
+
 use super::{Desk, format, say, say_json};
 use crate::api::VmView;
 use crate::model::{Problem, SwapRecord};
@@ -49,6 +51,14 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         ("console", vm.console_socket.clone()),
         ("log", vm.vmm_log.clone()),
     ];
+    for (number, net) in vm.spec.nets.iter().enumerate() {
+        let mac = format_mac(vm.spec.mac(number).unwrap_or_default());
+        let several = match net.queue_pairs {
+            1 => String::new(),
+            pairs => format!(", {pairs} pairs of queues"),
+        };
+        rows.push(("network", format!("{} as {mac}{several}", net.tap)));
+    }
     if let Some(process) = &vm.process {
         rows.insert(3, ("pid", process.pid.to_string()));
     }

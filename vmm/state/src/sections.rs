@@ -34,6 +34,7 @@ sections! {
     Console = "console", version 1;
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
+    VirtioNet = "virtio-net", version 1;
 }
 
 /// One MSR of format 1.
@@ -308,6 +309,33 @@ pub struct VirtioQueue {
 /// An entropy device. It keeps nothing; its section says that it is there.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct VirtioRng {}
+
+/// A network device: what its guest can change, and what it was told at its boot.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct VirtioNet {
+    /// MAC address, 6 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub mac: Vec<u8>,
+    /// MTU in the configuration space; 0 if there is none.
+    #[prost(uint32, tag = "2")]
+    pub mtu: u32,
+    /// Features offered: what the tap could do when the guest booted.
+    #[prost(uint64, tag = "3")]
+    pub offered: u64,
+    /// Of those, what the driver agreed to.
+    #[prost(uint64, tag = "4")]
+    pub features: u64,
+    /// `GUEST_*` features that are switched on; the tap is set so already.
+    #[prost(uint64, tag = "5")]
+    pub offloads: u64,
+    /// Pairs of queues in use.
+    #[prost(uint32, tag = "6")]
+    pub active_pairs: u32,
+    /// For each queue of the tap: a frame, header first, that was taken from it and had no room
+    /// in the guest's buffers; as a rule empty.
+    #[prost(bytes = "vec", repeated, tag = "7")]
+    pub held: Vec<Vec<u8>>,
+}
 
 #[cfg(test)]
 mod tests {

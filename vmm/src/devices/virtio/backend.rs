@@ -6,10 +6,12 @@
 
 use std::path::Path;
 
-use stillpoint_control::spec::MachineSpec;
+use stillpoint_control::spec::{MachineSpec, NetSpec};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Kind;
+use super::net::Net;
+use super::net::tap::{Tap, TapError};
 use super::rng::Rng;
 use super::slot::Place;
 use crate::handover::lend::{Borrowed, Missing};
@@ -24,11 +26,16 @@ pub enum BackendError {
     /// No eventfd to be had.
     #[error(transparent)]
     Kick(#[from] IrqError),
+    /// A network interface's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
 }
 
 /// What a device is made of.
 #[derive(Debug)]
 pub enum Backend {
+    /// A tap, and the guest's MAC address.
+    Net(Tap, [u8; 6]),
     /// The host's entropy.
     Rng,
 }
@@ -48,14 +55,19 @@ pub struct Plug {
 
 /// A device as the spec wants it.
 #[derive(Clone, Copy, Debug)]
-enum Wanted {
+enum Wanted<'s> {
+    Net(&'s NetSpec, [u8; 6]),
     Rng,
 }
 
 /// All devices of `spec` with their names, in the order of their places.
-fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted)> {
+fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted<'_>)> {
+    let nets = spec.nets.iter().enumerate().map(|(number, net)| {
+        let mac = spec.mac(number).unwrap_or_default();
+        (format!("net{number}"), Wanted::Net(net, mac))
+    });
     let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
-    rng.into_iter().collect()
+    nets.chain(rng).collect()
 }
 
 /// Places of all devices of `spec`, without opening anything.
@@ -67,6 +79,7 @@ pub fn places(spec: &MachineSpec) -> Vec<Place> {
 pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |_name, wanted| {
         let backend = match wanted {
+            Wanted::Net(net, mac) => Backend::Net(Tap::open(net)?, mac),
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|_| Kick::new());
@@ -79,6 +92,11 @@ pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> 
 pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
+            Wanted::Net(net, mac) => {
+                let queues =
+                    (0..net.queue_pairs).map(|pair| from.take(&format!("{name}/tap{pair}")));
+                Backend::Net(Tap::adopt(queues.collect::<Result<_, _>>()?), mac)
+            }
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|queue| from.take(&format!("{name}/kick{queue}")));
@@ -90,7 +108,7 @@ pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, Backe
 
 fn plugs(
     spec: &MachineSpec,
-    mut make: impl FnMut(&str, Wanted) -> Result<(Backend, Vec<Kick>), BackendError>,
+    mut make: impl FnMut(&str, Wanted<'_>) -> Result<(Backend, Vec<Kick>), BackendError>,
 ) -> Result<Vec<Plug>, BackendError> {
     let all = wanted(spec).into_iter().enumerate();
     all.map(|(number, (name, wanted))| {
@@ -109,6 +127,7 @@ impl Backend {
     /// How many queues the device has.
     fn queues(&self) -> usize {
         match self {
+            Self::Net(tap, _) => 2 * tap.pairs() + 1,
             Self::Rng => 1,
         }
     }
@@ -116,6 +135,7 @@ impl Backend {
     /// A fresh device.
     pub fn fresh(self) -> Box<dyn Kind> {
         match self {
+            Self::Net(tap, mac) => Box::new(Net::new(tap, mac)),
             Self::Rng => Box::new(Rng),
         }
     }
@@ -128,6 +148,7 @@ impl Backend {
         _late: &mut Borrowed,
     ) -> Result<Box<dyn Kind>, StateError> {
         Ok(match self {
+            Self::Net(tap, mac) => Box::new(Net::restore(tap, mac, instance, from)?),
             Self::Rng => Box::new(Rng::restore(instance, from)?),
         })
     }
