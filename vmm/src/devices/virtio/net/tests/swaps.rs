@@ -86,8 +86,18 @@ fn frozen_means_silent_and_nothing_is_lost_by_it() {
     assert_eq!(receiver.frame().payload(), b"meanwhile");
 }
 
+/// Stops all threads of a test when one of them ends, by a panic too.
+struct Stop<'s>(&'s AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// A guest that sends every datagram back, until told to stop.
 fn echo(mut receiver: Receiver, mut sender: Sender, stop: &AtomicBool) {
+    let _stop = Stop(stop);
     let mut next = 0u64;
     while !stop.load(Ordering::SeqCst) {
         let Some(frame) = receiver.try_frame(Duration::from_millis(50)) else {
@@ -123,6 +133,7 @@ fn no_frame_is_lost_or_doubled_by_swaps_while_they_flow() {
         std::thread::scope(|scope| {
             scope.spawn(|| echo(receiver, sender, &stop));
             scope.spawn(|| {
+                let _stop = Stop(&stop);
                 let mut sent = 0u64;
                 while !stop.load(Ordering::SeqCst) {
                     if sent < back.load(Ordering::SeqCst) + UNDER_WAY {
@@ -135,15 +146,16 @@ fn no_frame_is_lost_or_doubled_by_swaps_while_they_flow() {
                 }
             });
             scope.spawn(|| {
-                while swapped.load(Ordering::SeqCst) < SWAPS {
+                let _stop = Stop(&stop);
+                while swapped.load(Ordering::SeqCst) < SWAPS && !stop.load(Ordering::SeqCst) {
                     let payload = received(&host).expect("an echo");
                     let number = payload[..8].try_into().expect("8 bytes");
                     let expected = back.load(Ordering::SeqCst);
                     assert_eq!(u64::from_le_bytes(number), expected, "lost or doubled");
                     back.fetch_add(1, Ordering::SeqCst);
                 }
-                stop.store(true, Ordering::SeqCst);
             });
+            let _stop = Stop(&stop);
             for number in 1..=SWAPS {
                 driver = swap(driver);
                 // Something must get through between two swaps.
