@@ -174,6 +174,49 @@ fn pairs_of_queues_are_used_as_the_driver_asks() {
 }
 
 #[test]
+fn answers_come_by_the_queue_that_the_flow_uses() {
+    own_network!("answers_come_by_the_queue_that_the_flow_uses", SEVERAL);
+    let driver = boot("t0", 4);
+    let host = host_socket();
+    let features = COMMANDS | QUEUES | MERGE | EVENT_IDX;
+    let (mut receivers, mut senders, mut ring) = pairs(&driver, features);
+    assert!(command(&driver, &mut ring, 4, 0, &[4, 0]));
+    for (receiver, sender) in receivers.iter_mut().zip(&mut senders).rev() {
+        sender.send(&datagram(b"question"));
+        assert_eq!(received(&host).expect("a datagram"), b"question");
+        host.send(b"answer").expect("send");
+        assert_eq!(receiver.frame().payload(), b"answer");
+    }
+}
+
+#[test]
+fn frames_for_a_pair_that_is_given_up_come_by_another() {
+    own_network!(
+        "frames_for_a_pair_that_is_given_up_come_by_another",
+        SEVERAL
+    );
+    let driver = boot("t0", 4);
+    let host = host_socket();
+    let features = COMMANDS | QUEUES | MERGE | EVENT_IDX;
+    let mut rings = driver.start(features);
+    let mut commands = rings.pop().expect("the last");
+    assert!(command(&driver, &mut commands, 4, 0, &[4, 0]));
+    // The flow is the fourth pair's, which has no buffers; the first has.
+    let mut sender = Sender::new(&driver.memory, rings.pop().expect("the fourth"), 32 << 20);
+    sender.send(&datagram(b"question"));
+    assert_eq!(received(&host).expect("a datagram"), b"question");
+    let mut receiver = Receiver::new(&driver.memory, rings.remove(0), FREE, 128, 1526);
+    host.send(b"answer").expect("send");
+    let other = receiver.try_frame(Duration::from_millis(50));
+    assert!(
+        other.is_none(),
+        "it came by a pair that its flow does not use"
+    );
+    assert!(command(&driver, &mut commands, 4, 0, &[1, 0]));
+    assert_eq!(receiver.frame().payload(), b"answer");
+}
+
+#[test]
 fn a_driver_that_knows_one_pair_has_its_commands_in_queue_2() {
     own_network!(
         "a_driver_that_knows_one_pair_has_its_commands_in_queue_2",
