@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, Pages, VsockSpec, parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, VsockSpec,
+    parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,8 +21,8 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, vsock.cid, rng,
-    /// blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
+    /// vsock.cid, rng, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -46,6 +47,10 @@ pub(super) struct Args {
     /// Pages behind RAM [base].
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
+    /// A network interface over a tap that exists on this host, such as tap=tap0 or
+    /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
+    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
+    nets: Vec<NetSpec>,
     /// Sockets between guest and host: host programs connect to `vsock.sock` in the guest's
     /// directory. CID is the guest's context id [made of its name].
     #[arg(long, value_name = "CID", conflicts_with = "spec", num_args = 0..=1, require_equals = true)]
@@ -118,6 +123,28 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Reads `tap=NAME[,mac=MAC][,queues=N]`. Values are judged by the spec's validation.
+fn parse_net(text: &str) -> Result<NetSpec, String> {
+    let (mut tap, mut mac, mut queue_pairs) = (None, None, 1);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("mac", address)) => mac = Some(address.to_owned()),
+            Some(("queues", number)) => {
+                let parsed = number.parse();
+                queue_pairs = parsed.map_err(|_| format!("`{number}` is no number of queues"))?;
+            }
+            _ => return Err(format!("`{part}` is none of tap=, mac=, queues=")),
+        }
+    }
+    let tap = tap.ok_or("tap=NAME is missing")?;
+    Ok(NetSpec {
+        tap,
+        mac,
+        queue_pairs,
+    })
+}
+
 fn bad(error: impl std::fmt::Display) -> Problem {
     Problem::new(Code::BadRequest, error.to_string())
 }
@@ -153,7 +180,7 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             cmdline: args.cmdline.unwrap_or_default(),
         },
         disks: args.disks,
-        nets: Vec::new(),
+        nets: args.nets,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;
@@ -230,5 +257,22 @@ mod tests {
         let typed = Typed::try_parse_from(["run", "a", "--kernel", "k", "--vsock=2"]);
         let error = spec_of_flags(typed.expect("parse").args).expect_err("the host's");
         assert!(error.to_string().contains("vsock.cid"), "{error}");
+    }
+
+    #[test]
+    fn network_interfaces_as_they_are_typed() {
+        let net = parse_net("tap=t0,queues=4,mac=52:54:00:12:34:56").expect("all of it");
+        assert_eq!((net.tap.as_str(), net.queue_pairs), ("t0", 4));
+        assert_eq!(net.mac.as_deref(), Some("52:54:00:12:34:56"));
+        assert_eq!(parse_net("tap=t0").expect("the least").queue_pairs, 1);
+        for bad in [
+            "",
+            "t0",
+            "mac=52:54:00:12:34:56",
+            "tap=t0,queues=x",
+            "tap=t0,vlan=3",
+        ] {
+            parse_net(bad).expect_err(bad);
+        }
     }
 }

@@ -7,12 +7,14 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use stillpoint_control::spec::{DiskSpec, MachineSpec, VsockSpec};
+use stillpoint_control::spec::{DiskSpec, MachineSpec, NetSpec, VsockSpec};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Kind;
 use super::blk::Blk;
 use super::blk::image::{Image, ImageError};
+use super::net::Net;
+use super::net::tap::{Tap, TapError};
 use super::rng::Rng;
 use super::slot::Place;
 use super::vsock::{self, Vsock};
@@ -35,6 +37,9 @@ pub enum BackendError {
     /// A disk that can't be had.
     #[error(transparent)]
     Disk(#[from] ImageError),
+    /// A network interface's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
 }
 
 /// What a device is made of.
@@ -42,6 +47,8 @@ pub enum BackendError {
 pub enum Backend {
     /// An image or block device.
     Disk(Image),
+    /// A tap, and the guest's MAC address.
+    Net(Tap, [u8; 6]),
     /// Unix sockets in the guest's directory.
     Vsock {
         /// The guest's context id.
@@ -72,6 +79,7 @@ pub struct Plug {
 #[derive(Clone, Copy, Debug)]
 enum Wanted<'s> {
     Disk(&'s DiskSpec),
+    Net(&'s NetSpec, [u8; 6]),
     Vsock(VsockSpec),
     Rng,
 }
@@ -80,11 +88,15 @@ enum Wanted<'s> {
 fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted<'_>)> {
     let disks = spec.disks.iter().enumerate();
     let disks = disks.map(|(number, disk)| (format!("disk{number}"), Wanted::Disk(disk)));
+    let nets = spec.nets.iter().enumerate().map(|(number, net)| {
+        let mac = spec.mac(number).unwrap_or_default();
+        (format!("net{number}"), Wanted::Net(net, mac))
+    });
     let vsock = spec
         .vsock
         .map(|vsock| ("vsock".to_owned(), Wanted::Vsock(vsock)));
     let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
-    disks.chain(vsock).chain(rng).collect()
+    disks.chain(nets).chain(vsock).chain(rng).collect()
 }
 
 /// Places of all devices of `spec`, without opening anything.
@@ -102,6 +114,7 @@ pub fn open(spec: &MachineSpec, dir: &Path) -> Result<Vec<Plug>, BackendError> {
                 listener: vsock::listen(dir)?,
                 dir: dir.to_owned(),
             },
+            Wanted::Net(net, mac) => Backend::Net(Tap::open(net)?, mac),
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|_| Kick::new());
@@ -128,6 +141,11 @@ pub fn adopt(
                 listener: from.take(&format!("{name}/listener"))?,
                 dir: dir.to_owned(),
             },
+            Wanted::Net(net, mac) => {
+                let queues =
+                    (0..net.queue_pairs).map(|pair| from.take(&format!("{name}/tap{pair}")));
+                Backend::Net(Tap::adopt(queues.collect::<Result<_, _>>()?), mac)
+            }
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|queue| from.take(&format!("{name}/kick{queue}")));
@@ -175,6 +193,7 @@ impl Backend {
     fn queues(&self) -> usize {
         match self {
             Self::Disk(_) | Self::Rng => 1,
+            Self::Net(tap, _) => 2 * tap.pairs() + 1,
             Self::Vsock { .. } => 3,
         }
     }
@@ -184,6 +203,7 @@ impl Backend {
         match self {
             Self::Disk(image) => Box::new(Blk::new(image)),
             Self::Vsock { cid, listener, dir } => Box::new(Vsock::new(cid, listener, &dir)),
+            Self::Net(tap, mac) => Box::new(Net::new(tap, mac)),
             Self::Rng => Box::new(Rng),
         }
     }
@@ -201,6 +221,7 @@ impl Backend {
                 let vsock = Vsock::restore(cid, listener, &dir, instance, from, late)?;
                 Box::new(vsock)
             }
+            Self::Net(tap, mac) => Box::new(Net::restore(tap, mac, instance, from)?),
             Self::Rng => Box::new(Rng::restore(instance, from)?),
         })
     }
