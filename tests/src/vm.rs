@@ -10,7 +10,7 @@ use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
 use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
+use stillpoint_control::spec::{DiskSpec, KernelSpec, MachineSpec, MemorySpec};
 
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
@@ -32,6 +32,8 @@ pub struct Recipe {
     pub kernel: Option<PathBuf>,
     /// How all VMMs of this guest are started.
     pub manner: Manner,
+    /// Its disks.
+    pub disks: Vec<DiskSpec>,
 }
 
 impl Recipe {
@@ -45,6 +47,7 @@ impl Recipe {
             release: Release::Current,
             kernel: None,
             manner: Manner::default(),
+            disks: Vec::new(),
         }
     }
 
@@ -61,7 +64,7 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
-            disks: Vec::new(),
+            disks: self.disks.clone(),
             nets: Vec::new(),
             vsock: None,
             rng: false,

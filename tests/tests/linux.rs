@@ -142,17 +142,22 @@ impl Loads {
     /// Has them come to their ends; each report must be good.
     fn finish(self, guest: &Linux<'_>) -> anyhow::Result<Vec<serde_json::Value>> {
         let Self { in_guest, on_host } = self;
-        on_host[0].wind_up()?;
+        // Of a stream its sender ends; the servers have no end of their own, and what they saw is
+        // in their clients' reports.
+        for load in &on_host[..2] {
+            load.wind_up()?;
+        }
         for load in &in_guest {
             load.wind_up(guest)?;
         }
-        let mut reports = Vec::new();
-        for load in in_guest {
-            reports.push(load.finish()?);
-        }
-        // The servers are killed by their drop; what they saw is in their clients' reports.
+        let (judged, servers): (Vec<_>, Vec<_>) = in_guest
+            .into_iter()
+            .partition(|load| load.name() != "serves");
+        let reports = judged.into_iter().map(InGuest::finish);
+        let mut reports = reports.collect::<anyhow::Result<Vec<_>>>()?;
         let calls = on_host.into_iter().next().context("the host's caller")?;
         reports.push(calls.finish()?);
+        drop(servers);
         Ok(reports)
     }
 }

@@ -20,6 +20,7 @@ mod mounts;
 mod network;
 
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -38,12 +39,6 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A service that ends sooner than this after its start would end again.
 const SOON: Duration = Duration::from_secs(5);
-
-/// Says something on the console.
-macro_rules! say {
-    ($($arg:tt)*) => { println!("stillpoint-agent: {}", format_args!($($arg)*)) };
-}
-use say;
 
 /// Brings the guest up and never returns.
 pub(crate) fn run() -> ! {
@@ -99,6 +94,7 @@ struct Init {
 impl Init {
     fn service(&mut self) {
         let started = Command::new("/proc/self/exe")
+            .arg0("stillpoint-agent")
             .arg(UNDER_INIT)
             .env("PATH", PATH)
             .env("HOME", "/")

@@ -13,6 +13,10 @@ use crate::endpoint::{Connect, Door, Stream, Target};
 use crate::frame::{Frames, Kind, MAX_PAYLOAD};
 use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
+use crate::term;
+
+/// What a server's report is called.
+const SERVE: &str = "echo-serve";
 
 /// The client's side.
 #[derive(clap::Args, Debug)]
@@ -33,7 +37,7 @@ pub(crate) struct Args {
     /// Time between round trips.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     interval_ms: u64,
-    /// Where the randomness comes from [random].
+    /// Where the randomness comes from; without it, from anywhere.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// A round trip that takes longer has failed.
@@ -72,19 +76,22 @@ impl Report for EchoReport {
     }
 
     fn sentence(&self) -> String {
+        let end = self
+            .error
+            .as_ref()
+            .map(|error| format!("; it failed: {error}"));
+        let end = end.unwrap_or_default();
+        if self.load == SERVE {
+            return format!("{SERVE}: {} bytes came and went{end}", self.pace.bytes);
+        }
         let Self {
             round_trips,
             mean_us,
             worst_us,
             ..
         } = self;
-        let end = self
-            .error
-            .as_ref()
-            .map(|error| format!("; it failed: {error}"));
         format!(
-            "echo: {round_trips} round trips, mean {mean_us:.0} us, worst {worst_us:.0} us{}",
-            end.unwrap_or_default()
+            "echo: {round_trips} round trips, mean {mean_us:.0} us, worst {worst_us:.0} us{end}"
         )
     }
 }
@@ -110,7 +117,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<EchoReport> {
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let more = |trips| match args.count {
         Some(count) => trips < count,
-        None => Instant::now() < end,
+        None => term::goes_on(end),
     };
     let mut total_us = 0.0;
     while report.error.is_none() && more(report.round_trips) {
@@ -185,7 +192,7 @@ fn send_back(stream: &mut Stream) -> EchoReport {
         }
     }
     EchoReport {
-        load: "echo-serve",
+        load: SERVE,
         ok: error.is_none(),
         error,
         pace: pace.end(),

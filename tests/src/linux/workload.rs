@@ -74,6 +74,11 @@ impl InGuest {
         Ok(Self { name, job, thread })
     }
 
+    /// What it was called at its start.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
     /// Whether it has ended.
     pub fn has_ended(&self) -> bool {
         self.thread.is_finished()

@@ -1,7 +1,6 @@
 //! The service, asked over a socketpair by the library's client.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -141,11 +140,34 @@ fn those_left_behind_are_not_waited_for() {
 #[test]
 fn a_started_program_is_killed_with_its_group() {
     let mut client = alone();
-    let job = client.start(shell("sleep 1000 | sleep 1000")).unwrap().job;
+    let job = client
+        .start(shell("sleep 1000 & echo $!; wait"))
+        .unwrap()
+        .job;
     assert_eq!(code(client.kill(job, 999)), Code::Failed);
+    let mut child = String::new();
+    while !child.ends_with('\n') {
+        child.push_str(
+            &client
+                .poll(job, Duration::from_secs(5))
+                .unwrap()
+                .output
+                .stdout,
+        );
+    }
     client.kill(job, 15).unwrap();
     assert_eq!(client.follow(job, |_| {}).unwrap(), Exit::Signal(15));
     assert_eq!(code(client.kill(job, 15)), Code::NoSuchJob);
+    // Its child is gone, or waits for whoever reaps orphans here.
+    let stat = format!("/proc/{}/stat", child.trim());
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{stat} is still there"
+        );
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -216,13 +238,16 @@ fn hooks_run_in_order_under_one_deadline() {
     let before = directory.path().join("before");
     std::fs::create_dir(&before).unwrap();
     let hook = |name: &str, script: &str, mode| {
+        // By another process: a child that some other test starts at this moment would hold the
+        // file open for writing, and a file that is can't be run.
         let path = before.join(name);
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        let text = format!("#!/bin/sh\\n{script}\\n");
+        let script = format!("printf '{text}' > {0}; chmod {mode} {0}", path.display());
+        assert!(alone().exec(shell(&script)).unwrap().exit.is_success());
     };
-    hook("10-first", "echo one", 0o755);
-    hook("20-fails", "exit 4", 0o755);
-    hook("30-not-a-hook", "exit 5", 0o644);
+    hook("10-first", "echo one", 755);
+    hook("20-fails", "exit 4", 755);
+    hook("30-not-a-hook", "exit 5", 644);
     let mut client = client(&service(directory.path()));
     let hooks = client.pause_begin(Duration::from_secs(30)).unwrap();
     let told: Vec<_> = hooks
@@ -238,7 +263,7 @@ fn hooks_run_in_order_under_one_deadline() {
     assert_eq!(hooks.ran[0].output.stdout, "one\n");
     assert!(!hooks.all_well());
 
-    hook("05-slow", "exec sleep 1000", 0o755);
+    hook("05-slow", "exec sleep 1000", 755);
     let hooks = client.pause_begin(Duration::from_millis(100)).unwrap();
     assert_eq!(
         (hooks.ran[0].exit, hooks.left_out),
