@@ -54,6 +54,10 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-tests --bins
 
+.PHONY: clock
+clock: releases ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
+	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin clock -- $(CLOCK)
+
 .PHONY: demo
 demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
 	target/release/demo

@@ -34,6 +34,8 @@ pub struct Recipe {
     pub manner: Manner,
     /// Its disks.
     pub disks: Vec<DiskSpec>,
+    /// Its clock.
+    pub clock: ClockSpec,
 }
 
 impl Recipe {
@@ -48,6 +50,7 @@ impl Recipe {
             kernel: None,
             manner: Manner::default(),
             disks: Vec::new(),
+            clock: ClockSpec::default(),
         }
     }
 
@@ -68,7 +71,7 @@ impl Recipe {
             nets: Vec::new(),
             vsock: None,
             rng: false,
-            clock: ClockSpec::default(),
+            clock: self.clock.clone(),
             blackout_budget: Duration::from_secs(5),
         }
     }

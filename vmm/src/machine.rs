@@ -23,6 +23,7 @@ use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::vmclock::VmClock;
 use crate::devices::{Busy, Device};
 use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
@@ -81,6 +82,7 @@ pub struct Machine {
     serial: Arc<SerialPort>,
     power: Arc<Power>,
     probe: Arc<Probe>,
+    vmclock: Option<Arc<VmClock>>,
     bus: Arc<Bus>,
     vm: VmFd,
     ram: Arc<GuestRam>,
@@ -162,12 +164,19 @@ impl Machine {
     /// `policy` is the pause's.
     pub fn formats(&self, policy: Policy) -> Vec<u32> {
         // Releases of before format 3 would read over `hold`, and the guest's clocks would jump.
-        let least = match (self.virtio.is_empty(), policy) {
-            (true, Policy::Advance) => 0,
-            _ => VIRTIO_FORMAT,
-        };
+        let old = self.virtio.is_empty() && self.vmclock.is_none() && policy == Policy::Advance;
+        let least = if old { 0 } else { VIRTIO_FORMAT };
         let formats = release::FORMATS.iter().copied();
         formats.filter(|&format| format >= least).collect()
+    }
+
+    /// Has the guest hear of a swap, in which its TSC was disturbed or not. It is ours, and stands
+    /// still.
+    pub fn tell_of_swap(&self, disturbed: bool) {
+        // The page is in RAM, which every machine has.
+        if let Some(Ok(())) = self.vmclock.as_ref().map(|c| c.note_swap(disturbed)) {
+            self.power.tell_of_clock();
+        }
     }
 
     /// Connects the console to the outside. A machine runs without; output waits in memory.

@@ -240,6 +240,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // The guest is ours. No error from here on may be answered by anything but carrying on or
     // ending: nobody else may run it again.
     let taken_tsc = clock::host_tsc();
+    machine.tell_of_swap(loaded.has_disturbed_tsc());
     let entered = machine.enter(ENTER_PATIENCE)?;
     // By the vCPUs' own stamps: this thread leaves the cores to them first.
     let entering = clock::duration(entered.tsc.saturating_sub(taken_tsc), machine.tsc_khz());

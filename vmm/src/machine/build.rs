@@ -34,6 +34,7 @@ use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
 use crate::devices::virtio::backend::{Backend, BackendError, Plug};
 use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::slot::{Place, Slot};
+use crate::devices::vmclock::VmClock;
 use crate::event::Event;
 use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
@@ -167,6 +168,14 @@ pub struct Loaded {
     pub viewers: usize,
 }
 
+impl Loaded {
+    /// Whether the guest's TSC did not run on as if nothing had been.
+    pub fn has_disturbed_tsc(&self) -> bool {
+        let exact = |vcpu: &LoadedVcpu| vcpu.tsc_offset_delta == Some(0);
+        self.pause.held != 0 || !self.vcpus.iter().all(exact)
+    }
+}
+
 impl Blank {
     /// Makes one. `prepare` has the vCPU fds before their threads do.
     pub fn new(
@@ -234,6 +243,7 @@ impl Blank {
             power,
             probe,
             virtio,
+            vmclock,
         } = make(Wiring {
             lines: self.lines,
             buffer: &self.buffer,
@@ -261,6 +271,7 @@ impl Blank {
             Arc::clone(&power) as _,
             Arc::clone(&probe) as _,
         ];
+        devices.extend(vmclock.iter().map(|clock| Arc::clone(clock) as _));
         for device in &virtio {
             let registers = Arc::clone(device) as Arc<dyn Device>;
             let base = device.place().base.into();
@@ -276,6 +287,7 @@ impl Blank {
             serial,
             power,
             probe,
+            vmclock,
             bus: Arc::new(bus),
             vm: self.vm,
             ram: self.ram,
@@ -317,14 +329,17 @@ impl Blank {
         let vcpus = self.vcpus.loaded(patience)?;
         let clock =
             align::align(&self.vm, &saved_clock, pause.held).map_err(kvm("set the clock"))?;
+        let (has_vmclock, ram) = (self.spec.clock.vmclock, Arc::clone(&self.ram));
         let machine = self.with_devices(|wiring| {
             let Lines { serial, power } = wiring.lines;
             let output = wiring.buffer.output();
+            let vmclock = has_vmclock.then(|| VmClock::restore(ram.map(), &mut state));
             let virtio = wiring.slots.into_iter().map(|(slot, backend)| {
                 let kind = backend.restore(slot.name(), &mut state, late)?;
                 VirtioMmio::restore(slot, kind, &mut state).map(Arc::new)
             });
             Ok(Parts {
+                vmclock: vmclock.transpose()?.map(Arc::new),
                 virtio: virtio.collect::<Result<_, _>>()?,
                 serial: Arc::new(SerialPort::restore(serial, output, &mut state)?),
                 power: Arc::new(Power::restore(power, wiring.events, &mut state)?),
@@ -361,6 +376,7 @@ struct Parts {
     power: Arc<Power>,
     probe: Arc<Probe>,
     virtio: Vec<Arc<VirtioMmio>>,
+    vmclock: Option<Arc<VmClock>>,
 }
 
 /// The pause behind a saved clock, as far as it goes into the guest's clocks. For one that is held,
@@ -454,6 +470,7 @@ impl Machine {
         let platform = Platform {
             vcpus: spec.cpus,
             virtio: plugs.iter().map(|plug| plug.place).collect(),
+            vmclock: spec.clock.vmclock,
         };
         let entry = boot::load(images, ram, &platform)?;
         let promise = Promise {
@@ -471,7 +488,10 @@ impl Machine {
             let Lines { serial, power } = wiring.lines;
             let virtio = wiring.slots.into_iter();
             let virtio = virtio.map(|(slot, backend)| VirtioMmio::new(slot, backend.fresh()));
+            let vmclock = spec.clock.vmclock.then(|| VmClock::new(ram.map()));
+            let vmclock = vmclock.transpose().map_err(BootError::from)?;
             Ok(Parts {
+                vmclock: vmclock.map(Arc::new),
                 virtio: virtio.map(Arc::new).collect(),
                 serial: Arc::new(SerialPort::new(serial, wiring.buffer.output())),
                 power: Arc::new(Power::new(power, wiring.events)),

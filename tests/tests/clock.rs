@@ -1,0 +1,67 @@
+//! Clocks across swaps, in short; `make clock` takes the same figures in full length.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use stillpoint_control::clock::Policy;
+use stillpoint_control::report::Outcome;
+use stillpoint_tests::clocks::figures::{self, must_keep};
+use stillpoint_tests::needs_kvm;
+use stillpoint_tests::releases::Release;
+use stillpoint_tests::swap::Terms;
+use stillpoint_tests::vm::{Recipe, Vm};
+
+#[test]
+fn clock_timers_and_flags_over_swaps() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::swaps(20, |_| {})?)
+}
+
+#[test]
+fn a_periodic_timer_keeps_its_phase() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::periodic(4)?)
+}
+
+#[test]
+fn latecomers_step_no_clock() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::latecomers(Duration::from_secs(2))?)
+}
+
+#[test]
+fn what_is_spoilt_is_caught() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::controls()?)
+}
+
+#[test]
+fn a_pause_of_seconds() -> anyhow::Result<()> {
+    needs_kvm!();
+    let least = Duration::from_secs(2);
+    must_keep(&figures::long_pause("loaded=slow:2000", least)?)
+}
+
+#[test]
+fn hold_is_kept_or_refused_by_name() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::hold()?)
+}
+
+/// Whatever the host can do: late for ever is no wall clock.
+#[test]
+fn hold_without_a_correction_is_refused() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = Vm::up(&Recipe::pulse(1, "ram=4M"))?;
+    let terms = Terms {
+        clock: Some(Policy::Hold),
+        ..Terms::default()
+    };
+    let report = vm.swap(Release::Current, &terms)?;
+    ensure!(report.outcome == Outcome::Kept, "{report:#?}");
+    let why = report.reason.unwrap_or_default();
+    ensure!(why.contains("nothing would correct"), "{why}");
+    ensure!(report.blackout.host.is_zero(), "it was frozen for it");
+    vm.is_well()?;
+    vm.power_off()
+}
