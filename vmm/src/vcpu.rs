@@ -344,3 +344,6 @@ impl Drop for VcpuSet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
