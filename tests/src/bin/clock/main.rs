@@ -78,7 +78,7 @@ fn on_kvm(quick: bool) -> anyhow::Result<Vec<Figure>> {
         Box<dyn Fn() -> anyhow::Result<Vec<Figure>> + 'a>,
     );
     let parts: [Part<'_>; 6] = [
-        ("swaps", Box::new(|| figures::swaps(scale(SWAPS), count))),
+        ("swaps", Box::new(|| swaps(scale(SWAPS)))),
         (
             "periodic timer",
             Box::new(|| figures::periodic(scale(PERIODIC))),
@@ -99,10 +99,15 @@ fn on_kvm(quick: bool) -> anyhow::Result<Vec<Figure>> {
     Ok(all)
 }
 
-fn count(swap: usize) {
-    if swap.is_multiple_of(100) {
-        eprintln!("  {swap} swaps");
-    }
+fn swaps(count: usize) -> anyhow::Result<Vec<Figure>> {
+    let progress = |swap: usize| {
+        if swap.is_multiple_of(100) {
+            eprintln!("  {swap} swaps");
+        }
+    };
+    let mut swaps = figures::swaps(count, progress)?;
+    swaps.figures.push(swaps.pauses);
+    Ok(swaps.figures)
 }
 
 fn failed(name: &str, error: &anyhow::Error) -> Figure {

@@ -1,0 +1,65 @@
+//! The phase of a periodic timer.
+
+use std::time::Duration;
+
+use anyhow::ensure;
+use stillpoint_control::report::Outcome;
+
+use super::{Figure, worst};
+use crate::clocks::Watched;
+use crate::patience::{PATIENCE, wait_for};
+use crate::releases::Release;
+use crate::swap::Terms;
+
+/// How far the phase may move in a swap.
+const PHASE: Duration = Duration::from_micros(100);
+/// pulse's periodic timer.
+const PERIOD_US: u64 = 2000;
+/// Ticks looked at for a phase.
+const TICKS: usize = 20;
+
+/// The phase of a periodic timer over `count` swaps.
+pub fn periodic(count: usize) -> anyhow::Result<Vec<Figure>> {
+    let mut guest = Watched::up(1, "timers=periodic ram=4M")?;
+    let period = guest.page(0)?.cycles(PERIOD_US);
+    // Phases lie around the middle of a period then, and never at its edge.
+    let base = guest.last_tick(0)?.wrapping_sub(period / 2);
+    let phase = |guest: &Watched| -> anyhow::Result<i64> {
+        let mut least = u64::MAX;
+        let mut last = 0;
+        for _ in 0..TICKS {
+            last = wait_for("a periodic tick", PATIENCE, || {
+                Ok(Some(guest.last_tick(0)?).filter(|&tick| tick != last))
+            })?;
+            // Ticks are late by what the vCPU waited for its core, never early.
+            least = least.min(last.wrapping_sub(base) % period);
+        }
+        Ok(least.cast_signed())
+    };
+    let per_us = guest.page(0)?.cycles(1).cast_signed();
+    let mut shifts = Vec::new();
+    let mut quiet = Vec::new();
+    for swap in 0..count {
+        let control = phase(&guest)?;
+        let before = phase(&guest)?;
+        quiet.push((before - control) / per_us);
+        let to = [Release::Compat, Release::Current][swap % 2];
+        let seen = guest.swap(to, &Terms::default())?;
+        ensure!(
+            seen.report.outcome == Outcome::Moved,
+            "{:?}",
+            seen.report.reason
+        );
+        shifts.push((phase(&guest)? - before) / per_us);
+    }
+    guest.vm.is_well()?;
+    guest.vm.power_off()?;
+    let (shift, noise) = (worst(shifts.into_iter()), worst(quiet.into_iter()));
+    let bound = i64::try_from(PHASE.as_micros())? + noise.abs();
+    Ok(vec![Figure::new(
+        &format!("periodic timer's phase, {count} swaps"),
+        format!("moves at most {PHASE:?} and what it does without a swap"),
+        format!("worst {shift} µs; without a swap {noise} µs"),
+        shift.abs() <= bound,
+    )])
+}
