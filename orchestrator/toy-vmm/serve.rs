@@ -49,6 +49,8 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         Request::LastReport => Reply::Report {
             report: lock(&toy.now).report.clone().map(Box::new),
         },
+        // A toy's guest has no driver for its power button.
+        Request::PressPowerButton => Reply::Pressed { heard: false },
         Request::HandOver { .. } => handover::offer(toy, client, request, fds)?,
     };
     Ok(frame::send_json(client, &reply, &[])?)

@@ -60,6 +60,10 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
+            disks: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            rng: false,
             blackout_budget: Duration::from_secs(5),
         }
     }

@@ -107,7 +107,7 @@ fn a_release_to_itself_in_the_newest_format() -> anyhow::Result<()> {
     let mut vm = Vm::up(&Recipe::pulse(2, "ram=8M"))?;
     for _ in 0..3 {
         let report = vm.must_move(Release::Current)?;
-        ensure!(report.state_format == 2, "format {}", report.state_format);
+        ensure!(report.state_format == 3, "format {}", report.state_format);
         vm.is_well()?;
     }
     vm.power_off()

@@ -11,13 +11,26 @@
 pub mod power;
 pub mod probe;
 pub mod serial;
+pub mod virtio;
+
+use std::time::Instant;
 
 use stillpoint_state::{Saved, StateError};
+
+/// A device that did not come to rest in time.
+#[derive(Debug, thiserror::Error)]
+#[error("{device} did not come to rest in time: {in_flight} requests are under way")]
+pub struct Busy {
+    /// Its name in the machine.
+    pub device: String,
+    /// Requests not ended yet.
+    pub in_flight: usize,
+}
 
 /// A device on the bus.
 pub trait Device: Send + Sync + std::fmt::Debug {
     /// Name, for people.
-    fn name(&self) -> &'static str;
+    fn name(&self) -> &str;
 
     /// A read by the guest at `offset` in the device's window; `data` comes filled with ones.
     fn read(&self, offset: u64, data: &mut [u8]);
@@ -25,13 +38,18 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// A write by the guest.
     fn write(&self, offset: u64, data: &[u8]);
 
-    /// Called after every vCPU is parked. On return nothing is in flight, and until
+    /// Called while the guest still runs: the device takes no new requests, and those under way
+    /// end. So a slow disk costs the guest's I/O a moment, and not the whole guest a pause.
+    fn drain(&self, deadline: Instant) -> Result<(), Busy>;
+
+    /// Called after every vCPU is parked. On success nothing is in flight, and until
     /// [`Device::resume`] the device raises no interrupt and touches nothing outside itself.
     /// Freezing twice is freezing once.
-    fn freeze(&self);
+    fn freeze(&self, deadline: Instant) -> Result<(), Busy>;
 
     /// Called by the process that owns the guest, before any vCPU runs. Raises again every
     /// interrupt that the guest has not acknowledged; a spurious one is allowed, a lost one not.
+    /// Also undoes a drain or freeze that failed.
     fn resume(&self);
 
     /// Adds the device's section. Only between freeze and resume.

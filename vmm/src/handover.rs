@@ -5,10 +5,12 @@
 //! ```text
 //!  predecessor                               successor
 //!  (guest runs)                              (started by the daemon)
-//!      │ ── Offer + fds ───────────────────────▶ │  adopt: map RAM, build an own VM, populate
+//!      │ ── Offer + fds, Files + fds ──────────▶ │  adopt: map RAM, build an own VM, populate
 //!      │ ◀─────────────────────────── Adopted ── │
+//!   drain                                        │
 //!   freeze ══════════════ blackout ═════════════ │
 //!   save, write the state memfd, seal it         │
+//!      │ ── Files that were opened meanwhile ──▶ │
 //!      │ ── State (+ viewers' sockets) ────────▶ │  load; align the clock
 //!      │ ◀──────────────────────────── Loaded ── │
 //!   give up  (ownership word: Sealed → GivenUp)  │
@@ -27,6 +29,7 @@
 //!   takes the guest; in every other case it exits.
 
 pub mod incoming;
+pub mod lend;
 pub mod measure;
 pub mod outgoing;
 
@@ -76,6 +79,17 @@ pub struct Offer {
     /// TSC offset of vCPU 0 as far as the predecessor knows without stopping it.
     #[prost(int64, optional, tag = "10")]
     pub tsc_offset: Option<i64>,
+    /// Files of devices that follow in packets of [`Files`], before anything else is said.
+    #[prost(uint32, tag = "11")]
+    pub files: u32,
+}
+
+/// Files of devices travel beside it, one for each name.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Files {
+    /// Their names, see [`lend`].
+    #[prost(string, repeated, tag = "1")]
+    pub names: Vec<String>,
 }
 
 /// Number of fds beside an offer.
@@ -140,7 +154,7 @@ pub struct Refused {
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Packet {
     /// What it says.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub body: Option<Body>,
 }
 
@@ -171,6 +185,9 @@ pub enum Body {
     /// See [`Refused`].
     #[prost(message, tag = "8")]
     Refused(Refused),
+    /// See [`Files`].
+    #[prost(message, tag = "9")]
+    Files(Files),
 }
 
 /// Why the other side could not be heard or told.

@@ -6,11 +6,14 @@
 //! acknowledged. That also covers an edge which KVM's irqfd work item had not yet delivered when
 //! the I/O APIC was read: a spurious interrupt is allowed, a lost one is not.
 
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
     kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use rustix::event::{EventfdFlags, eventfd};
 use stillpoint_state::sections::Irqchip as IrqchipSection;
 use stillpoint_state::{Section, StateError};
 use vmm_sys_util::eventfd::EventFd;
@@ -63,6 +66,12 @@ impl Line {
         Self(EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"))
     }
 
+    /// A line that leads into this eventfd, for tests of devices.
+    #[cfg(test)]
+    pub fn loose_into(event: OwnedFd) -> Self {
+        Self(raw::event_fd(event))
+    }
+
     /// How often the loose line was raised since the last call.
     #[cfg(test)]
     pub fn raised(&self) -> u64 {
@@ -72,6 +81,46 @@ impl Line {
     /// Raises the interrupt (an edge).
     pub fn raise(&self) -> std::io::Result<()> {
         self.0.write(1)
+    }
+}
+
+/// A kick: the guest's write to a queue's notification register, as an eventfd (ioeventfd).
+///
+/// Unlike a line it is shared by predecessor and successor: both machines write to one counter,
+/// and only the process whose device is at work listens.
+#[derive(Debug)]
+pub struct Kick(OwnedFd);
+
+impl Kick {
+    /// A new one.
+    pub fn new() -> Result<Self, IrqError> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let fd = eventfd(0, flags).map_err(std::io::Error::from)?;
+        Ok(Self(fd))
+    }
+
+    /// One that a predecessor made.
+    pub fn adopt(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
+    /// Has this machine write to it when its guest writes `queue` to `address` as 32 bits.
+    pub fn connect(&self, vm: &VmFd, address: u64, queue: u32) -> Result<(), IrqError> {
+        let event = raw::event_fd(self.0.try_clone()?);
+        vm.register_ioevent(&event, &IoEventAddress::Mmio(address), queue)
+            .map_err(kvm("connect a queue's notification"))
+    }
+
+    /// As the guest does it, from a vCPU's exit: where KVM could not do so by itself.
+    pub fn ring(&self) {
+        // Fails only if it was written 2^64 times and never read.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl AsFd for Kick {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -85,6 +134,21 @@ pub fn create(vm: &VmFd) -> Result<(), IrqError> {
         ..Default::default()
     };
     vm.create_pit2(pit).map_err(kvm("create the PIT"))
+}
+
+/// Masks every line of the two PICs, as firmware leaves them. A kernel that goes by the I/O APIC
+/// alone (hardware-reduced ACPI) never touches them; unmasked and not set up, they would put the
+/// first interrupt of a device before vCPU 0 as one of the processor's exceptions.
+pub fn mask_pics(vm: &VmFd) -> Result<(), IrqError> {
+    /// `imr` of `struct kvm_pic_state` within `struct kvm_irqchip`.
+    const MASK: usize = 8 + 2;
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut bytes = chip(vm, chip_id)?;
+        bytes[MASK] = 0xff;
+        vm.set_irqchip(&raw::from_bytes(IrqchipSection::NAME, &bytes)?)
+            .map_err(kvm("mask the interrupt controllers"))?;
+    }
+    Ok(())
 }
 
 fn chip(vm: &VmFd, chip_id: u32) -> Result<Vec<u8>, IrqError> {

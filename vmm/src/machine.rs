@@ -12,18 +12,28 @@ use std::time::{Duration, Instant};
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
 use stillpoint_control::spec::MachineSpec;
+use stillpoint_state::sections::VIRTIO_FORMAT;
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
 use crate::console::buffer::ConsoleStuck;
 use crate::console::{self, Console, Viewer};
-use crate::devices::Device;
+use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::{Busy, Device};
+use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
 use crate::memory::GuestRam;
 use crate::vcpu::{VcpuSet, VcpusError};
-use crate::{clock, irq};
+use crate::{clock, irq, release};
+
+/// How long the parts of a machine that ends may take to come to rest.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Between two looks at whether the guest took note of its power button.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Why a machine did not come to rest or could not be saved.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +41,12 @@ pub enum FreezeError {
     /// A vCPU.
     #[error(transparent)]
     Vcpus(#[from] VcpusError),
+    /// A device.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+    /// A device's file that could not be lent.
+    #[error("out of file descriptors for the guest's devices: {0}")]
+    Lend(std::io::Error),
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleStuck),
@@ -59,7 +75,10 @@ pub struct Machine {
     /// The console's output buffer; there before the console's thread is.
     buffer: console::buffer::Buffer,
     devices: Vec<Arc<dyn Device>>,
+    /// Those of `devices` that have files on the host.
+    virtio: Vec<Arc<VirtioMmio>>,
     serial: Arc<SerialPort>,
+    power: Arc<Power>,
     probe: Arc<Probe>,
     bus: Arc<Bus>,
     vm: VmFd,
@@ -106,12 +125,41 @@ impl Machine {
         &self.probe
     }
 
+    /// Presses the power button, and waits up to `patience` for the guest to take note of it; tells
+    /// whether it did. What the guest makes of it is its own affair.
+    pub fn press_power_button(&self, patience: Duration) -> bool {
+        self.power.press_button();
+        let deadline = Instant::now() + patience;
+        while self.power.is_press_pending() {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(GLANCE);
+        }
+        true
+    }
+
     /// The console's viewers.
     pub fn viewers(&self) -> Vec<Arc<Viewer>> {
         self.console
             .as_ref()
             .map(Console::viewers)
             .unwrap_or_default()
+    }
+
+    /// Offers every file of its devices that a successor needs and has not had yet.
+    pub fn lend(&self, to: &mut Lending) -> std::io::Result<()> {
+        self.virtio.iter().try_for_each(|device| device.lend(to))
+    }
+
+    /// Formats of saved state that carry all there is of this machine, preferred first.
+    pub fn formats(&self) -> Vec<u32> {
+        let least = match self.virtio.is_empty() {
+            true => 0,
+            false => VIRTIO_FORMAT,
+        };
+        let formats = release::FORMATS.iter().copied();
+        formats.filter(|&format| format >= least).collect()
     }
 
     /// Connects the console to the outside. A machine runs without; output waits in memory.
@@ -135,18 +183,36 @@ impl Machine {
         self.vcpus.enter(&self.bus, patience)
     }
 
-    /// Ends it for good: vCPUs parked, console at rest. Gives the viewers' sockets, for the
-    /// machine that comes after it.
-    pub fn stop(&mut self) -> std::io::Result<Vec<OwnedFd>> {
+    /// Ends it for good: vCPUs parked, devices and console at rest. Gives the viewers' sockets and
+    /// the devices' files, for the machine that comes after it.
+    pub fn stop(&mut self) -> std::io::Result<(Vec<OwnedFd>, Borrowed)> {
         // A vCPU that does not park can't be helped; its thread ends with the machine.
-        let _ = self.vcpus.park(Duration::from_secs(10));
+        let _ = self.vcpus.park(STOP_PATIENCE);
+        let deadline = Instant::now() + STOP_PATIENCE;
+        for device in &self.devices {
+            // I/O that hangs must not write into the RAM of the guest that comes next.
+            let rest = device
+                .drain(deadline)
+                .and_then(|()| device.freeze(deadline));
+            rest.map_err(std::io::Error::other)?;
+        }
+        let mut lending = Lending::default();
+        self.lend(&mut lending)?;
         let viewers = self.viewers();
         let viewers = viewers
             .iter()
             .map(|v| v.as_fd().try_clone_to_owned())
-            .collect();
+            .collect::<Result<_, _>>()?;
         self.console = None;
-        viewers
+        Ok((viewers, lending.arrive()))
+    }
+
+    /// Brings to rest, while the guest runs, what may take long to come to rest.
+    fn drain(&self, deadline: Instant) -> Result<(), FreezeError> {
+        for device in &self.devices {
+            device.drain(deadline)?;
+        }
+        Ok(())
     }
 
     /// Parks the vCPUs and quiesces the devices. On an error call [`Machine::run_on`].
@@ -156,7 +222,7 @@ impl Machine {
         timing.mark("park");
         // After the vCPUs: nothing new can reach a device now.
         for device in &self.devices {
-            device.freeze();
+            device.freeze(deadline)?;
         }
         self.buffer.freeze(deadline)?;
         timing.mark("quiesce");
@@ -168,7 +234,7 @@ impl Machine {
         self.vcpus.release_cpus();
     }
 
-    /// Undoes [`Machine::stand_still`], wherever it came to.
+    /// Undoes [`Machine::drain`] and [`Machine::stand_still`], wherever they came to.
     fn run_on(&self) {
         for device in &self.devices {
             device.resume();

@@ -224,6 +224,10 @@ fn from_flags(run: &Run) -> anyhow::Result<MachineSpec> {
             initrd: run.initrd.clone(),
             cmdline: run.cmdline.clone(),
         },
+        disks: Vec::new(),
+        nets: Vec::new(),
+        vsock: None,
+        rng: false,
         blackout_budget: stillpoint_control::spec::DEFAULT_BUDGET,
     };
     spec.validate()?;

@@ -27,6 +27,10 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// Start of high RAM (4 GiB).
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
+/// What of the hole KVM keeps for itself on Intel hosts: an identity map of one page, and a TSS of
+/// three (api.rst, KVM_SET_IDENTITY_MAP_ADDR and KVM_SET_TSS_ADDR).
+pub const KVM_PRIVATE: std::ops::Range<u64> = 0xfffb_c000..0xfffc_0000;
+
 /// Bytes populated by one call, so that a swap can be called off in between.
 const POPULATE_STEP: u64 = 32 << 20;
 
@@ -191,6 +195,19 @@ impl GuestRam {
             };
             // SAFETY: the region is mapped for as long as `self`, which outlives the VM: both are
             // fields of one `Machine`, the VM dropped first.
+            unsafe { vm.set_user_memory_region(region) }?;
+        }
+        Ok(())
+    }
+
+    /// Takes the RAM out of a virtual machine again.
+    pub fn unregister(&self, vm: &VmFd) -> Result<(), MemoryError> {
+        for (slot, _) in self.map.iter().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                ..Default::default()
+            };
+            // SAFETY: a slot of no size is removed; no address is taken.
             unsafe { vm.set_user_memory_region(region) }?;
         }
         Ok(())

@@ -22,6 +22,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
 
 use crate::boot::Images;
+use crate::devices::virtio::backend;
 use crate::doors::{CONTROL_SOCKET, Doors};
 use crate::event::{Event, Job};
 use crate::handover::incoming::{self, Arrived};
@@ -34,6 +35,8 @@ use desk::Desk;
 
 /// How long a vCPU may take to enter at a cold boot.
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guest that has a driver for its power button may take to look at it.
+const BUTTON_PATIENCE: Duration = Duration::from_secs(1);
 /// How long whoever asked for the end may take to be told of it.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -75,7 +78,8 @@ impl Process {
         let doors = Doors::open(dir)?;
         let ram = Arc::new(GuestRam::create(&spec.memory)?);
         let (sender, events) = channel();
-        let mut machine = Machine::boot(spec, &ram, &mut images, &sender)?;
+        let plugs = backend::open(spec, dir)?;
+        let mut machine = Machine::boot(spec, &ram, &mut images, plugs, &sender)?;
         machine.open_console(doors.console.try_clone()?, Vec::new())?;
         let owner = Owner::Held(Epoch::default());
         let guest = Guest {
@@ -187,9 +191,11 @@ impl Process {
         let spec = self.guest.machine.spec().clone();
         let ram = Arc::clone(self.guest.machine.ram());
         let mut images = Images::open(&spec.kernel)?;
-        let viewers = self.guest.machine.stop()?;
+        let (viewers, mut files) = self.guest.machine.stop()?;
         ram.clear()?;
-        let mut machine = Machine::boot(&spec, &ram, &mut images, &self.sender)?;
+        // The same disks, taps and sockets: a lock is never let go.
+        let plugs = backend::adopt(&spec, &mut files)?;
+        let mut machine = Machine::boot(&spec, &ram, &mut images, plugs, &self.sender)?;
         machine.open_console(self.doors.console.try_clone()?, viewers)?;
         self.guest.machine = machine;
         // What the old vCPUs had still to say is about a machine that is no more.
@@ -203,6 +209,11 @@ impl Process {
 
     fn carry_out(&mut self, job: Job) -> Option<End> {
         match job.request {
+            Request::PressPowerButton => {
+                let heard = self.guest.machine.press_power_button(BUTTON_PATIENCE);
+                let _ = job.reply.send(Reply::Pressed { heard });
+                None
+            }
             Request::PowerOff => {
                 let end = self.power_off();
                 let _ = job.reply.send(Reply::Done);

@@ -1,12 +1,15 @@
 //! Kernel structures as bytes, and the few ioctls that kvm-ioctls lacks on x86.
 #![allow(unsafe_code)] // Byte views of plain structures, and ioctls by number.
 
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_signal_mask,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 use stillpoint_state::StateError;
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 /// Numbers of the ioctls (include/uapi/linux/kvm.h).
@@ -125,6 +128,12 @@ pub fn set_tsc_offset(vcpu: &VcpuFd, offset: i64) -> Result<(), Errno> {
 
 fn errno(ret: i32) -> Result<(), Errno> {
     if ret < 0 { Err(last_errno()) } else { Ok(()) }
+}
+
+/// An eventfd as the type that the KVM bindings want.
+pub fn event_fd(fd: OwnedFd) -> EventFd {
+    // SAFETY: the number comes from an owner that gave it up in the same expression.
+    unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }
 
 fn last_errno() -> Errno {

@@ -150,6 +150,16 @@ impl Expected {
         }
     }
 
+    /// Presses the guest's power button; tells whether the guest took note of it.
+    pub async fn press_power_button(&self) -> Result<bool, FindError> {
+        let expected = self.clone();
+        blocking(move || {
+            let (client, _) = expected.greet()?;
+            client.press_power_button().map_err(|e| expected.mute(e))
+        })
+        .await
+    }
+
     /// Ends guest and VMM. The process ends after the answer.
     pub async fn power_off(&self) -> Result<(), FindError> {
         let expected = self.clone();

@@ -1,7 +1,9 @@
 //! `/v1/vms`.
 
+use std::time::Duration;
+
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use stillpoint_control::message::ProcessId;
@@ -224,6 +226,30 @@ impl Desk {
     }
 }
 
+impl Desk {
+    /// Presses the VM's power button, and waits until it has switched itself off, or the time is
+    /// over. A guest that takes no note of the button is not waited for.
+    async fn ask_to_end(&self, vm: &VmRecord, grace: Duration) -> Result<(), Refusal> {
+        let events = self.host.events.subscribe();
+        match self.host.expected(vm).press_power_button().await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(vm = %vm.name, "pressing its power button: {error}");
+                return Ok(());
+            }
+        }
+        let over = self.when(&vm.name, events, |vm| !vm.state.is_active());
+        match tokio::time::timeout(grace, over).await {
+            Ok(over) => over.map(drop),
+            Err(_) => {
+                tracing::warn!(vm = %vm.name, "still on {grace:?} after its power button was pressed: powered off");
+                Ok(())
+            }
+        }
+    }
+}
+
 fn field(field: &'static str, problem: String) -> Refusal {
     SpecError::Field { field, problem }.into()
 }
@@ -249,19 +275,39 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// How a VM is to be ended.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StopVm {
+    /// Its power button is pressed first, and this long, in nanoseconds, is waited for it to
+    /// switch itself off. 0, as when it is absent: it is powered off at once.
+    #[serde(default)]
+    grace_ns: u64,
+}
+
 /// Ends a VM. Answered when its process has ended.
 #[utoipa::path(
-    post, path = "/v1/vms/{name}/stop", params(("name" = String, Path,)),
+    post, path = "/v1/vms/{name}/stop", 
+    params(
+        ("name" = String, Path,),
+        ("grace_ns" = Option<u64>, Query, description = "press its power button first, and wait so \
+            long for it to switch itself off; absent or 0: it is powered off at once")
+    ),
     responses((status = 200, body = VmView), (status = "4XX", body = Problem))
 )]
 pub(super) async fn stop(
     State(desk): State<Desk>,
     Path(name): Path<String>,
+    Query(how): Query<StopVm>,
 ) -> Result<Json<VmView>, Refusal> {
     let vm = desk.vm(&name).await?;
     if !vm.state.is_active() {
         let message = format!("`{name}` is {} already", vm.state);
         return Err(Problem::new(Code::NotRunning, message).into());
+    }
+    if how.grace_ns > 0 {
+        desk.ask_to_end(&vm, Duration::from_nanos(how.grace_ns))
+            .await?;
     }
     let events = desk.host.events.subscribe();
     desk.host.store.want(&vm.name, Wanted::Stopped).await?;

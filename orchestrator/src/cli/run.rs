@@ -130,6 +130,10 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             initrd: args.initrd,
             cmdline: args.cmdline.unwrap_or_default(),
         },
+        disks: Vec::new(),
+        nets: Vec::new(),
+        vsock: None,
+        rng: false,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;

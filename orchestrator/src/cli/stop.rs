@@ -1,10 +1,11 @@
 //! `stillpoint stop`
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Desk, progress, say, say_json};
+use super::{Desk, format, progress, say, say_json};
 use crate::api::VmView;
 use crate::model::Problem;
 
@@ -12,12 +13,20 @@ use crate::model::Problem;
 pub(super) struct Args {
     /// Name of the guest.
     name: String,
+    /// How long the guest may take to switch itself off after its power button was pressed. Then,
+    /// or at once if it takes no note of the button, it is powered off.
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time, default_value = "30s")]
+    grace: Duration,
+    /// Power it off at once, as by pulling the plug.
+    #[arg(long, conflicts_with = "grace")]
+    now: bool,
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let name = super::path_part(&args.name)?;
     let waiting = progress::waiting(desk.json, &format!("stopping {name}"));
-    let path = format!("/v1/vms/{name}/stop");
+    let grace = if args.now { 0 } else { args.grace.as_nanos() };
+    let path = format!("/v1/vms/{name}/stop?grace_ns={grace}");
     let stopped: Result<VmView, Problem> = desk.api.send(Method::POST, &path, &()).await;
     waiting.finish_and_clear();
     let vm = stopped?;

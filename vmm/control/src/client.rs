@@ -142,6 +142,14 @@ impl Client {
         }
     }
 
+    /// Presses the guest's power button; tells whether the guest took note of it.
+    pub fn press_power_button(&self) -> Result<bool, ClientError> {
+        match self.ask(&Request::PressPowerButton, &[])?.0 {
+            Reply::Pressed { heard } => Ok(heard),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// Ends guest and VMM.
     pub fn power_off(&self) -> Result<(), ClientError> {
         match self.ask(&Request::PowerOff, &[])?.0 {

@@ -11,8 +11,8 @@ use rustix::net::{
 
 /// The longest packet, bytes. Well below the default `wmem_max` (212,992), which bounds a packet.
 pub const MAX_PACKET: usize = 128 << 10;
-/// The most fds beside one packet; the kernel's limit is 253 (`SCM_MAX_FD`).
-pub const MAX_FDS: usize = 28;
+/// The most fds beside one packet: the kernel's limit (`SCM_MAX_FD`, include/net/scm.h).
+pub const MAX_FDS: usize = 253;
 
 /// Why a packet could not be sent or read.
 #[derive(Debug, thiserror::Error)]

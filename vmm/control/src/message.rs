@@ -30,6 +30,9 @@ pub enum Request {
     /// Lend duplicates of the fds that keep the guest alive. Answered by [`Reply::Guest`] with
     /// two fds: guest RAM, ownership page.
     LendGuest,
+    /// Press the guest's power button, which asks it to switch itself off. Answered by
+    /// [`Reply::Pressed`].
+    PressPowerButton,
     /// End the guest and the process. Answered by [`Reply::Done`] before the process exits.
     PowerOff,
     /// Hand the guest over. With two fds: the predecessor's end of the handover socketpair (the
@@ -71,6 +74,12 @@ pub enum Reply {
     Description(Box<Description>),
     /// To [`Request::LendGuest`]; the fds lie beside it.
     Guest,
+    /// To [`Request::PressPowerButton`].
+    Pressed {
+        /// The guest has taken note of it. One that has not, as a rule, never will: it has no driver
+        /// for the button.
+        heard: bool,
+    },
     /// The request was carried out.
     Done,
     /// A phase of a handover ended (only phases outside the blackout are told at once).

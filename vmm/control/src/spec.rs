@@ -20,6 +20,14 @@ pub const DEFAULT_BUDGET: Duration = Duration::from_secs(1);
 /// The longest command line, bytes (the Linux boot protocol's `cmdline_size` of current kernels).
 pub const MAX_CMDLINE: usize = 2047;
 
+/// The most pairs of queues of a network interface.
+pub const MAX_QUEUE_PAIRS: u8 = 8;
+/// The least context id of a guest: 0 to 2 are the hypervisor's, the loopback's and the host's.
+pub const MIN_CID: u32 = 3;
+/// The most disks, network interfaces, vsock and entropy devices together: each has an interrupt line
+/// of the I/O APIC to itself.
+pub const MAX_DEVICES: usize = 18;
+
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -35,6 +43,18 @@ pub struct MachineSpec {
     pub memory: MemorySpec,
     /// What to boot.
     pub kernel: KernelSpec,
+    /// Disks, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskSpec>,
+    /// Network interfaces, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetSpec>,
+    /// A vsock device: sockets between guest and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockSpec>,
+    /// Whether there is an entropy device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rng: bool,
     /// The longest blackout a swap of this machine may take, ns; at most [`MAX_BUDGET`].
     #[serde(
         rename = "blackout_budget_ns",
@@ -47,6 +67,11 @@ pub struct MachineSpec {
 
 fn one() -> u8 {
     1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_one(value: &u8) -> bool {
+    *value == 1
 }
 
 fn default_budget() -> Duration {
@@ -119,6 +144,44 @@ pub struct KernelSpec {
     pub cmdline: String,
 }
 
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// A raw image, or a block device.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub path: PathBuf,
+    /// The guest can't write to it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// Name of a tap interface of the host.
+    pub tap: String,
+    /// The guest's MAC address, such as `52:54:00:12:34:56`; made from the machine's name and
+    /// the interface's number when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Pairs of queues, 1 to [`MAX_QUEUE_PAIRS`]; more than one needs a tap with `IFF_MULTI_QUEUE`.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub queue_pairs: u8,
+}
+
+/// A vsock device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct VsockSpec {
+    /// The guest's context id, at least [`MIN_CID`].
+    pub cid: u32,
+}
+
 /// Why a spec is refused. The text names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -184,6 +247,7 @@ impl MachineSpec {
                 "holds a character that is not printable ASCII",
             ));
         }
+        self.validate_devices()?;
         if self.blackout_budget.is_zero() || self.blackout_budget > MAX_BUDGET {
             let given = self.blackout_budget;
             return Err(field(
@@ -192,6 +256,49 @@ impl MachineSpec {
             ));
         }
         Ok(())
+    }
+
+    /// How many virtio devices there are.
+    pub fn device_count(&self) -> usize {
+        self.disks.len()
+            + self.nets.len()
+            + usize::from(self.vsock.is_some())
+            + usize::from(self.rng)
+    }
+
+    fn validate_devices(&self) -> Result<(), SpecError> {
+        let count = self.device_count();
+        if count > MAX_DEVICES {
+            let text =
+                format!("{count} devices with `nets`, `vsock` and `rng`, {MAX_DEVICES} at most");
+            return Err(field("disks", text));
+        }
+        if self
+            .disks
+            .iter()
+            .any(|disk| disk.path.as_os_str().is_empty())
+        {
+            return Err(field(
+                "disks.path",
+                "is empty; give the path of a raw image or block device",
+            ));
+        }
+        let mut paths: Vec<_> = self.disks.iter().map(|disk| &disk.path).collect();
+        paths.sort();
+        if let Some(twice) = paths.windows(2).find(|pair| pair[0] == pair[1]) {
+            let path = twice[0].display();
+            return Err(field("disks.path", format!("{path} is there twice")));
+        }
+        for net in &self.nets {
+            validate_net(net)?;
+        }
+        match self.vsock {
+            Some(VsockSpec { cid }) if cid < MIN_CID || cid == u32::MAX => Err(field(
+                "vsock.cid",
+                format!("{cid} is not in {MIN_CID} to {}", u32::MAX - 1),
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn validate_memory(&self) -> Result<(), SpecError> {
@@ -218,6 +325,47 @@ impl MachineSpec {
         }
         Ok(())
     }
+}
+
+fn validate_net(net: &NetSpec) -> Result<(), SpecError> {
+    // IFNAMSIZ, with the terminating zero (include/uapi/linux/if.h).
+    let name_ok = (1..16).contains(&net.tap.len())
+        && net
+            .tap
+            .bytes()
+            .all(|b| b.is_ascii_graphic() && b != b'/' && b != b':');
+    if !name_ok {
+        let text = format!("{:?} is no interface name: 1 to 15 characters", net.tap);
+        return Err(field("nets.tap", text));
+    }
+    if net.queue_pairs == 0 || net.queue_pairs > MAX_QUEUE_PAIRS {
+        let text = format!("{} is not in 1 to {MAX_QUEUE_PAIRS}", net.queue_pairs);
+        return Err(field("nets.queue_pairs", text));
+    }
+    match net.mac.as_deref().map(parse_mac) {
+        Some(Err(problem)) => Err(field("nets.mac", problem)),
+        _ => Ok(()),
+    }
+}
+
+/// Reads a MAC address such as `52:54:00:12:34:56`.
+pub fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let wrong = || format!("`{text}` is no MAC address; write 52:54:00:12:34:56");
+    let parts: Vec<_> = text.split(':').collect();
+    let parts: [&str; 6] = parts.try_into().map_err(|_| wrong())?;
+    let mut mac = [0; 6];
+    for (byte, part) in mac.iter_mut().zip(parts) {
+        if part.len() != 2 {
+            return Err(wrong());
+        }
+        *byte = u8::from_str_radix(part, 16).map_err(|_| wrong())?;
+    }
+    if mac[0] & 1 != 0 || mac == [0; 6] {
+        return Err(format!(
+            "`{text}` is a group's address or none; a guest needs one of its own"
+        ));
+    }
+    Ok(mac)
 }
 
 /// Checks a machine's name: it becomes part of paths and unit names.
@@ -271,8 +419,67 @@ mod tests {
                 initrd: None,
                 cmdline: String::new(),
             },
+            disks: Vec::new(),
+            nets: Vec::new(),
+            vsock: None,
+            rng: false,
             blackout_budget: DEFAULT_BUDGET,
         }
+    }
+
+    fn net(tap: &str) -> NetSpec {
+        NetSpec {
+            tap: tap.into(),
+            mac: None,
+            queue_pairs: 1,
+        }
+    }
+
+    fn disk(path: &str) -> DiskSpec {
+        DiskSpec {
+            path: path.into(),
+            read_only: false,
+        }
+    }
+
+    #[test]
+    fn devices_that_can_not_be_are_named() {
+        assert!(refused(|s| s.disks = vec![disk("")]).contains("`disks.path`"));
+        assert!(refused(|s| s.disks = vec![disk("/a"), disk("/a")]).contains("twice"));
+        assert!(refused(|s| s.disks = vec![disk("/a"); 19]).contains("`disks`"));
+        assert!(
+            refused(|s| s.nets = vec![net("a-name-too-long-for-linux")]).contains("`nets.tap`")
+        );
+        assert!(refused(|s| s.nets = vec![net("")]).contains("`nets.tap`"));
+        let pairs = |n| {
+            move |s: &mut MachineSpec| {
+                s.nets = vec![NetSpec {
+                    queue_pairs: n,
+                    ..net("t")
+                }];
+            }
+        };
+        assert!(refused(pairs(0)).contains("`nets.queue_pairs`"));
+        assert!(refused(pairs(9)).contains("`nets.queue_pairs`"));
+        for mac in [
+            "52:54",
+            "01:00:00:00:00:01",
+            "zz:54:00:12:34:56",
+            "00:00:00:00:00:00",
+        ] {
+            let with = |s: &mut MachineSpec| {
+                s.nets = vec![NetSpec {
+                    mac: Some(mac.into()),
+                    ..net("t")
+                }];
+            };
+            assert!(refused(with).contains("`nets.mac`"), "{mac}");
+        }
+        assert!(refused(|s| s.vsock = Some(VsockSpec { cid: 2 })).contains("`vsock.cid`"));
+        assert_eq!(
+            parse_mac("52:54:00:12:34:56"),
+            Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56])
+        );
     }
 
     fn refused(change: impl FnOnce(&mut MachineSpec)) -> String {

@@ -84,7 +84,7 @@ fn flat(sregs: &mut kvm_sregs, code: kvm_segment) {
 }
 
 /// PVH: flat 32-bit protected mode, paging off.
-pub(super) fn protected_mode(sregs: &mut kvm_sregs) {
+pub(crate) fn protected_mode(sregs: &mut kvm_sregs) {
     flat(sregs, segment(CODE_32, 11, false));
     sregs.cr0 = CR0_PE | CR0_ET;
     sregs.cr4 = 0;

@@ -6,12 +6,13 @@
 //! bounds are checked, and nothing in it is followed anywhere.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use stillpoint_guest_abi::probe as abi;
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Device;
+use super::{Busy, Device};
 use crate::memory::Memory;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -50,7 +51,7 @@ impl Probe {
 }
 
 impl Device for Probe {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "probe"
     }
 
@@ -78,7 +79,13 @@ impl Device for Probe {
         }
     }
 
-    fn freeze(&self) {}
+    fn drain(&self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
+
+    fn freeze(&self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
 
     fn resume(&self) {}
 
@@ -134,7 +141,7 @@ mod tests {
 
     fn saved(probe: &Probe) -> Vec<u8> {
         let mut saved = Saved::default();
-        probe.freeze();
+        probe.freeze(Instant::now()).expect("freeze");
         probe.save(&mut saved).expect("save");
         saved.finish(2, "", "", 0)
     }

@@ -5,12 +5,13 @@
 
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use stillpoint_state::{Saved, Section, StateError, Unclaimed, sections};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
-use super::Device;
+use super::{Busy, Device};
 use crate::console::buffer::Output;
 use crate::irq::Line;
 
@@ -131,7 +132,7 @@ fn section_of(state: &SerialState) -> sections::Serial {
 }
 
 impl Device for SerialPort {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> &str {
         "serial"
     }
 
@@ -150,8 +151,13 @@ impl Device for SerialPort {
         }
     }
 
-    fn freeze(&self) {
+    fn drain(&self, _deadline: Instant) -> Result<(), Busy> {
+        Ok(())
+    }
+
+    fn freeze(&self, _deadline: Instant) -> Result<(), Busy> {
         self.inner().frozen = true;
+        Ok(())
     }
 
     fn resume(&self) {
@@ -273,7 +279,7 @@ mod tests {
     fn frozen_means_silent_and_input_waits() {
         let port = port();
         port.write(1, &[1]); // IER: received data available
-        port.freeze();
+        port.freeze(Instant::now()).expect("freeze");
         assert_eq!(port.receive(b"hello"), 0);
         assert_eq!(port.inner().uart.interrupt_evt().0.raised(), 0);
         port.resume();
@@ -286,7 +292,7 @@ mod tests {
         let port = port();
         port.write(1, &[1]);
         assert_eq!(port.receive(b"x"), 1);
-        port.freeze();
+        port.freeze(Instant::now()).expect("freeze");
         let again = restored(&saved(&port));
         let _ = again.inner().uart.interrupt_evt().0.raised();
         again.resume();

@@ -15,6 +15,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MachineSpec, SpecError};
 use stillpoint_state::{StateError, Unclaimed};
 
+use super::lend::Borrowed;
 use super::measure::Evidence;
 use super::{
     Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, out_of_turn,
@@ -22,6 +23,7 @@ use super::{
 use crate::boot::cpuid;
 use crate::clock::Page;
 use crate::console;
+use crate::devices::virtio::backend;
 use crate::doors::Doors;
 use crate::event::Event;
 use crate::machine::build::{Blank, BuildError, Loaded as LoadedMachine, Promise};
@@ -115,6 +117,8 @@ pub struct Arrived {
 
 struct Prepared {
     offer: Offer,
+    /// Files of devices that nobody has taken yet.
+    files: Borrowed,
     format: u32,
     blank: Blank,
     ownership: Ownership,
@@ -157,7 +161,9 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         tsc_khz: Some(offer.tsc_khz),
         tsc_offset: offer.tsc_offset,
     };
-    let blank = Blank::new(&spec, &ram, events, promise, |_| Ok(()))?;
+    let mut files = await_files(channel, offer.files)?;
+    let plugs = backend::adopt(&spec, &mut files).map_err(BuildError::from)?;
+    let blank = Blank::new(&spec, &ram, events, plugs, promise, |_| Ok(()))?;
     timing.mark("build");
     let populated = ram.populate(|| true);
     timing.mark("populate");
@@ -171,6 +177,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         })?;
     Ok(Prepared {
         offer,
+        files,
         format,
         blank,
         ownership,
@@ -181,8 +188,27 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     })
 }
 
+/// Waits for the files of devices that belong to the offer.
+fn await_files(channel: &mut Channel, count: u32) -> Result<Borrowed, AdoptError> {
+    let failed = |source| AdoptError::Channel {
+        what: "devices' files",
+        source,
+    };
+    let mut files = Borrowed::default();
+    while files.count() < count as usize {
+        match channel
+            .receive(Instant::now() + OFFER_PATIENCE)
+            .map_err(failed)?
+        {
+            (Body::Files(part), fds) => files.add(part.names, fds),
+            (other, _) => return Err(failed(out_of_turn(&other))),
+        }
+    }
+    Ok(files)
+}
+
 fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, AdoptError> {
-    let (len, viewers) = await_state(&prepared, channel)?;
+    let (len, viewers) = await_state(&mut prepared, channel)?;
     // From here to `enter` the guest stands still.
     let mut timing = Timing::start();
     faults::reach(faults::Point::Load).map_err(AdoptError::Injected)?;
@@ -190,7 +216,9 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let unclaimed = Unclaimed::decode(&bytes)?;
     check_header(&unclaimed, &prepared)?;
     let epoch = Epoch(prepared.offer.epoch);
-    let (machine, loaded) = prepared.blank.load(unclaimed, OFFER_PATIENCE)?;
+    let (machine, loaded) = prepared
+        .blank
+        .load(unclaimed, &mut prepared.files, OFFER_PATIENCE)?;
     let pages = pages_before(&machine, &loaded);
     timing.mark("load");
     faults::reach(faults::Point::Loaded).map_err(AdoptError::Injected)?;
@@ -259,16 +287,23 @@ fn settle_in(
 
 /// Waits until the saved state is there; gives its length, and the viewers' sockets.
 fn await_state(
-    prepared: &Prepared,
+    prepared: &mut Prepared,
     channel: &mut Channel,
 ) -> Result<(u64, Vec<OwnedFd>), AdoptError> {
     let failed = |source| AdoptError::Channel {
         what: "state",
         source,
     };
-    let heard = channel
-        .receive_from(&prepared.predecessor, Instant::now() + OFFER_PATIENCE)
-        .map_err(failed)?;
+    let heard = loop {
+        let heard = channel
+            .receive_from(&prepared.predecessor, Instant::now() + OFFER_PATIENCE)
+            .map_err(failed)?;
+        match heard {
+            // Opened after the offer; the state follows.
+            Some((Body::Files(part), fds)) => prepared.files.add(part.names, fds),
+            heard => break heard,
+        }
+    };
     match heard {
         Some((Body::State(state), viewers)) => Ok((state.len, viewers)),
         Some((other, _)) => Err(failed(out_of_turn(&other))),

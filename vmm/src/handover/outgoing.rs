@@ -7,16 +7,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::SealFlags;
-use stillpoint_control::frame::FrameError;
+use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::message::Handover;
 use stillpoint_control::ownership::Owner;
 use stillpoint_control::report::{Blackout, Outcome, Phase, ReleaseName, Side, SwapReport};
 
-use super::{Body, Channel, ChannelError, GiveUp, Offer, Phases, State, out_of_turn};
+use super::lend::Lending;
+use super::{Body, Channel, ChannelError, Files, GiveUp, Offer, Phases, State, out_of_turn};
 use crate::boot::cpuid;
-use crate::machine::FreezeError;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
-use crate::release;
+use crate::machine::{FreezeError, Machine};
 use crate::vcpu::placement;
 
 /// What follows give-up costs at least this much, however quick loading was.
@@ -105,6 +105,7 @@ struct Log {
     format: u32,
     state_bytes: u64,
     blackout: Duration,
+    lending: Lending,
 }
 
 impl Log {
@@ -132,6 +133,7 @@ pub fn hand_over(
         format: 0,
         state_bytes: 0,
         blackout: Duration::ZERO,
+        lending: Lending::default(),
     };
     let prepared = prepare(guest, errand, channel, &mut log, &mut ended);
     if let Some(phase) = log.phases.first() {
@@ -205,7 +207,7 @@ fn prepare(
         what: "preparing the successor",
         source,
     };
-    offer(guest, errand, channel)?;
+    offer(guest, errand, channel, log)?;
     let deadline = began + errand.brownout;
     let adopted = loop {
         match channel.receive(deadline.min(Instant::now() + GLANCE)) {
@@ -218,7 +220,7 @@ fn prepare(
             return Err(KeptReason::GuestEnded);
         }
     };
-    if !release::FORMATS.contains(&adopted.format) {
+    if !guest.machine.formats().contains(&adopted.format) {
         let text = format!(
             "it asks for state format {}, which we don't write",
             adopted.format
@@ -230,15 +232,23 @@ fn prepare(
     Ok(())
 }
 
-fn offer(guest: &Guest, errand: &Errand, channel: &Channel) -> Result<(), KeptReason> {
+fn offer(
+    guest: &Guest,
+    errand: &Errand,
+    channel: &Channel,
+    log: &mut Log,
+) -> Result<(), KeptReason> {
     let machine = &guest.machine;
+    let mut files = Lending::default();
+    machine.lend(&mut files).map_err(FreezeError::Lend)?;
     let offer = Offer {
         swap: errand.swap.clone(),
         spec: serde_json::to_string(machine.spec()).unwrap_or_default(),
         epoch: guest.owner.epoch().next().0,
         cpuid: cpuid::to_bytes(machine.cpuid()),
         tsc_khz: machine.tsc_khz(),
-        formats: release::FORMATS.to_vec(),
+        formats: machine.formats(),
+        files: u32::try_from(files.count()).unwrap_or(u32::MAX),
         secret: errand.secret.clone(),
         swaps: errand.swaps,
         dir: errand.dir.clone(),
@@ -261,7 +271,29 @@ fn offer(guest: &Guest, errand: &Errand, channel: &Channel) -> Result<(), KeptRe
         .map_err(|source| KeptReason::Channel {
             what: "offering the guest",
             source,
-        })
+        })?;
+    log.lending = files;
+    send_files(&mut log.lending, channel)
+}
+
+/// Lends what the devices have opened since the last time.
+fn lend(machine: &Machine, files: &mut Lending, channel: &Channel) -> Result<(), KeptReason> {
+    machine.lend(files).map_err(FreezeError::Lend)?;
+    send_files(files, channel)
+}
+
+fn send_files(files: &mut Lending, channel: &Channel) -> Result<(), KeptReason> {
+    for part in files.take_waiting().chunks(MAX_FDS) {
+        let names = part.iter().map(|(name, _)| name.clone()).collect();
+        let fds: Vec<_> = part.iter().map(|(_, fd)| fd.as_fd()).collect();
+        channel
+            .send(Body::Files(Files { names }), &fds)
+            .map_err(|source| KeptReason::Channel {
+                what: "lending the devices' files",
+                source,
+            })?;
+    }
+    Ok(())
 }
 
 /// Freeze to retirement. Whatever fails before give-up lets the guest run on by leaving here.
@@ -273,17 +305,21 @@ fn blackout(
     ended: &mut impl FnMut() -> bool,
 ) -> Result<(), KeptReason> {
     let began = Instant::now();
-    let deadline = began + errand.budget;
-    let frozen = match guest.freeze(deadline) {
+    let frozen = match guest.freeze(errand.budget) {
         Ok(frozen) => frozen,
         Err(error) => {
-            log.blackout = began.elapsed();
+            // At most this: a drain that came to nothing has frozen nobody.
+            log.blackout = match error {
+                FreezeError::Busy(_) => Duration::ZERO,
+                _ => began.elapsed(),
+            };
             return Err(error.into());
         }
     };
-    let kicked_tsc = frozen.kicked_tsc;
-    let result = frozen_to_given_up(frozen, errand, channel, log, deadline, ended);
-    log.blackout = began.elapsed();
+    let (kicked, deadline, kicked_tsc) = (frozen.kicked, frozen.deadline, frozen.kicked_tsc);
+    log.add("drain", Side::Predecessor, false, frozen.drained);
+    let result = frozen_to_given_up(frozen, errand, channel, log, ended);
+    log.blackout = kicked.elapsed();
     let given_up = result?;
     let told = channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[]);
     await_running(given_up, channel, deadline, told.is_ok())
@@ -294,11 +330,10 @@ fn frozen_to_given_up<'g>(
     errand: &Errand,
     channel: &mut Channel,
     log: &mut Log,
-    deadline: Instant,
     ended: &mut impl FnMut() -> bool,
 ) -> Result<GivenUp<'g>, KeptReason> {
-    let began = Instant::now();
-    let saved = save(&mut frozen, errand, channel, log, deadline);
+    let deadline = frozen.deadline;
+    let saved = save(&mut frozen, errand, channel, log);
     for (name, duration) in &frozen.timing.marks {
         log.add(name, Side::Predecessor, true, *duration);
     }
@@ -319,7 +354,7 @@ fn frozen_to_given_up<'g>(
     // What is left (late MSRs, one entry) costs less than the load did.
     let reserve = Duration::from_nanos(loaded.took_ns).max(LEAST_RESERVE);
     if Instant::now() + reserve > deadline {
-        let (budget, used) = (errand.budget, began.elapsed());
+        let (budget, used) = (errand.budget, frozen.kicked.elapsed());
         return Err(KeptReason::Budget {
             budget,
             used,
@@ -334,11 +369,12 @@ fn save(
     errand: &Errand,
     channel: &Channel,
     log: &mut Log,
-    deadline: Instant,
 ) -> Result<(), KeptReason> {
-    let bytes = frozen.save(log.format, deadline)?;
+    let bytes = frozen.save(log.format)?;
     log.state_bytes = bytes.len() as u64;
     write_sealed(&errand.state, &bytes).map_err(KeptReason::State)?;
+    // Before the seal: a successor that finds us dead, and the state sealed, has them all.
+    lend(frozen.machine(), &mut log.lending, channel)?;
     frozen.seal()?;
     let viewers = frozen.machine().viewers();
     let viewers: Vec<_> = viewers.iter().map(|viewer| viewer.as_fd()).collect();

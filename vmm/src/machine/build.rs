@@ -21,24 +21,29 @@ use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Machine;
+use crate::boot::acpi::Platform;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
 use crate::clock::Alignment;
 use crate::console::buffer::Buffer;
 use crate::devices::Device;
-use crate::devices::power::Power;
+use crate::devices::power::{BUTTON_GSI, Power};
 use crate::devices::probe::Probe;
 use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
+use crate::devices::virtio::backend::{Backend, BackendError, Plug};
+use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::virtio::slot::{Place, Slot};
 use crate::event::Event;
+use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError};
 use crate::vcpu::state::LoadedVcpu;
 use crate::vcpu::{Surroundings, VcpuSet, VcpusError, msrs};
 use crate::{clock, irq, raw};
 
-/// Where Intel hosts keep a TSS and an identity map of their own: below 4 GiB, in the hole.
-const KVM_TSS: usize = 0xfffb_d000;
-const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Where Intel hosts keep an identity map and a TSS of their own: below 4 GiB, in the hole.
+const KVM_IDENTITY_MAP: u64 = memory::KVM_PRIVATE.start;
+const KVM_TSS: usize = KVM_IDENTITY_MAP as usize + 0x1000;
 
 /// MTRR default type: enabled, write-back. What firmware leaves on a PC.
 const MTRR_DEFAULT_TYPE: (u32, u64) = (0x2ff, 0x806);
@@ -80,6 +85,9 @@ pub enum BuildError {
     /// Saved state that doesn't fit.
     #[error(transparent)]
     State(#[from] StateError),
+    /// What a device is made of.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
     /// Something of the host's.
     #[error("cannot make the console: {0}")]
     Console(#[from] std::io::Error),
@@ -113,8 +121,9 @@ pub struct Promise {
 #[derive(Debug)]
 pub struct Blank {
     vcpus: VcpuSet,
-    /// The serial port's interrupt line; the port itself comes with the guest.
-    line: Line,
+    lines: Lines,
+    /// Places of virtio devices, with threads of their own that wait for them.
+    slots: Vec<(Slot, Backend)>,
     buffer: Buffer,
     events: Sender<Event>,
     vm: VmFd,
@@ -123,6 +132,13 @@ pub struct Blank {
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,
     tsc_offset: Option<i64>,
+}
+
+/// Interrupt lines of devices; the devices themselves come with the guest.
+#[derive(Debug)]
+struct Lines {
+    serial: Line,
+    power: Line,
 }
 
 /// What loading showed.
@@ -146,6 +162,7 @@ impl Blank {
         spec: &MachineSpec,
         ram: &Arc<GuestRam>,
         events: &Sender<Event>,
+        plugs: Vec<Plug>,
         promise: Promise,
         prepare: impl FnOnce(&[VcpuFd]) -> Result<(), BuildError>,
     ) -> Result<Self, BuildError> {
@@ -161,7 +178,15 @@ impl Blank {
         let (vcpus, cpuid, tsc_khz) = make_vcpus(&kvm_fd, &vm, spec, promise)?;
         prepare(&vcpus)?;
         let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
-        let line = Line::new(&vm, COM1_GSI)?;
+        let lines = Lines {
+            serial: Line::new(&vm, COM1_GSI)?,
+            power: Line::new(&vm, BUTTON_GSI)?,
+        };
+        let slots = plugs.into_iter().map(|plug| {
+            let slot = Slot::new(&vm, plug.name, plug.place, plug.kicks, ram.map())?;
+            Ok::<_, IrqError>((slot, plug.backend))
+        });
+        let slots = slots.collect::<Result<_, _>>()?;
         let around = Surroundings {
             memory: ram.map().clone(),
             events: events.clone(),
@@ -172,7 +197,8 @@ impl Blank {
         let vcpus = VcpuSet::start(vcpus, &around)?;
         Ok(Self {
             vcpus,
-            line,
+            lines,
+            slots,
             buffer: Buffer::new()?,
             events: events.clone(),
             vm,
@@ -187,13 +213,19 @@ impl Blank {
     /// Puts the guest's devices in their places.
     fn with_devices(
         self,
-        make: impl FnOnce(Line, &Buffer, Sender<Event>) -> Result<Parts, BuildError>,
+        make: impl FnOnce(Wiring<'_>) -> Result<Parts, BuildError>,
     ) -> Result<Machine, BuildError> {
         let Parts {
             serial,
             power,
             probe,
-        } = make(self.line, &self.buffer, self.events)?;
+            virtio,
+        } = make(Wiring {
+            lines: self.lines,
+            buffer: &self.buffer,
+            events: self.events,
+            slots: self.slots,
+        })?;
         let mut bus = Bus::default();
         bus.attach(Space::Pio, COM1, 8, Arc::clone(&serial) as Arc<dyn Device>);
         let ports = u64::from(power_abi::PORTS);
@@ -201,7 +233,7 @@ impl Blank {
             Space::Pio,
             power_abi::PORT.into(),
             ports,
-            Arc::clone(&power),
+            Arc::clone(&power) as Arc<dyn Device>,
         );
         let registers = Arc::clone(&probe) as Arc<dyn Device>;
         bus.attach(
@@ -210,13 +242,25 @@ impl Blank {
             probe_abi::MMIO_SIZE,
             registers,
         );
-        let devices = vec![Arc::clone(&serial) as _, power, Arc::clone(&probe) as _];
+        let mut devices = vec![
+            Arc::clone(&serial) as _,
+            Arc::clone(&power) as _,
+            Arc::clone(&probe) as _,
+        ];
+        for device in &virtio {
+            let registers = Arc::clone(device) as Arc<dyn Device>;
+            let base = device.place().base.into();
+            bus.attach(Space::Mmio, base, Place::LEN.into(), registers);
+            devices.push(Arc::clone(device) as _);
+        }
         Ok(Machine {
             vcpus: self.vcpus,
             console: None,
             buffer: self.buffer,
             devices,
+            virtio,
             serial,
+            power,
             probe,
             bus: Arc::new(bus),
             vm: self.vm,
@@ -228,11 +272,12 @@ impl Blank {
         })
     }
 
-    /// Loads saved state: vCPUs in parallel on their own threads, everything else meanwhile, the
+    /// Loads saved state, with the files of devices that followed it: vCPUs in parallel on their own threads, everything else meanwhile, the
     /// clock last (after every TSC write).
     pub fn load(
         mut self,
         mut state: Unclaimed,
+        late: &mut Borrowed,
         patience: Duration,
     ) -> Result<(Machine, Loaded), BuildError> {
         self.vcpus.stand_by()?;
@@ -252,10 +297,17 @@ impl Blank {
         let viewers = self.buffer.load(&mut state)?;
         let vcpus = self.vcpus.loaded(patience)?;
         let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
-        let machine = self.with_devices(|line, buffer, events| {
+        let machine = self.with_devices(|wiring| {
+            let Lines { serial, power } = wiring.lines;
+            let output = wiring.buffer.output();
+            let virtio = wiring.slots.into_iter().map(|(slot, backend)| {
+                let kind = backend.restore(slot.name(), &mut state, late)?;
+                VirtioMmio::restore(slot, kind, &mut state).map(Arc::new)
+            });
             Ok(Parts {
-                serial: Arc::new(SerialPort::restore(line, buffer.output(), &mut state)?),
-                power: Arc::new(Power::restore(events, &mut state)?),
+                virtio: virtio.collect::<Result<_, _>>()?,
+                serial: Arc::new(SerialPort::restore(serial, output, &mut state)?),
+                power: Arc::new(Power::restore(power, wiring.events, &mut state)?),
                 probe: Arc::new(Probe::restore(&mut state)?),
             })
         })?;
@@ -273,10 +325,19 @@ impl Blank {
     }
 }
 
+/// What devices are connected to.
+struct Wiring<'b> {
+    lines: Lines,
+    buffer: &'b Buffer,
+    events: Sender<Event>,
+    slots: Vec<(Slot, Backend)>,
+}
+
 struct Parts {
     serial: Arc<SerialPort>,
-    power: Arc<dyn Device>,
+    power: Arc<Power>,
     probe: Arc<Probe>,
+    virtio: Vec<Arc<VirtioMmio>>,
 }
 
 fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
@@ -334,10 +395,15 @@ impl Machine {
         spec: &MachineSpec,
         ram: &Arc<GuestRam>,
         images: &mut Images,
+        plugs: Vec<Plug>,
         events: &Sender<Event>,
     ) -> Result<Self, BuildError> {
-        let entry = boot::load(images, ram)?;
-        let blank = Blank::new(spec, ram, events, Promise::default(), |vcpus| {
+        let platform = Platform {
+            vcpus: spec.cpus,
+            virtio: plugs.iter().map(|plug| plug.place).collect(),
+        };
+        let entry = boot::load(images, ram, &platform)?;
+        let blank = Blank::new(spec, ram, events, plugs, Promise::default(), |vcpus| {
             for vcpu in vcpus {
                 // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
                 // same, which then sets its own.
@@ -347,10 +413,15 @@ impl Machine {
             }
             Ok(entry.apply(&vcpus[0])?)
         })?;
-        blank.with_devices(|line, buffer, events| {
+        irq::mask_pics(&blank.vm)?;
+        blank.with_devices(|wiring| {
+            let Lines { serial, power } = wiring.lines;
+            let virtio = wiring.slots.into_iter();
+            let virtio = virtio.map(|(slot, backend)| VirtioMmio::new(slot, backend.fresh()));
             Ok(Parts {
-                serial: Arc::new(SerialPort::new(line, buffer.output())),
-                power: Arc::new(Power::new(events)),
+                virtio: virtio.map(Arc::new).collect(),
+                serial: Arc::new(SerialPort::new(serial, wiring.buffer.output())),
+                power: Arc::new(Power::new(power, wiring.events)),
                 probe: Arc::new(Probe::default()),
             })
         })

@@ -11,12 +11,16 @@
 //! nothing when dropped; the only way back is [`GivenUp::reclaim`], which needs the ownership
 //! word, and the successor needs the very same word.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 
 use super::{FreezeError, Machine, Timing};
 use crate::{clock, faults, release};
+
+/// How long I/O that is under way may take to end before the freeze. The guest runs meanwhile, but
+/// its new I/O waits.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A machine, and this process's claim to run it.
 #[derive(Debug)]
@@ -38,6 +42,12 @@ pub struct Frozen<'g> {
     given_up: bool,
     /// Host TSC at the kick: the blackout began here.
     pub kicked_tsc: u64,
+    /// When that was.
+    pub kicked: Instant,
+    /// When the blackout's budget ends.
+    pub deadline: Instant,
+    /// What the drain took before that.
+    pub drained: Duration,
     /// Phases so far.
     pub timing: Timing,
 }
@@ -55,20 +65,28 @@ impl Guest {
         self.ownership.read().is_ok_and(|now| now == self.owner)
     }
 
-    /// Brings the guest to rest. On an error it runs on.
-    pub fn freeze(&mut self, deadline: Instant) -> Result<Frozen<'_>, FreezeError> {
+    /// Brings the guest to rest, for no longer than `budget`. On an error it runs on.
+    pub fn freeze(&mut self, budget: Duration) -> Result<Frozen<'_>, FreezeError> {
+        let began = Instant::now();
+        // The guard stands before the drain and the first kick: leaving here by `?` runs its drop.
         let mut frozen = Frozen {
             guest: self,
             sealed: None,
             given_up: false,
-            kicked_tsc: clock::host_tsc(),
+            kicked_tsc: 0,
+            kicked: began,
+            deadline: began,
+            drained: Duration::ZERO,
             timing: Timing::start(),
         };
-        // The guard stands before the first kick: leaving here by `?` runs its drop.
-        frozen
-            .guest
-            .machine
-            .stand_still(deadline, &mut frozen.timing)?;
+        frozen.guest.machine.drain(began + DRAIN_PATIENCE)?;
+        frozen.kicked_tsc = clock::host_tsc();
+        frozen.kicked = Instant::now();
+        frozen.deadline = frozen.kicked + budget;
+        frozen.drained = frozen.kicked - began;
+        frozen.timing = Timing::start();
+        let machine = &frozen.guest.machine;
+        machine.stand_still(frozen.deadline, &mut frozen.timing)?;
         faults::reach(faults::Point::Frozen).map_err(FreezeError::Injected)?;
         Ok(frozen)
     }
@@ -81,9 +99,9 @@ impl<'g> Frozen<'g> {
     }
 
     /// Saves the guest's state in `format`.
-    pub fn save(&mut self, format: u32, deadline: Instant) -> Result<Vec<u8>, FreezeError> {
+    pub fn save(&mut self, format: u32) -> Result<Vec<u8>, FreezeError> {
         let machine = &self.guest.machine;
-        let saved = machine.save(format, deadline)?;
+        let saved = machine.save(format, self.deadline)?;
         let epoch = self.guest.owner.epoch().next();
         let bytes = saved.finish(format, release::VERSION, &machine.spec().name, epoch.0);
         self.timing.mark("save");
@@ -145,6 +163,10 @@ impl<'g> GivenUp<'g> {
     }
 
     /// Takes the guest back, if the successor has not taken it; it runs on here then.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the guest stands still: it is handed back as it is, without an allocation"
+    )]
     pub fn reclaim(mut self) -> Result<(), Self> {
         match self.frozen.guest.ownership.reclaim(self.epoch) {
             Ok(owner) => {

@@ -85,7 +85,7 @@ fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
         Request::Describe => frame::send_json(caller, &desk.describe(), &[]),
         Request::LastReport => frame::send_json(caller, &desk.last_report(), &[]),
         Request::LendGuest => frame::send_json(caller, &Reply::Guest, &desk.lent()),
-        Request::PowerOff | Request::HandOver { .. } => {
+        Request::PressPowerButton | Request::PowerOff | Request::HandOver { .. } => {
             return change(caller, desk, events, request, fds);
         }
     };

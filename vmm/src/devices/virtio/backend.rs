@@ -1,0 +1,134 @@
+//! What a device is made of on the host: a disk image, a tap, a socket.
+//!
+//! Opened once, at the boot of a machine, before any guest code runs. At a swap, and when a guest
+//! resets itself, the very same descriptions are handed on ([`lend`](crate::handover::lend)):
+//! nothing is opened or locked a second time.
+
+use std::path::Path;
+
+use stillpoint_control::spec::MachineSpec;
+use stillpoint_state::{StateError, Unclaimed};
+
+use super::Kind;
+use super::rng::Rng;
+use super::slot::Place;
+use crate::handover::lend::{Borrowed, Missing};
+use crate::irq::{IrqError, Kick};
+
+/// Why a device's files on the host can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// They did not come from the predecessor.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// No eventfd to be had.
+    #[error(transparent)]
+    Kick(#[from] IrqError),
+}
+
+/// What a device is made of.
+#[derive(Debug)]
+pub enum Backend {
+    /// The host's entropy.
+    Rng,
+}
+
+/// A device before it has moved into its place.
+#[derive(Debug)]
+pub struct Plug {
+    /// Its name in the machine, for ever: `disk0`, `net1`, `vsock`, `rng`.
+    pub name: String,
+    /// Where it will lie.
+    pub place: Place,
+    /// What it is made of.
+    pub backend: Backend,
+    /// One for each of its queues.
+    pub kicks: Vec<Kick>,
+}
+
+/// A device as the spec wants it.
+#[derive(Clone, Copy, Debug)]
+enum Wanted {
+    Rng,
+}
+
+/// All devices of `spec` with their names, in the order of their places.
+fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted)> {
+    let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
+    rng.into_iter().collect()
+}
+
+/// Places of all devices of `spec`, without opening anything.
+pub fn places(spec: &MachineSpec) -> Vec<Place> {
+    (0..wanted(spec).len()).map(Place::nth).collect()
+}
+
+/// Opens everything that `spec` names. `dir` is the guest's directory.
+pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> {
+    plugs(spec, |_name, wanted| {
+        let backend = match wanted {
+            Wanted::Rng => Backend::Rng,
+        };
+        let kicks = (0..backend.queues()).map(|_| Kick::new());
+        let kicks = kicks.collect::<Result<_, _>>()?;
+        Ok((backend, kicks))
+    })
+}
+
+/// Takes everything from what a predecessor lends.
+pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, BackendError> {
+    plugs(spec, |name, wanted| {
+        let backend = match wanted {
+            Wanted::Rng => Backend::Rng,
+        };
+        let kicks = (0..backend.queues()).map(|queue| from.take(&format!("{name}/kick{queue}")));
+        let kicks = kicks.map(|kick| kick.map(Kick::adopt));
+        let kicks = kicks.collect::<Result<_, _>>()?;
+        Ok((backend, kicks))
+    })
+}
+
+fn plugs(
+    spec: &MachineSpec,
+    mut make: impl FnMut(&str, Wanted) -> Result<(Backend, Vec<Kick>), BackendError>,
+) -> Result<Vec<Plug>, BackendError> {
+    let all = wanted(spec).into_iter().enumerate();
+    all.map(|(number, (name, wanted))| {
+        let (backend, kicks) = make(&name, wanted)?;
+        Ok(Plug {
+            name,
+            place: Place::nth(number),
+            backend,
+            kicks,
+        })
+    })
+    .collect()
+}
+
+impl Backend {
+    /// How many queues the device has.
+    fn queues(&self) -> usize {
+        match self {
+            Self::Rng => 1,
+        }
+    }
+
+    /// A fresh device.
+    pub fn fresh(self) -> Box<dyn Kind> {
+        match self {
+            Self::Rng => Box::new(Rng),
+        }
+    }
+
+    /// A device from its saved section.
+    pub fn restore(
+        self,
+        instance: &str,
+        from: &mut Unclaimed,
+        _late: &mut Borrowed,
+    ) -> Result<Box<dyn Kind>, StateError> {
+        Ok(match self {
+            Self::Rng => Box::new(Rng::restore(instance, from)?),
+        })
+    }
+}
