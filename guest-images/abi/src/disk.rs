@@ -102,7 +102,11 @@ mod tests {
 
     #[test]
     fn what_is_durable_must_be_there() {
-        let block = |issued, durable, zeroed| Block { issued, durable, zeroed };
+        let block = |issued, durable, zeroed| Block {
+            issued,
+            durable,
+            zeroed,
+        };
         assert!(block(5, 3, 0).allows(Content::Written(3)));
         assert!(block(5, 3, 0).allows(Content::Written(5)));
         assert!(!block(5, 3, 0).allows(Content::Written(2)), "lost");

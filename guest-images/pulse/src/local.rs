@@ -5,6 +5,7 @@ use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use stillpoint_guest_abi::pulse::MAX_VCPUS;
+use stillpoint_guest_abi::virtio::SLOTS;
 
 /// Counters that `traps.s` raises, and the pvclock structure that KVM writes.
 #[repr(C, align(4096))]
@@ -22,13 +23,17 @@ pub(crate) struct Local {
     pad: [u64; 3],
     /// For KVM, which wants it not to cross a page.
     pub(crate) pvclock: UnsafeCell<[u32; 8]>,
-    stack: UnsafeCell<[u8; 4096 - 96]>,
+    /// Interrupts of each virtio device.
+    pub(crate) lines: [AtomicU64; SLOTS],
+    stack: UnsafeCell<[u8; 4096 - 96 - 8 * SLOTS]>,
 }
 
 const _: () = assert!(size_of::<Local>() == 4096);
 const _: () = assert!(offset_of!(Local, events) == 0 && offset_of!(Local, timer_count) == 8);
 const _: () = assert!(offset_of!(Local, timer_tsc) == 16 && offset_of!(Local, wakes) == 24);
-const _: () = assert!(offset_of!(Local, strays) == 32);
+const _: () = assert!(offset_of!(Local, strays) == 32 && offset_of!(Local, lines) == 96);
+// As many entries as `traps.s` has.
+const _: () = assert!(SLOTS == 18);
 
 // SAFETY: the cells are KVM's and ring 0's; Rust reads them with volatile reads only.
 unsafe impl Sync for Local {}
@@ -47,9 +52,9 @@ unsafe impl<const N: usize> Sync for Raw<N> {}
 #[unsafe(no_mangle)]
 static TSS: Raw<{ 2048 * MAX_VCPUS }> = Raw(UnsafeCell::new([0; 2048 * MAX_VCPUS]));
 
-/// 16 KiB each.
+/// 64 KiB each.
 #[unsafe(no_mangle)]
-static USER_STACKS: Raw<{ 16384 * MAX_VCPUS }> = Raw(UnsafeCell::new([0; 16384 * MAX_VCPUS]));
+static USER_STACKS: Raw<{ 65536 * MAX_VCPUS }> = Raw(UnsafeCell::new([0; 65536 * MAX_VCPUS]));
 
 /// The page of one vCPU.
 pub(crate) fn of(vcpu: usize) -> &'static Local {
@@ -66,7 +71,8 @@ impl Local {
             strays: AtomicU64::new(0),
             pad: [0; 3],
             pvclock: UnsafeCell::new([0; 8]),
-            stack: UnsafeCell::new([0; 4000]),
+            lines: [const { AtomicU64::new(0) }; SLOTS],
+            stack: UnsafeCell::new([0; 4096 - 96 - 8 * SLOTS]),
         }
     }
 

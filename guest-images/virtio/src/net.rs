@@ -203,7 +203,10 @@ mod tests {
         let (mut frames, buffer) = frames();
         buffer.fill(0);
         back(&mut frames, buffer, HEADER + 60);
-        assert_eq!((frames.counts().foreign, frames.counts().bad_headers), (1, 0));
+        assert_eq!(
+            (frames.counts().foreign, frames.counts().bad_headers),
+            (1, 0)
+        );
         // A segment to be split, though no offload was agreed on.
         buffer.set8(1, 1);
         back(&mut frames, buffer, HEADER + 60);

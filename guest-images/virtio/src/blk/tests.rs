@@ -29,7 +29,10 @@ struct Model {
     held: Vec<crate::ring::tests::Request>,
 }
 
-#[expect(unsafe_code, reason = "buffers are found by their addresses, as a device would")]
+#[expect(
+    unsafe_code,
+    reason = "buffers are found by their addresses, as a device would"
+)]
 fn area(buffer: (u64, u32, bool)) -> Area {
     // SAFETY: memory of the workload's, which lives as long as the test.
     unsafe { Area::new(buffer.0 as usize, buffer.1 as usize) }
@@ -66,7 +69,10 @@ impl Model {
 
     fn serve(&mut self, buffers: &[(u64, u32, bool)]) {
         let header = area(buffers[0]);
-        let (status, data) = (area(buffers[buffers.len() - 1]), &buffers[1..buffers.len() - 1]);
+        let (status, data) = (
+            area(buffers[buffers.len() - 1]),
+            &buffers[1..buffers.len() - 1],
+        );
         let mut at = header.get64(8) as usize * SECTOR;
         if self.sin == Sin::NoStatus && self.random.below(50) == 0 {
             return;
@@ -145,7 +151,9 @@ fn run(sin: Sin) -> Outcome {
     let (mut not_ours, mut not_allowed) = (0, 0);
     for turn in 0..2000 {
         while ring.free() >= MAX_BUFFERS {
-            let Some(request) = workload.next() else { break };
+            let Some(request) = workload.next() else {
+                break;
+            };
             ring.add(request.buffers(), request.token, 0).expect("room");
         }
         ring.publish();
@@ -224,7 +232,10 @@ fn a_disk_that_is_read_only_is_only_read() {
     let mut workload = Workload::new(&mut memory, disk, 100, 1, Counts::default());
     for _ in 0..1000 {
         let request = workload.next().expect("a request");
-        assert_eq!(area((request.buffers()[0].address, 16, false)).get32(0), request::IN);
+        assert_eq!(
+            area((request.buffers()[0].address, 16, false)).get32(0),
+            request::IN
+        );
         workload.slots = [Slot::default(); DEPTH as usize];
     }
 }

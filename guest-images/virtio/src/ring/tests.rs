@@ -168,7 +168,10 @@ fn kicks_and_interrupts_are_asked_for_by_index() {
     assert!(add(&mut ring) && !ring.publish(), "one after that");
     device.set_event(3);
     assert!(add(&mut ring) && !ring.publish(), "one before it");
-    assert!(add(&mut ring) && add(&mut ring) && ring.publish(), "past it");
+    assert!(
+        add(&mut ring) && add(&mut ring) && ring.publish(),
+        "past it"
+    );
 
     let event = |ring: &Ring| ring.layout().avail.get16(4 + 2 * 8);
     assert!(!ring.want_interrupt(true));

@@ -70,7 +70,10 @@ impl Host {
                 }
                 operation::RW => {
                     self.pending.extend(payload);
-                    assert!(self.pending.len() <= self.buffer as usize, "beyond its credit");
+                    assert!(
+                        self.pending.len() <= self.buffer as usize,
+                        "beyond its credit"
+                    );
                 }
                 _ => {}
             }
