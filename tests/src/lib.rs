@@ -11,6 +11,7 @@
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
+//! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
@@ -18,6 +19,7 @@ pub mod console;
 pub mod daemon;
 pub mod ground;
 pub mod guest;
+pub mod linux;
 pub mod patience;
 pub mod releases;
 pub mod start;

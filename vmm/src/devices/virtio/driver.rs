@@ -395,3 +395,12 @@ impl Ring {
         }
     }
 }
+
+/// Waits until something is so.
+pub(super) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        std::thread::yield_now();
+    }
+}

@@ -235,11 +235,6 @@ impl Interrupt {
     pub(super) fn set_failed(&self, failed: bool) {
         self.failed.store(failed, Ordering::SeqCst);
     }
-
-    #[cfg(test)]
-    pub(super) fn raised(&self) -> u64 {
-        self.line.raised()
-    }
 }
 
 /// A device's queues as its kind sees them. All of it happens on the device's own thread.
