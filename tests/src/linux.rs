@@ -24,7 +24,7 @@ use stillpoint_control::report::SwapReport;
 
 use crate::daemon::Daemon;
 use crate::patience::wait_for;
-use images::{Form, Kernel};
+use images::{Files, Form, Kernel};
 
 /// How long a guest may take to boot: in an emulated host, with others on its cores.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
@@ -87,7 +87,7 @@ pub struct Linux<'d> {
 impl<'d> Linux<'d> {
     /// Boots it, and waits until its agent answers.
     pub fn boot(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
-        let files = recipe.kernel.files()?;
+        let files = Files::of(recipe.kernel)?;
         let kernel = files.kernel(recipe.form).display().to_string();
         let initrd = files.initramfs().display().to_string();
         // The console costs an exit for each character, so the kernel keeps its log to itself.

@@ -39,12 +39,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// A service that ends sooner than this after its start would end again.
 const SOON: Duration = Duration::from_secs(5);
 
-/// Says something on the console.
-macro_rules! say {
-    ($($arg:tt)*) => { println!("stillpoint-agent: {}", format_args!($($arg)*)) };
-}
-use say;
-
 /// Brings the guest up and never returns.
 pub(crate) fn run() -> ! {
     // Blocked signals are kept for `wait`, even such as PID 1 would not get (kernel/signal.c,

@@ -2,6 +2,15 @@
 //!
 //! As PID 1 it takes none: what it is to do stands on the kernel's command line (`init.rs`).
 
+/// Says something on standard error: the console, or the journal. Whether it can be heard or not,
+/// nobody ends because of it, as they would by `println`.
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "stillpoint-agent: {}", format_args!($($arg)*));
+    }};
+}
+
 mod init;
 mod service;
 
@@ -27,7 +36,7 @@ fn main() -> ExitCode {
     match start() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stillpoint-agent: {error:#}");
+            say!("{error:#}");
             ExitCode::FAILURE
         }
     }

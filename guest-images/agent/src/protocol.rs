@@ -34,7 +34,7 @@ pub enum Request {
     Poll {
         /// From [`Started`].
         job: u64,
-        /// How long to wait for more output or the end, if there is neither.
+        /// How long to wait for more output or the end, if there is neither; a minute at most.
         #[serde(default)]
         wait_ms: u64,
     },

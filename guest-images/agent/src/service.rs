@@ -38,6 +38,8 @@ use program::{Full, Job};
 
 /// Probes for gaps at once; each has a thread on every CPU.
 const MAX_PROBES: usize = 4;
+/// A poll waits no longer: whoever asked may be gone, and holds one of the connections.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// Where to listen.
 #[derive(Debug)]
@@ -67,11 +69,11 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
             let listener = match VsockListener::bind_with_cid_port(VMADDR_CID_ANY, *port) {
                 Ok(listener) => listener,
                 Err(error) => {
-                    println!("stillpoint-agent: up, but deaf: vsock port {port}: {error}");
+                    say!("up, but deaf: vsock port {port}: {error}");
                     return Ok(());
                 }
             };
-            println!("stillpoint-agent: up, on vsock port {port}");
+            say!("up, on vsock port {port}");
             loop {
                 // A failed accept is one connection's, or passes (too many open files).
                 match listener.accept() {
@@ -83,7 +85,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
         Door::Unix(path) => {
             let listener = UnixListener::bind(path)
                 .with_context(|| format!("listening on {}", path.display()))?;
-            println!("stillpoint-agent: up, on {}", path.display());
+            say!("up, on {}", path.display());
             loop {
                 match listener.accept() {
                     Ok((stream, _)) => service.attend(stream),
@@ -95,7 +97,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<()> {
 }
 
 fn complain(error: &io::Error) {
-    eprintln!("stillpoint-agent: a connection could not be accepted: {error}");
+    say!("a connection could not be accepted: {error}");
     std::thread::sleep(Duration::from_millis(100));
 }
 
@@ -134,7 +136,7 @@ impl Service {
             .name("connection".into())
             .spawn(move || place.0.converse(stream));
         if let Err(error) = spawned {
-            eprintln!("stillpoint-agent: no thread for a connection: {error}");
+            say!("no thread for a connection: {error}");
         }
     }
 
@@ -207,7 +209,8 @@ impl Service {
 
     fn poll(&self, id: u64, wait_ms: u64) -> Result<Progress, Problem> {
         let job = self.programs.get(id)?;
-        let progress = job.progress(Duration::from_millis(wait_ms));
+        let patience = Duration::from_millis(wait_ms).min(LONGEST_WAIT);
+        let progress = job.progress(patience);
         if progress.exit.is_some() {
             // Another connection may have been told as well; the first one wins.
             let _ = self.programs.remove(id);
@@ -228,7 +231,7 @@ impl Service {
             Command::new(command).status().map(drop)
         };
         if let Err(error) = begun {
-            eprintln!("stillpoint-agent: {command}: {error}");
+            say!("{command}: {error}");
         }
     }
 }

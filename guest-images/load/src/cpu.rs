@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::registers::{self, Registers};
 use crate::report::Report;
+use crate::term;
 
 /// What to spin.
 #[derive(clap::Args, Debug)]
@@ -109,7 +110,7 @@ fn spin(seed: u64, cpu: usize, end: Instant) -> Count {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut count = Count::default();
     let expected = chain(seed);
-    while Instant::now() < end || count.iterations == 0 {
+    while term::goes_on(end) || count.iterations == 0 {
         let given = Registers::random(&mut random);
         let kept = registers::hold(&given);
         let difference = given.difference(&kept);

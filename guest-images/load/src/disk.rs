@@ -23,6 +23,7 @@ use serde::Serialize;
 use crate::block::{Block, Found, SIZE};
 use crate::journal::{Entry, Journal};
 use crate::report::Report;
+use crate::term;
 
 /// A block is read back after one write in this many.
 const READ_BACK: u32 = 4;
@@ -224,7 +225,7 @@ impl<'a> Run<'a> {
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         let more = match self.args.writes {
             Some(writes) => sequence <= writes,
-            None => Instant::now() < self.end,
+            None => term::goes_on(self.end),
         };
         more.then_some(sequence)
     }

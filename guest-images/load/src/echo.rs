@@ -13,6 +13,10 @@ use crate::endpoint::{Connect, Door, Stream, Target};
 use crate::frame::{Frames, Kind, MAX_PAYLOAD};
 use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
+use crate::term;
+
+/// What a server's report is called.
+const SERVE: &str = "echo-serve";
 
 /// The client's side.
 #[derive(clap::Args, Debug)]
@@ -110,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<EchoReport> {
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let more = |trips| match args.count {
         Some(count) => trips < count,
-        None => Instant::now() < end,
+        None => term::goes_on(end),
     };
     let mut total_us = 0.0;
     while report.error.is_none() && more(report.round_trips) {
@@ -185,7 +189,7 @@ fn send_back(stream: &mut Stream) -> EchoReport {
         }
     }
     EchoReport {
-        load: "echo-serve",
+        load: SERVE,
         ok: error.is_none(),
         error,
         pace: pace.end(),

@@ -3,7 +3,7 @@
 //! Each kind of load knows what it must find again: blocks of a disk, frames of a stream,
 //! registers of a CPU. The last line on standard output is `{"report":{"load":...,"ok":...}}`
 //! (for people, on a terminal, a sentence), and the exit status is non-zero if anything was
-//! lost. Whatever is random comes from a seed that the report tells.
+//! lost. SIGTERM ends a load before its time, in order. Whatever is random comes from a seed that the report tells.
 
 mod block;
 mod cpu;
@@ -16,6 +16,7 @@ mod pace;
 mod registers;
 mod report;
 mod tcp;
+mod term;
 mod verify;
 
 use std::process::ExitCode;
@@ -52,8 +53,18 @@ enum Kind {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // A server that is not sending waits for whoever connects: SIGTERM just ends it.
+    let ends_in_order = !matches!(cli.kind, Kind::EchoServe(_) | Kind::Verify(_));
+    if ends_in_order && let Err(error) = term::heed() {
+        eprintln!("load: cannot heed SIGTERM: {error}");
+        return ExitCode::from(2);
+    }
     let told = match cli.kind {
-        Kind::Disk(args) => disk::run(&args).and_then(|report| report::tell(&report, cli.json)),
+        Kind::Disk(args) => {
+            // A journal on standard output is for a program to read, to its last line.
+            let json = cli.json || args.journal == "-";
+            disk::run(&args).and_then(|report| report::tell(&report, json))
+        }
         Kind::Verify(args) => verify::run(&args).and_then(|report| report::tell(&report, cli.json)),
         Kind::Tcp(tcp::Verb::Send(args)) => {
             tcp::send(&args).and_then(|report| report::tell(&report, cli.json))

@@ -20,6 +20,7 @@ use crate::endpoint::{Connect, Door, Stream, Target, read_line};
 use crate::frame::{Broken, Frames, Kind, MAX_PAYLOAD, Taker};
 use crate::pace::{Pace, PaceReport};
 use crate::report::{self, Report};
+use crate::term;
 
 /// The two sides.
 #[derive(clap::Subcommand)]
@@ -213,7 +214,7 @@ fn send_all(stream: &mut Stream, hello: &Hello) -> (Sent, Option<Received>) {
     let mut sent = Sent::default();
     let mut pace = Pace::begin();
     let end = Instant::now() + Duration::from_secs(hello.seconds);
-    while sent.error.is_none() && Instant::now() < end {
+    while sent.error.is_none() && term::goes_on(end) {
         match frames.send(stream, Kind::Load, sent.frames) {
             Ok(()) => {
                 sent.frames += 1;

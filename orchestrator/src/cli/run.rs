@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,7 +20,7 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -32,6 +32,10 @@ pub(super) struct Args {
     /// The kernel's command line.
     #[arg(long, conflicts_with = "spec")]
     cmdline: Option<String>,
+    /// A disk: a raw image or a block device, with `,ro` if the guest can't write to it. May be
+    /// given several times; the guest finds them in this order.
+    #[arg(long = "disk", value_name = "PATH[,ro]", conflicts_with = "spec", value_parser = parse_disk)]
+    disks: Vec<DiskSpec>,
     /// vCPUs [1].
     #[arg(long, value_name = "N", conflicts_with = "spec")]
     cpus: Option<u8>,
@@ -130,7 +134,7 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             initrd: args.initrd,
             cmdline: args.cmdline.unwrap_or_default(),
         },
-        disks: Vec::new(),
+        disks: args.disks,
         nets: Vec::new(),
         vsock: None,
         rng: false,
@@ -138,6 +142,21 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
     };
     spec.validate().map_err(bad)?;
     Ok(spec)
+}
+
+/// Reads `PATH` or `PATH,ro`. A path that ends in `,ro` itself needs a spec.
+fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    match path {
+        "" => Err("no path is given; write PATH or PATH,ro".into()),
+        path => Ok(DiskSpec {
+            path: path.into(),
+            read_only,
+        }),
+    }
 }
 
 /// The daemon has another working directory.
@@ -150,5 +169,24 @@ fn with_absolute_paths(mut spec: MachineSpec) -> Result<MachineSpec, Problem> {
     if let Some(initrd) = &spec.kernel.initrd {
         spec.kernel.initrd = Some(absolute(initrd)?);
     }
+    for disk in &mut spec.disks {
+        disk.path = absolute(&disk.path)?;
+    }
     Ok(spec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_read_as_they_are_typed() {
+        let disk = |path: &str, read_only| {
+            let path = path.into();
+            Ok(DiskSpec { path, read_only })
+        };
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("/dev/vg/a,b,ro"), disk("/dev/vg/a,b", true));
+        assert!(parse_disk(",ro").is_err() && parse_disk("").is_err());
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use stillpoint_control::spec::DiskSpec;
+
 use super::{Desk, format, say, say_json};
 use crate::api::VmView;
 use crate::model::{Problem, SwapRecord};
@@ -44,6 +46,7 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         ),
         ("kernel", kernel.path.display().to_string()),
         ("cmdline", kernel.cmdline.clone()),
+        ("disks", disks(&vm.spec.disks)),
         ("blackout budget", format::time(vm.spec.blackout_budget)),
         ("swaps", vm.swaps.to_string()),
         ("console", vm.console_socket.clone()),
@@ -61,9 +64,20 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
             format!("{} to {}: {}", last.id, last.to.version, last.state),
         ));
     }
+    rows.retain(|(key, value)| *key != "disks" || !value.is_empty());
     let mut text = format!("{}\n", vm.name);
     for (key, value) in rows {
         text.push_str(&format!("  {key:<17}{value}\n"));
     }
     text
+}
+
+/// One a line, below each other.
+fn disks(disks: &[DiskSpec]) -> String {
+    let line = |disk: &DiskSpec| match disk.read_only {
+        true => format!("{}, read-only", disk.path.display()),
+        false => disk.path.display().to_string(),
+    };
+    let lines: Vec<_> = disks.iter().map(line).collect();
+    lines.join("\n                   ")
 }

@@ -2,16 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::releases::root;
+pub use stillpoint_images::packages::Kernel;
 
-/// A Debian kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kernel {
-    /// bookworm's, 6.1.
-    Bookworm,
-    /// The newest in trixie-backports.
-    Backports,
-}
+use crate::releases::root;
 
 /// The forms a kernel is booted in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,31 +19,18 @@ pub enum Form {
 #[derive(Clone, Debug)]
 pub struct Files(PathBuf);
 
-impl Kernel {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Bookworm, Self::Backports];
-
-    /// Name of its folder among the images.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Bookworm => "bookworm",
-            Self::Backports => "backports",
-        }
-    }
-
-    /// Its files, which must be there.
-    pub fn files(self) -> anyhow::Result<Files> {
-        let dir = root().join("target/images").join(self.name());
+impl Files {
+    /// Of this kernel; they must be there.
+    pub fn of(kernel: Kernel) -> anyhow::Result<Self> {
+        let dir = root().join("target/images").join(kernel.name());
         anyhow::ensure!(
             dir.join("initramfs").is_file(),
             "{} is not there; run `make images`",
             dir.display()
         );
-        Ok(Files(dir))
+        Ok(Self(dir))
     }
-}
 
-impl Files {
     /// The kernel.
     pub fn kernel(&self, form: Form) -> PathBuf {
         self.0.join(match form {

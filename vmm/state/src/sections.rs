@@ -34,6 +34,7 @@ sections! {
     Console = "console", version 1;
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
+    VirtioBlk = "virtio-blk", version 1;
 }
 
 /// One MSR of format 1.
@@ -308,6 +309,17 @@ pub struct VirtioQueue {
 /// An entropy device. It keeps nothing; its section says that it is there.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct VirtioRng {}
+
+/// A disk. What is in its image is not state: the image is handed on.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct VirtioBlk {
+    /// Bytes of the disk as the guest knows it.
+    #[prost(uint64, tag = "1")]
+    pub size: u64,
+    /// The cache is in write-back mode: what is written is durable after a flush, not before.
+    #[prost(bool, tag = "2")]
+    pub write_back: bool,
+}
 
 #[cfg(test)]
 mod tests {

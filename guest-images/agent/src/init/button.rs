@@ -9,8 +9,6 @@ use std::io::Read;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::say;
-
 /// `struct input_event` on a 64-bit machine: a time of 16 bytes, type, code, value.
 const EVENT: usize = 24;
 /// `EV_KEY` and `KEY_POWER` (uapi/linux/input-event-codes.h).

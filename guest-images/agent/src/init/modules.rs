@@ -10,7 +10,7 @@ use std::io;
 use rustix::io::Errno;
 use rustix::system::finit_module;
 
-use super::{lines_of, say};
+use super::lines_of;
 
 const LIST: &str = "/modules.order";
 /// `MODULE_INIT_COMPRESSED_FILE` (uapi/linux/module.h): the kernel decompresses it.

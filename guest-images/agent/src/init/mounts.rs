@@ -6,7 +6,7 @@ use std::fs::File;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use super::{lines_of, say};
+use super::lines_of;
 
 /// File system, where, and its options.
 const MOUNTS: [(&str, &str, &str); 6] = [

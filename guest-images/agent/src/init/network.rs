@@ -13,8 +13,6 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with,
 };
 
-use super::say;
-
 // uapi/linux/netlink.h and rtnetlink.h.
 const NLMSG_ERROR: u16 = 2;
 const RTM_NEWLINK: u16 = 16;

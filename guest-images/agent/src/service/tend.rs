@@ -18,7 +18,8 @@ use stillpoint_agent::protocol::MAX_OUTPUT;
 use super::program::{Full, Job, State};
 
 /// A program that ended may have left others behind that hold its outputs open. They are not
-/// listened to any longer than this when they say nothing.
+/// listened to any longer than this when they say nothing, and never beyond what the pipe could
+/// hold when the program ended: all that it wrote itself is in that.
 const LEFTOVERS: Duration = Duration::from_millis(300);
 
 /// What the thread works with. The two outputs are `[stdout, stderr]`.
@@ -29,6 +30,8 @@ pub(super) struct Tender {
     /// None once the process was reaped.
     pidfd: Option<OwnedFd>,
     outputs: [Option<OwnedFd>; 2],
+    /// Bytes that may still be read of each; bounded once the process was reaped.
+    budget: [usize; 2],
     input: Option<(OwnedFd, Vec<u8>)>,
     /// First the time limit; after the end, until when leftovers are listened to.
     deadline: Option<Instant>,
@@ -57,6 +60,7 @@ impl Tender {
             child,
             pidfd: Some(pidfd),
             outputs,
+            budget: [usize::MAX; 2],
             input: stdin.filter(|_| !input.is_empty()).map(|fd| (fd, input)),
             deadline,
             timed_out: false,
@@ -148,13 +152,20 @@ impl Tender {
     fn take(&mut self, index: usize) {
         let mut bytes = [0; 16 << 10];
         while let Some(fd) = &self.outputs[index] {
-            let room = self.room(index).min(bytes.len());
+            if self.budget[index] == 0 {
+                self.outputs[index] = None;
+                return;
+            }
+            let room = self.room(index).min(bytes.len()).min(self.budget[index]);
             if room == 0 {
                 return;
             }
             match rustix::io::read(fd, &mut bytes[..room]) {
                 Ok(0) => self.outputs[index] = None,
-                Ok(length) => self.keep(index, &bytes[..length]),
+                Ok(length) => {
+                    self.budget[index] = self.budget[index].saturating_sub(length);
+                    self.keep(index, &bytes[..length]);
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => return,
                 Err(_) => self.outputs[index] = None,
@@ -183,6 +194,10 @@ impl Tender {
         self.pidfd = None;
         self.input = None;
         self.job.lock().reap(&mut self.child, self.timed_out);
+        for (output, budget) in self.outputs.iter().zip(&mut self.budget) {
+            let size = output.as_ref().map(rustix::pipe::fcntl_getpipe_size);
+            *budget = size.and_then(Result::ok).unwrap_or_default();
+        }
         self.deadline = Instant::now().checked_add(LEFTOVERS);
     }
 }

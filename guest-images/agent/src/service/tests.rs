@@ -1,7 +1,6 @@
 //! The service, asked over a socketpair by the library's client.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -139,6 +138,18 @@ fn those_left_behind_are_not_waited_for() {
 }
 
 #[test]
+fn those_left_behind_that_chatter_are_not_listened_to_for_ever() {
+    let mut client = alone();
+    let ended = client.exec(shell("yes & echo $! >&2")).unwrap();
+    assert_eq!(ended.exit, Exit::Code(0));
+    let left: i32 = ended.output.stderr.trim().parse().unwrap();
+    // It may have noticed by now that nobody listens.
+    let _ = kill(Pid::from_raw(left), Signal::SIGKILL);
+    let job = client.start(shell("yes & sleep 0.1")).unwrap().job;
+    assert_eq!(client.follow(job, |_| {}).unwrap(), Exit::Code(0));
+}
+
+#[test]
 fn a_started_program_is_killed_with_its_group() {
     let mut client = alone();
     let job = client.start(shell("sleep 1000 | sleep 1000")).unwrap().job;
@@ -216,13 +227,16 @@ fn hooks_run_in_order_under_one_deadline() {
     let before = directory.path().join("before");
     std::fs::create_dir(&before).unwrap();
     let hook = |name: &str, script: &str, mode| {
+        // By another process: a child that some other test starts at this moment would hold the
+        // file open for writing, and a file that is can't be run.
         let path = before.join(name);
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+        let text = format!("#!/bin/sh\\n{script}\\n");
+        let script = format!("printf '{text}' > {0}; chmod {mode} {0}", path.display());
+        assert!(alone().exec(shell(&script)).unwrap().exit.is_success());
     };
-    hook("10-first", "echo one", 0o755);
-    hook("20-fails", "exit 4", 0o755);
-    hook("30-not-a-hook", "exit 5", 0o644);
+    hook("10-first", "echo one", 755);
+    hook("20-fails", "exit 4", 755);
+    hook("30-not-a-hook", "exit 5", 644);
     let mut client = client(&service(directory.path()));
     let hooks = client.pause_begin(Duration::from_secs(30)).unwrap();
     let told: Vec<_> = hooks
@@ -238,7 +252,7 @@ fn hooks_run_in_order_under_one_deadline() {
     assert_eq!(hooks.ran[0].output.stdout, "one\n");
     assert!(!hooks.all_well());
 
-    hook("05-slow", "exec sleep 1000", 0o755);
+    hook("05-slow", "exec sleep 1000", 755);
     let hooks = client.pause_begin(Duration::from_millis(100)).unwrap();
     assert_eq!(
         (hooks.ran[0].exit, hooks.left_out),

@@ -6,10 +6,12 @@
 
 use std::path::Path;
 
-use stillpoint_control::spec::MachineSpec;
+use stillpoint_control::spec::{DiskSpec, MachineSpec};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Kind;
+use super::blk::Blk;
+use super::blk::image::{Image, ImageError};
 use super::rng::Rng;
 use super::slot::Place;
 use crate::handover::lend::{Borrowed, Missing};
@@ -24,11 +26,16 @@ pub enum BackendError {
     /// No eventfd to be had.
     #[error(transparent)]
     Kick(#[from] IrqError),
+    /// A disk that can't be had.
+    #[error(transparent)]
+    Disk(#[from] ImageError),
 }
 
 /// What a device is made of.
 #[derive(Debug)]
 pub enum Backend {
+    /// An image or block device.
+    Disk(Image),
     /// The host's entropy.
     Rng,
 }
@@ -48,14 +55,17 @@ pub struct Plug {
 
 /// A device as the spec wants it.
 #[derive(Clone, Copy, Debug)]
-enum Wanted {
+enum Wanted<'s> {
+    Disk(&'s DiskSpec),
     Rng,
 }
 
 /// All devices of `spec` with their names, in the order of their places.
-fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted)> {
+fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted<'_>)> {
+    let disks = spec.disks.iter().enumerate();
+    let disks = disks.map(|(number, disk)| (format!("disk{number}"), Wanted::Disk(disk)));
     let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
-    rng.into_iter().collect()
+    disks.chain(rng).collect()
 }
 
 /// Places of all devices of `spec`, without opening anything.
@@ -65,8 +75,9 @@ pub fn places(spec: &MachineSpec) -> Vec<Place> {
 
 /// Opens everything that `spec` names. `dir` is the guest's directory.
 pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> {
-    plugs(spec, |_name, wanted| {
+    plugs(spec, |name, wanted| {
         let backend = match wanted {
+            Wanted::Disk(disk) => Backend::Disk(Image::open(&spec.name, name, disk)?),
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|_| Kick::new());
@@ -79,6 +90,10 @@ pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> 
 pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
+            Wanted::Disk(disk) => {
+                let fd = from.take(&format!("{name}/image"))?;
+                Backend::Disk(Image::adopt(&spec.name, name, disk, fd)?)
+            }
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|queue| from.take(&format!("{name}/kick{queue}")));
@@ -90,7 +105,7 @@ pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, Backe
 
 fn plugs(
     spec: &MachineSpec,
-    mut make: impl FnMut(&str, Wanted) -> Result<(Backend, Vec<Kick>), BackendError>,
+    mut make: impl FnMut(&str, Wanted<'_>) -> Result<(Backend, Vec<Kick>), BackendError>,
 ) -> Result<Vec<Plug>, BackendError> {
     let all = wanted(spec).into_iter().enumerate();
     all.map(|(number, (name, wanted))| {
@@ -109,13 +124,14 @@ impl Backend {
     /// How many queues the device has.
     fn queues(&self) -> usize {
         match self {
-            Self::Rng => 1,
+            Self::Disk(_) | Self::Rng => 1,
         }
     }
 
     /// A fresh device.
     pub fn fresh(self) -> Box<dyn Kind> {
         match self {
+            Self::Disk(image) => Box::new(Blk::new(image)),
             Self::Rng => Box::new(Rng),
         }
     }
@@ -128,6 +144,7 @@ impl Backend {
         _late: &mut Borrowed,
     ) -> Result<Box<dyn Kind>, StateError> {
         Ok(match self {
+            Self::Disk(image) => Box::new(Blk::restore(image, instance, from)?),
             Self::Rng => Box::new(Rng::restore(instance, from)?),
         })
     }

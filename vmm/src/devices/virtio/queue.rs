@@ -273,14 +273,14 @@ impl Queues<'_> {
             return Ok(None);
         };
         loop {
-            // By the iterator and not by `pop_descriptor_chain`, which keeps errors to itself.
-            if let Some(chain) = ring.iter(self.memory)?.next() {
-                return Chain::of(chain, self.memory).map(Some);
-            }
+            // Before the iterator looks: what the driver adds after this is not missed, and what
+            // is there by now must be found.
             if ring.avail_idx(self.memory, Ordering::Acquire)?.0 != ring.next_avail() {
-                return Err(Broken::Chain(
+                // By the iterator and not by `pop_descriptor_chain`, which keeps errors to itself.
+                let chain = ring.iter(self.memory)?.next().ok_or(Broken::Chain(
                     "begins with a descriptor that does not exist",
-                ));
+                ))?;
+                return Chain::of(chain, self.memory).map(Some);
             }
             if !ring.enable_notification(self.memory)? {
                 return Ok(None);
