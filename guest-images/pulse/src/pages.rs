@@ -95,7 +95,7 @@ pub(crate) fn show<T: Copy>(place: *mut T, value: &T) {
 
 /// What such a place holds.
 pub(crate) fn shown<T: Copy>(place: *mut T) -> T {
-    // SAFETY: a field of ours, which only the calling vCPU writes.
+    // SAFETY: a field of these pages, made of integers: at worst some are newer than others.
     unsafe { place.read_volatile() }
 }
 

@@ -76,12 +76,15 @@ fn length_huge(b: &mut Bench) -> Then {
 /// Lengths whose sum is a small number if 32 bits are all that it is kept in.
 fn lengths_wrap(b: &mut Bench) -> Then {
     let chain = b.request();
-    let huge = Buffer {
+    let last = chain.buffers[chain.len - 1];
+    let huge = |len| Buffer {
         address: b.pit().address(),
-        len: 0x8000_0000,
-        ..chain.buffers[chain.len - 1]
+        len,
+        ..last
     };
-    b.post(&[chain.buffers[0], huge, huge, chain.buffers[chain.len - 1]])
+    // The first reaches into the hole below 4 GiB, whatever RAM there is.
+    let huge = [huge(0xd000_0000), huge(0x3000_0000)];
+    b.post(&[chain.buffers[0], huge[0], huge[1], last])
 }
 
 /// A request of one-byte buffers without end, each followed by the one that `next` says.

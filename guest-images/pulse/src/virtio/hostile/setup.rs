@@ -22,7 +22,8 @@ pub(super) const ATTACKS: &[Attack] = &[
     without_addresses,
 ];
 
-/// The device writes over what it has to read. It may lose its way, in our memory alone.
+/// The device writes over what it has to read. Where that leads it lies below 2 MiB, where by now
+/// nothing is, for as long as a descriptor says that it may be written.
 fn used_over_descriptors(b: &mut Bench) -> Then {
     b.agree(u64::MAX);
     let ring = b.ring();
