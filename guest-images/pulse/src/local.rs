@@ -45,16 +45,30 @@ static LOCALS: [Local; MAX_VCPUS] = [const { Local::new() }; MAX_VCPUS];
 #[repr(C, align(4096))]
 struct Raw<const N: usize>(UnsafeCell<[u8; N]>);
 
-// SAFETY: no Rust code touches it.
+// SAFETY: no Rust code touches it but to look at the end of a stack.
 unsafe impl<const N: usize> Sync for Raw<N> {}
 
 /// 2 KiB each: 104 bytes of TSS, then an I/O bitmap of zeros that lets ring 3 use every port.
 #[unsafe(no_mangle)]
 static TSS: Raw<{ 2048 * MAX_VCPUS }> = Raw(UnsafeCell::new([0; 2048 * MAX_VCPUS]));
 
-/// 64 KiB each.
+const USER_STACK: usize = 128 << 10;
+/// The last of it, which is to stay as it was: nothing but zeros.
+const UNUSED: usize = 1024;
+
+/// 128 KiB each, as `boot.s` has it. A device's driver has some 10 KiB and is moved a few times.
 #[unsafe(no_mangle)]
-static USER_STACKS: Raw<{ 65536 * MAX_VCPUS }> = Raw(UnsafeCell::new([0; 65536 * MAX_VCPUS]));
+static USER_STACKS: Raw<{ USER_STACK * MAX_VCPUS }> =
+    Raw(UnsafeCell::new([0; USER_STACK * MAX_VCPUS]));
+
+/// Whether a vCPU's stack has room left. Below it lies another vCPU's, and no page to fault on.
+pub(crate) fn has_stack_left(vcpu: usize) -> bool {
+    let end = USER_STACKS.0.get().cast::<u64>();
+    (0..UNUSED / 8).all(|word| {
+        // SAFETY: within the static; volatile, since it is a stack.
+        unsafe { end.add(vcpu * USER_STACK / 8 + word).read_volatile() == 0 }
+    })
+}
 
 /// The page of one vCPU.
 pub(crate) fn of(vcpu: usize) -> &'static Local {

@@ -206,6 +206,7 @@ impl Vcpu {
             none => none.insert(Driving::start(mode, index)),
         };
         driving.turn(&mut self.gaps);
+        assert!(local::has_stack_left(index), "no stack left");
         if let Some(rest) = driving.rest() {
             self.nap(tsc::read() + tsc::cycles(SLICE_US), || rest.is_over());
         }
