@@ -7,6 +7,7 @@
 //! | [`swap`] | its swap, driven as the daemon does it |
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
+//! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
@@ -18,6 +19,7 @@
 pub mod cli;
 pub mod console;
 pub mod daemon;
+pub mod devices;
 pub mod ground;
 pub mod guest;
 pub mod linux;

@@ -9,8 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{DiskSpec, KernelSpec, MachineSpec, MemorySpec};
+use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
+use crate::devices::Devices;
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
@@ -31,8 +32,8 @@ pub struct Recipe {
     pub kernel: Option<PathBuf>,
     /// How all VMMs of this guest are started.
     pub manner: Manner,
-    /// Its disks.
-    pub disks: Vec<DiskSpec>,
+    /// Its virtio devices.
+    pub devices: Devices,
 }
 
 impl Recipe {
@@ -46,7 +47,7 @@ impl Recipe {
             release: Release::Current,
             kernel: None,
             manner: Manner::default(),
-            disks: Vec::new(),
+            devices: Devices::default(),
         }
     }
 
@@ -63,10 +64,10 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
-            disks: self.disks.clone(),
-            nets: Vec::new(),
-            vsock: None,
-            rng: false,
+            disks: self.devices.disks.clone(),
+            nets: self.devices.nets.clone(),
+            vsock: self.devices.vsock,
+            rng: self.devices.rng,
             blackout_budget: Duration::from_secs(5),
         }
     }
