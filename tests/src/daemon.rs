@@ -18,6 +18,7 @@ pub struct Daemon {
     child: Child,
     dir: PathBuf,
     bin: PathBuf,
+    own_network: bool,
 }
 
 /// What a command printed, and whether it succeeded.
@@ -44,11 +45,21 @@ impl Daemon {
 
     /// As [`Daemon::start`], with the programs in `bin`.
     pub fn start_from(dir: &Path, bin: &Path) -> anyhow::Result<Self> {
-        let child = spawn(dir, bin)?;
+        Self::start_as(dir, bin, false)
+    }
+
+    /// As [`Daemon::start`], in a network namespace of its own.
+    pub fn start_in_own_network(dir: &Path) -> anyhow::Result<Self> {
+        Self::start_as(dir, &programs(), true)
+    }
+
+    fn start_as(dir: &Path, bin: &Path, own_network: bool) -> anyhow::Result<Self> {
+        let child = spawn(dir, bin, own_network)?;
         let daemon = Self {
             child,
             dir: dir.to_owned(),
             bin: bin.to_owned(),
+            own_network,
         };
         daemon.wait_answers()?;
         Ok(daemon)
@@ -91,7 +102,7 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.child = spawn(&self.dir, &self.bin)?;
+        self.child = spawn(&self.dir, &self.bin, self.own_network)?;
         self.wait_answers()
     }
 
@@ -140,9 +151,14 @@ impl Daemon {
         Ok(answer.json)
     }
 
+    /// The directory of this guest.
+    pub fn guest_dir(&self, name: &str) -> PathBuf {
+        self.dir.join("run/vms").join(name)
+    }
+
     /// A client of the VMM of this guest, past the daemon.
     pub fn vmm(&self, name: &str) -> anyhow::Result<Client> {
-        let socket = self.dir.join("run/vms").join(name).join("control.sock");
+        let socket = self.guest_dir(name).join("control.sock");
         Ok(Client::connect(&socket, PATIENCE)?)
     }
 
@@ -158,13 +174,21 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, bin: &Path) -> anyhow::Result<Child> {
+fn spawn(dir: &Path, bin: &Path, own_network: bool) -> anyhow::Result<Child> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(dir.join("stillpointd.log"))?;
-    let mut command = Command::new(bin.join("stillpointd"));
+    let mut command = match own_network {
+        // Both become the daemon by exec, so the child's pid is its pid.
+        true => Command::new("unshare"),
+        false => Command::new("env"),
+    };
+    if own_network {
+        command.arg("-n");
+    }
     command
+        .arg(bin.join("stillpointd"))
         .arg("--run-dir")
         .arg(dir.join("run"))
         .arg("--state-dir")

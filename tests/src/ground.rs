@@ -4,10 +4,45 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use anyhow::Context;
+
+use crate::releases::Release;
+
 /// Why there is no KVM to test on; `None` if there is.
 pub fn no_kvm() -> Option<String> {
     let open = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     open.err().map(|error| format!("/dev/kvm: {error}"))
+}
+
+/// Why a guest with an operating system can't be run here in useful time; `None` if it can. The
+/// emulated host of the rig says by `STILLPOINT_LINUX` that it can.
+pub fn no_fast_kvm() -> Option<String> {
+    if let Some(reason) = no_kvm() {
+        return Some(reason);
+    }
+    if std::env::var_os("STILLPOINT_LINUX").is_some() {
+        return None;
+    }
+    match kernel_speed() {
+        Ok((true, _)) => None,
+        Ok((false, found)) => Some(format!("this KVM emulates guest kernels: {found}")),
+        Err(error) => Some(format!("{error:#}")),
+    }
+}
+
+/// How fast this KVM runs a guest's kernel, as `stillpoint-vmm doctor` finds: whether it is as
+/// hardware does, and in words.
+pub fn kernel_speed() -> anyhow::Result<(bool, String)> {
+    let output = Command::new(Release::Current.binary()?)
+        .args(["doctor", "--json"])
+        .output()?;
+    let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)?;
+    let speed = findings
+        .iter()
+        .find(|finding| finding["check"] == "guest kernel speed")
+        .context("`stillpoint-vmm doctor` does not tell the guest kernel's speed")?;
+    let found = speed["found"].as_str().unwrap_or_default().to_owned();
+    Ok((speed["status"] == "ok", found))
 }
 
 /// Why nothing can be run as another user; `None` if it can.

@@ -7,19 +7,25 @@
 //! | [`swap`] | its swap, driven as the daemon does it |
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
+//! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
+//! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
+//! | [`rig`] | a whole host, emulated, with KVM inside |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
 pub mod console;
 pub mod daemon;
+pub mod devices;
 pub mod ground;
 pub mod guest;
+pub mod linux;
 pub mod patience;
 pub mod releases;
+pub mod rig;
 pub mod start;
 pub mod swap;
 pub mod vm;

@@ -11,6 +11,7 @@ use stillpoint_control::client::Client;
 use stillpoint_control::ownership::{Owner, Ownership};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
+use crate::devices::Devices;
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
@@ -31,6 +32,8 @@ pub struct Recipe {
     pub kernel: Option<PathBuf>,
     /// How all VMMs of this guest are started.
     pub manner: Manner,
+    /// Its virtio devices.
+    pub devices: Devices,
 }
 
 impl Recipe {
@@ -44,6 +47,7 @@ impl Recipe {
             release: Release::Current,
             kernel: None,
             manner: Manner::default(),
+            devices: Devices::default(),
         }
     }
 
@@ -60,10 +64,10 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
-            disks: Vec::new(),
-            nets: Vec::new(),
-            vsock: None,
-            rng: false,
+            disks: self.devices.disks.clone(),
+            nets: self.devices.nets.clone(),
+            vsock: self.devices.vsock,
+            rng: self.devices.rng,
             blackout_budget: Duration::from_secs(5),
         }
     }

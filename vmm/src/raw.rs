@@ -1,5 +1,8 @@
-//! Kernel structures as bytes, and the few ioctls that kvm-ioctls lacks on x86.
-#![allow(unsafe_code)] // Byte views of plain structures, and ioctls by number.
+//! Kernel structures as bytes, and the few ioctls that kvm-ioctls lacks on x86. Calls that move
+//! guest memory to and from files are in [`file`](mod@file).
+#![allow(unsafe_code)] // Byte views of plain structures, and system calls that take addresses.
+
+pub mod file;
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, VsockSpec,
+    parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,7 +21,8 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, nets[].{tap,mac,queue_pairs}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
+    /// vsock.cid, rng, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -32,6 +34,10 @@ pub(super) struct Args {
     /// The kernel's command line.
     #[arg(long, conflicts_with = "spec")]
     cmdline: Option<String>,
+    /// A disk: a raw image or a block device, with `,ro` if the guest can't write to it. May be
+    /// given several times; the guest finds them in this order.
+    #[arg(long = "disk", value_name = "PATH[,ro]", conflicts_with = "spec", value_parser = parse_disk)]
+    disks: Vec<DiskSpec>,
     /// vCPUs [1].
     #[arg(long, value_name = "N", conflicts_with = "spec")]
     cpus: Option<u8>,
@@ -45,6 +51,13 @@ pub(super) struct Args {
     /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
     nets: Vec<NetSpec>,
+    /// Sockets between guest and host: host programs connect to `vsock.sock` in the guest's
+    /// directory. CID is the guest's context id [made of its name].
+    #[arg(long, value_name = "CID", conflicts_with = "spec", num_args = 0..=1, require_equals = true)]
+    vsock: Option<Option<u32>>,
+    /// A source of entropy.
+    #[arg(long, conflicts_with = "spec")]
+    rng: bool,
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
@@ -95,13 +108,17 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         say_json(&vm)?;
     } else {
         let pid = vm.process.as_ref().map_or(0, |process| process.pid);
-        say(&format!(
+        let mut text = format!(
             "{name} is {}: {} vCPUs, {}, release {}, pid {pid}\nits console: stillpoint console {name}",
             vm.state,
             vm.spec.cpus,
             format::size(vm.spec.memory.size),
             vm.release
-        ))?;
+        );
+        if let Some(socket) = &vm.vsock_socket {
+            text.push_str(&format!("\nits vsock: {socket}"));
+        }
+        say(&text)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -144,8 +161,14 @@ fn read_spec(file: &Path) -> Result<MachineSpec, Problem> {
 }
 
 fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
+    let name = args.name.unwrap_or_default();
     let spec = MachineSpec {
-        name: args.name.unwrap_or_default(),
+        vsock: args.vsock.map(|cid| match cid {
+            Some(cid) => VsockSpec { cid },
+            None => VsockSpec::for_name(&name),
+        }),
+        rng: args.rng,
+        name,
         cpus: args.cpus.unwrap_or(1),
         memory: MemorySpec {
             size: args.memory.unwrap_or(MemorySpec::default().size),
@@ -156,14 +179,27 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             initrd: args.initrd,
             cmdline: args.cmdline.unwrap_or_default(),
         },
-        disks: Vec::new(),
+        disks: args.disks,
         nets: args.nets,
-        vsock: None,
-        rng: false,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;
     Ok(spec)
+}
+
+/// Reads `PATH` or `PATH,ro`. A path that ends in `,ro` itself needs a spec.
+fn parse_disk(text: &str) -> Result<DiskSpec, String> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    match path {
+        "" => Err("no path is given; write PATH or PATH,ro".into()),
+        path => Ok(DiskSpec {
+            path: path.into(),
+            read_only,
+        }),
+    }
 }
 
 /// The daemon has another working directory.
@@ -176,12 +212,52 @@ fn with_absolute_paths(mut spec: MachineSpec) -> Result<MachineSpec, Problem> {
     if let Some(initrd) = &spec.kernel.initrd {
         spec.kernel.initrd = Some(absolute(initrd)?);
     }
+    for disk in &mut spec.disks {
+        disk.path = absolute(&disk.path)?;
+    }
     Ok(spec)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[test]
+    fn disks_are_read_as_they_are_typed() {
+        let disk = |path: &str, read_only| {
+            let path = path.into();
+            Ok(DiskSpec { path, read_only })
+        };
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("/dev/vg/a,b,ro"), disk("/dev/vg/a,b", true));
+        assert!(parse_disk(",ro").is_err() && parse_disk("").is_err());
+    }
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn spec(words: &[&str]) -> MachineSpec {
+        let line = ["run", "web-1", "--kernel", "k"].iter().chain(words);
+        let typed = Typed::try_parse_from(line).expect("parse");
+        spec_of_flags(typed.args).expect("spec")
+    }
+
+    #[test]
+    fn sockets_and_entropy_as_they_are_typed() {
+        let plain = spec(&[]);
+        assert_eq!((plain.vsock, plain.rng), (None, false));
+        let both = spec(&["--vsock", "--rng"]);
+        assert_eq!(both.vsock, Some(VsockSpec::for_name("web-1")));
+        assert!(both.rng);
+        assert_eq!(spec(&["--vsock=7"]).vsock, Some(VsockSpec { cid: 7 }));
+        let typed = Typed::try_parse_from(["run", "a", "--kernel", "k", "--vsock=2"]);
+        let error = spec_of_flags(typed.expect("parse").args).expect_err("the host's");
+        assert!(error.to_string().contains("vsock.cid"), "{error}");
+    }
 
     #[test]
     fn network_interfaces_as_they_are_typed() {

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use stillpoint_control::spec::format_mac;
+use stillpoint_control::spec::{DiskSpec, format_mac};
 
 use super::{Desk, format, say, say_json};
 use crate::api::VmView;
@@ -46,6 +46,7 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         ),
         ("kernel", kernel.path.display().to_string()),
         ("cmdline", kernel.cmdline.clone()),
+        ("disks", disks(&vm.spec.disks)),
         ("blackout budget", format::time(vm.spec.blackout_budget)),
         ("swaps", vm.swaps.to_string()),
         ("console", vm.console_socket.clone()),
@@ -59,6 +60,12 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         };
         rows.push(("network", format!("{} as {mac}{several}", net.tap)));
     }
+    if let (Some(vsock), Some(socket)) = (&vm.spec.vsock, &vm.vsock_socket) {
+        rows.push(("vsock", format!("CID {}, {socket}", vsock.cid)));
+    }
+    if vm.spec.rng {
+        rows.push(("entropy", "yes".to_owned()));
+    }
     if let Some(process) = &vm.process {
         rows.insert(3, ("pid", process.pid.to_string()));
     }
@@ -71,9 +78,20 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
             format!("{} to {}: {}", last.id, last.to.version, last.state),
         ));
     }
+    rows.retain(|(key, value)| *key != "disks" || !value.is_empty());
     let mut text = format!("{}\n", vm.name);
     for (key, value) in rows {
         text.push_str(&format!("  {key:<17}{value}\n"));
     }
     text
+}
+
+/// One a line, below each other.
+fn disks(disks: &[DiskSpec]) -> String {
+    let line = |disk: &DiskSpec| match disk.read_only {
+        true => format!("{}, read-only", disk.path.display()),
+        false => disk.path.display().to_string(),
+    };
+    let lines: Vec<_> = disks.iter().map(line).collect();
+    lines.join("\n                   ")
 }

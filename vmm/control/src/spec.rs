@@ -182,6 +182,21 @@ pub struct VsockSpec {
     pub cid: u32,
 }
 
+impl VsockSpec {
+    /// For a machine of that name when nobody chose a context id: always the same. Two machines
+    /// may have one in common, since the host reaches each by its own Unix socket.
+    pub fn for_name(name: &str) -> Self {
+        // FNV-1a, 32 bits.
+        let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+        // The last one means "any" (`VMADDR_CID_ANY`).
+        Self {
+            cid: MIN_CID + hash % (u32::MAX - MIN_CID),
+        }
+    }
+}
+
 /// Why a spec is refused. The text names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -477,6 +492,16 @@ mod tests {
             path: path.into(),
             read_only: false,
         }
+    }
+
+    #[test]
+    fn a_context_id_made_of_a_name_is_one_that_may_be() {
+        let cids: Vec<_> = (0..1000)
+            .map(|n| VsockSpec::for_name(&format!("web-{n}")).cid)
+            .collect();
+        assert!(cids.iter().all(|cid| (MIN_CID..u32::MAX).contains(cid)));
+        // Kept for ever: a guest that is started anew finds its own.
+        assert_eq!(VsockSpec::for_name("web-1").cid, 1_991_751_458);
     }
 
     #[test]

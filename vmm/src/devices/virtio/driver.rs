@@ -163,9 +163,19 @@ impl Driver {
             event_idx: features & EVENT_IDX != 0,
             free: (0..size as u16).rev().collect(),
             chains: vec![Vec::new(); size as usize],
+            out: vec![0; size as usize],
             added: 0,
             kicked: 0,
             taken: 0,
+        }
+    }
+
+    /// Waits until the device has failed, and has told its driver so.
+    pub(super) fn await_failure(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !(self.has_failed() && self.read(0x60) & 2 != 0) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(sleep(&self.interrupt, left), "the device goes on");
         }
     }
 
@@ -216,6 +226,8 @@ impl Driver {
         let device = VirtioMmio::restore(slot, kind, &mut state).expect("restore");
         state.finish().expect("all of the state was taken");
         drop(std::mem::replace(&mut self.device, device));
+        // As an edge that got lost between two machines.
+        let _ = self.interrupted();
         self.device.resume();
         self
     }
@@ -224,6 +236,15 @@ impl Driver {
 fn place(name: &str, kicks: Vec<Kick>, interrupt: &OwnedFd, memory: &Memory) -> Slot {
     let line = Line::loose_into(interrupt.try_clone().expect("dup"));
     Slot::loose_with(name, kicks, line, memory)
+}
+
+/// Sleeps until an interrupt; `false` if none came in so long.
+fn sleep(interrupt: &OwnedFd, patience: Duration) -> bool {
+    let timeout = Timespec::try_from(patience).expect("a short time");
+    let mut fds = [PollFd::new(interrupt, PollFlags::IN)];
+    let came = !patience.is_zero() && poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready > 0);
+    let _ = rustix::io::read(interrupt, &mut [0; 8]);
+    came
 }
 
 /// A request that came back.
@@ -248,6 +269,8 @@ pub(super) struct Ring {
     free: Vec<u16>,
     /// Descriptors of the chain that begins with this one.
     chains: Vec<Vec<u16>>,
+    /// How often this head was made available and has not come back.
+    out: Vec<u16>,
     added: u16,
     kicked: u16,
     taken: u16,
@@ -264,11 +287,6 @@ impl Ring {
         self.memory.read_obj(at).expect("in RAM")
     }
 
-    /// Descriptors not in use.
-    pub(super) fn room(&self) -> usize {
-        self.free.len()
-    }
-
     /// Writes a descriptor as it is, for rings that lie.
     pub(super) fn describe(&self, index: u16, buffer: Buffer, flags: u16, next: u16) {
         let at = u64::from(index) * 16;
@@ -283,6 +301,9 @@ impl Ring {
         let slot = u64::from(self.added % self.size);
         self.put(AVAIL + 4 + 2 * slot, head.to_le());
         self.added = self.added.wrapping_add(1);
+        if let Some(out) = self.out.get_mut(usize::from(head)) {
+            *out += 1;
+        }
         self.publish(self.added);
     }
 
@@ -347,6 +368,8 @@ impl Ring {
         let head = u32::from_le(self.get(USED + 4 + 8 * slot)) as u16;
         let len = u32::from_le(self.get(USED + 8 + 8 * slot));
         self.taken = self.taken.wrapping_add(1);
+        let out = self.out.get_mut(usize::from(head)).expect("a head");
+        *out = out.checked_sub(1).expect("what comes back was out");
         let chain = self.chains.get_mut(usize::from(head));
         let chain = std::mem::take(chain.expect("a head that exists"));
         self.free.extend(chain);
@@ -383,15 +406,18 @@ impl Ring {
                 return Some(used);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if !sleep(&self.interrupt, left) {
                 return None;
             }
-            let timeout = Timespec::try_from(left).expect("a short time");
-            let mut fds = [PollFd::new(&self.interrupt, PollFlags::IN)];
-            if poll(&mut fds, Some(&timeout)).is_ok_and(|ready| ready == 0) {
-                return None;
-            }
-            let _ = rustix::io::read(&self.interrupt, &mut [0; 8]);
         }
+    }
+}
+
+/// Waits until something is so.
+pub(super) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !so() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        std::thread::yield_now();
     }
 }

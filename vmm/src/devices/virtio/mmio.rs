@@ -510,3 +510,6 @@ impl Device for VirtioMmio {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

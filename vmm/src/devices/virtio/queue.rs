@@ -241,11 +241,6 @@ impl Interrupt {
     pub(super) fn set_failed(&self, failed: bool) {
         self.failed.store(failed, Ordering::SeqCst);
     }
-
-    #[cfg(test)]
-    pub(super) fn raised(&self) -> u64 {
-        self.line.raised()
-    }
 }
 
 /// A device's queues as its kind sees them. All of it happens on the device's own thread.
@@ -284,14 +279,14 @@ impl Queues<'_> {
             return Ok(None);
         };
         loop {
-            // By the iterator and not by `pop_descriptor_chain`, which keeps errors to itself.
-            if let Some(chain) = ring.iter(self.memory)?.next() {
-                return Chain::of(chain, self.memory).map(Some);
-            }
+            // Before the iterator looks: what the driver adds after this is not missed, and what
+            // is there by now must be found.
             if ring.avail_idx(self.memory, Ordering::Acquire)?.0 != ring.next_avail() {
-                return Err(Broken::Chain(
+                // By the iterator and not by `pop_descriptor_chain`, which keeps errors to itself.
+                let chain = ring.iter(self.memory)?.next().ok_or(Broken::Chain(
                     "begins with a descriptor that does not exist",
-                ));
+                ))?;
+                return Chain::of(chain, self.memory).map(Some);
             }
             if !ring.enable_notification(self.memory)? {
                 return Ok(None);

@@ -1,0 +1,492 @@
+//! Sets of packages: which, from which suites, and their unpacked trees in the cache.
+//!
+//! A set is chosen once, by asking apt, and then stays as it was chosen until someone refreshes it:
+//! the same cache gives the same images. Its manifest is written last, so a set that has one is
+//! complete, and reading it needs neither lock nor network.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::apt::{Apt, AptError, Deb};
+use crate::cache::{Cache, CacheError};
+use crate::kernel::{PayloadError, vmlinux};
+use crate::progress::Progress;
+use crate::sources::{Mirror, NoMirror};
+
+/// Changes when a set would be unpacked or chosen differently.
+const RECIPE: u32 = 1;
+
+/// Which Debian kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kernel {
+    /// The one of bookworm, 6.1.
+    Bookworm,
+    /// The newest in trixie-backports.
+    Backports,
+}
+
+impl Kernel {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Bookworm, Self::Backports];
+
+    /// Its name in commands and folders.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Backports => "backports",
+        }
+    }
+}
+
+impl std::str::FromStr for Kernel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|kernel| kernel.name() == name);
+        found.ok_or_else(|| {
+            format!("no kernel {name:?}; there are bookworm (6.1) and backports (the newest)")
+        })
+    }
+}
+
+/// A set of packages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Set {
+    /// A kernel with its modules.
+    Kernel(Kernel),
+    /// A QEMU that emulates SVM soundly, with every library it needs.
+    ///
+    /// It is bookworm-backports' 10.0: nested guests of bookworm's 7.2 lose memory to its XSAVE.
+    Qemu,
+    /// A static busybox.
+    Busybox,
+}
+
+/// Why a set can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    /// No mirror.
+    #[error(transparent)]
+    Mirror(#[from] NoMirror),
+    /// apt.
+    #[error("{set}: {error}")]
+    Apt {
+        /// For which set.
+        set: &'static str,
+        /// What it said.
+        error: AptError,
+    },
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// `dpkg-deb`, or a file.
+    #[error("{}: {why}", path.display())]
+    Unpack {
+        /// What was unpacked or read.
+        path: PathBuf,
+        /// Why it failed.
+        why: String,
+    },
+    /// The kernel's image.
+    #[error("{}: {error}", path.display())]
+    Payload {
+        /// The image.
+        path: PathBuf,
+        /// Why it has no ELF file.
+        error: PayloadError,
+    },
+}
+
+/// What a set consists of, as it is written down in the cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Manifest {
+    recipe: u32,
+    packages: Vec<String>,
+    tree: String,
+}
+
+/// A set, unpacked.
+#[derive(Clone, Debug)]
+pub struct Unpacked {
+    /// The root of its files.
+    pub tree: PathBuf,
+    /// The package files it came from, which name the versions.
+    pub packages: Vec<String>,
+}
+
+/// A kernel, unpacked.
+#[derive(Clone, Debug)]
+pub struct KernelFiles {
+    /// What `uname -r` says in it.
+    pub release: String,
+    /// As the boot loader takes it.
+    pub bzimage: PathBuf,
+    /// The ELF file in it.
+    pub vmlinux: PathBuf,
+    /// Its `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+}
+
+impl Set {
+    /// Every set.
+    pub const ALL: [Self; 4] = [
+        Self::Kernel(Kernel::Bookworm),
+        Self::Kernel(Kernel::Backports),
+        Self::Qemu,
+        Self::Busybox,
+    ];
+
+    /// Its name in the cache and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel(Kernel::Bookworm) => "kernel-bookworm",
+            Self::Kernel(Kernel::Backports) => "kernel-backports",
+            Self::Qemu => "qemu",
+            Self::Busybox => "busybox",
+        }
+    }
+
+    /// The set as the cache has it; `None` if it does not, or not completely.
+    pub fn cached(self, cache: &Cache) -> Option<Unpacked> {
+        let text = std::fs::read(self.manifest(cache)).ok()?;
+        let manifest: Manifest = serde_json::from_slice(&text).ok()?;
+        let tree = cache.dir().join(manifest.tree);
+        (manifest.recipe == RECIPE && tree.is_dir()).then_some(Unpacked {
+            tree,
+            packages: manifest.packages,
+        })
+    }
+
+    /// The set; what the cache lacks is fetched. With `refresh` it is chosen anew.
+    pub fn fetch(
+        self,
+        cache: &Cache,
+        refresh: bool,
+        progress: Progress,
+    ) -> Result<Unpacked, FetchError> {
+        if let Some(unpacked) = self.cached(cache).filter(|_| !refresh) {
+            return Ok(unpacked);
+        }
+        let lock = cache.lock(progress)?;
+        // Another program may have fetched it while this one waited.
+        if let Some(unpacked) = self.cached(cache).filter(|_| !refresh) {
+            return Ok(unpacked);
+        }
+        let unpacked = self.fetch_locked(cache, refresh, progress)?;
+        drop(lock);
+        Ok(unpacked)
+    }
+
+    fn manifest(self, cache: &Cache) -> PathBuf {
+        cache.dir().join(format!("{}.json", self.name()))
+    }
+
+    fn fetch_locked(
+        self,
+        cache: &Cache,
+        refresh: bool,
+        progress: Progress,
+    ) -> Result<Unpacked, FetchError> {
+        let failed = |error| FetchError::Apt {
+            set: self.name(),
+            error,
+        };
+        let apt = self.apt(cache)?;
+        if refresh || !apt.is_updated() {
+            self.update(&apt, progress).map_err(failed)?;
+        }
+        let scratch = cache.scratch(self.name())?;
+        let debs = match self.download(&apt, &scratch, progress) {
+            // A mirror keeps no superseded package: the lists may have been too old.
+            Err(AptError::Failed { .. }) if !refresh => {
+                self.update(&apt, progress).map_err(failed)?;
+                self.download(&apt, &scratch, progress).map_err(failed)?
+            }
+            other => other.map_err(failed)?,
+        };
+        let packages: Vec<String> = debs.into_iter().map(|deb| deb.file).collect();
+        let step = progress.step(&format!("unpack {}", self.name()), None);
+        let unpacked = self.unpack(cache, &scratch, packages)?;
+        step.done(&unpacked.tree.display().to_string());
+        Ok(unpacked)
+    }
+
+    fn update(self, apt: &Apt, progress: Progress) -> Result<(), AptError> {
+        let step = progress.step(&format!("package lists for {}", self.name()), None);
+        apt.update()?;
+        step.done("");
+        Ok(())
+    }
+
+    /// The private apt of its suites.
+    fn apt(self, cache: &Cache) -> Result<Apt, FetchError> {
+        let mirror = Mirror::of_this_machine(Path::new("/etc/apt"))?;
+        let archive = |suite| (mirror.archive.as_str(), suite);
+        let (dir, suites) = match self {
+            Self::Kernel(Kernel::Backports) => ("apt-trixie", vec![archive("trixie-backports")]),
+            _ => {
+                let mut suites = ["bookworm", "bookworm-updates", "bookworm-backports"]
+                    .map(archive)
+                    .to_vec();
+                let security = mirror.security.as_deref();
+                suites.extend(security.map(|security| (security, "bookworm-security")));
+                ("apt-bookworm", suites)
+            }
+        };
+        Apt::new(&cache.dir().join(dir), &suites).map_err(|error| FetchError::Apt {
+            set: self.name(),
+            error,
+        })
+    }
+
+    fn download(self, apt: &Apt, into: &Path, progress: Progress) -> Result<Vec<Deb>, AptError> {
+        let debs = match self {
+            Self::Kernel(_) => apt.alone(&kernel_packages(apt)?)?,
+            Self::Qemu => {
+                let suite = |name: &&str| format!("{name}/bookworm-backports");
+                let names = [
+                    "qemu-system-x86",
+                    "qemu-system-common",
+                    "qemu-system-data",
+                    "seabios",
+                ];
+                apt.with_dependencies(&names.iter().map(suite).collect::<Vec<_>>())?
+            }
+            Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
+        };
+        apt.download(&debs, into, progress, &format!("download {}", self.name()))?;
+        Ok(debs)
+    }
+
+    fn unpack(
+        self,
+        cache: &Cache,
+        debs: &Path,
+        packages: Vec<String>,
+    ) -> Result<Unpacked, FetchError> {
+        let digest = Sha256::digest(packages.join("\n"));
+        let digest: String = digest
+            .iter()
+            .take(6)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        let name = format!("{}-{RECIPE}-{digest}", self.name());
+        let (tree, scratch) = (cache.dir().join(&name), cache.scratch(&name)?);
+        for package in &packages {
+            extract(&debs.join(package), &scratch)?;
+        }
+        if let Self::Kernel(_) = self {
+            let files = kernel_files(&scratch)?;
+            write_vmlinux(&files)?;
+        }
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |error: std::io::Error| FetchError::Unpack {
+                path,
+                why: error.to_string(),
+            }
+        };
+        let _ = std::fs::remove_dir_all(&tree);
+        std::fs::rename(&scratch, &tree).map_err(failed(&tree))?;
+        let _ = std::fs::remove_dir_all(debs);
+        let manifest = Manifest {
+            recipe: RECIPE,
+            packages,
+            tree: name,
+        };
+        let path = self.manifest(cache);
+        let new = path.with_extension("json.new");
+        let text = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
+        std::fs::write(&new, text).map_err(failed(&new))?;
+        std::fs::rename(&new, &path).map_err(failed(&path))?;
+        Ok(Unpacked {
+            tree,
+            packages: manifest.packages,
+        })
+    }
+}
+
+impl Unpacked {
+    /// Its files as a kernel's.
+    pub fn kernel(&self) -> Result<KernelFiles, FetchError> {
+        kernel_files(&self.tree)
+    }
+
+    /// Its files as a busybox's.
+    pub fn busybox(&self) -> PathBuf {
+        self.tree.join("bin/busybox")
+    }
+}
+
+/// The metapackage of the cloud flavour names the newest image; newer Debians have split that into
+/// packages of the same release beside it.
+fn kernel_packages(apt: &Apt) -> Result<Vec<String>, AptError> {
+    let meta = "linux-image-cloud-amd64";
+    let image = image_of(&apt.depends(meta)?).ok_or_else(|| AptError::Nothing {
+        what: format!("looking up the package {meta}"),
+        missing: "kernel image that it depends on".into(),
+    })?;
+    let beside = apt.depends(&image)?;
+    Ok(packages_of(image, beside))
+}
+
+fn image_of(depends: &[String]) -> Option<String> {
+    let versioned = |name: &&String| {
+        let rest = name.strip_prefix("linux-image-");
+        rest.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    depends.iter().find(versioned).cloned()
+}
+
+fn packages_of(image: String, beside: Vec<String>) -> Vec<String> {
+    let release = image.trim_start_matches("linux-image-").to_owned();
+    let same =
+        |name: &String| name.starts_with("linux-") && name.ends_with(&release) && *name != image;
+    let mut packages: Vec<String> = beside.into_iter().filter(same).collect();
+    packages.insert(0, image);
+    packages
+}
+
+fn extract(deb: &Path, into: &Path) -> Result<(), FetchError> {
+    let output = Command::new("dpkg-deb")
+        .arg("-x")
+        .arg(deb)
+        .arg(into)
+        .output();
+    let why = match output {
+        Ok(output) if output.status.success() => return Ok(()),
+        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+        Err(error) => format!("starting dpkg-deb: {error}"),
+    };
+    Err(FetchError::Unpack {
+        path: deb.to_owned(),
+        why,
+    })
+}
+
+/// Finds a kernel's files; Debian moved them from `/boot` and `/lib` to `/usr/lib/modules`.
+fn kernel_files(tree: &Path) -> Result<KernelFiles, FetchError> {
+    let missing = |why: &str| FetchError::Unpack {
+        path: tree.to_owned(),
+        why: why.to_owned(),
+    };
+    let folders = ["usr/lib/modules", "lib/modules"].map(|folder| tree.join(folder));
+    let modules = folders
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
+        .map(|entry| entry.path())
+        .find(|path| path.join("kernel").is_dir())
+        .ok_or_else(|| missing("the kernel's packages have no lib/modules/RELEASE"))?;
+    let release = modules.file_name().and_then(|name| name.to_str());
+    let release = release
+        .ok_or_else(|| missing("a kernel's release that is no text"))?
+        .to_owned();
+    let bzimage = [
+        tree.join(format!("boot/vmlinuz-{release}")),
+        modules.join("vmlinuz"),
+    ]
+    .into_iter()
+    .find(|path| path.is_file())
+    .ok_or_else(|| missing("the kernel's packages have no vmlinuz"))?;
+    Ok(KernelFiles {
+        vmlinux: tree.join("vmlinux"),
+        release,
+        bzimage,
+        modules,
+    })
+}
+
+fn write_vmlinux(files: &KernelFiles) -> Result<(), FetchError> {
+    let failed = |path: &Path, error: std::io::Error| FetchError::Unpack {
+        path: path.to_owned(),
+        why: error.to_string(),
+    };
+    let image = std::fs::read(&files.bzimage).map_err(|error| failed(&files.bzimage, error))?;
+    let elf = vmlinux(&image).map_err(|error| FetchError::Payload {
+        path: files.bzimage.clone(),
+        error,
+    })?;
+    std::fs::write(&files.vmlinux, elf).map_err(|error| failed(&files.vmlinux, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_kernel_is_one_package_or_those_of_the_same_release() {
+        let image =
+            image_of(&words("linux-base linux-image-6.1.0-56-cloud-amd64")).expect("an image");
+        let beside = words("kmod linux-base initramfs-tools");
+        assert_eq!(
+            packages_of(image, beside),
+            ["linux-image-6.1.0-56-cloud-amd64"]
+        );
+
+        let split = words(
+            "linux-base-cloud-amd64 linux-image-7.3.4+deb13-cloud-amd64 linux-modules-cloud-amd64",
+        );
+        let image = image_of(&split).expect("an image");
+        let beside = words(
+            "dracut linux-base-7.3.4+deb13-cloud-amd64 linux-modules-7.3.4+deb13-cloud-amd64",
+        );
+        assert_eq!(
+            packages_of(image, beside),
+            [
+                "linux-image-7.3.4+deb13-cloud-amd64",
+                "linux-base-7.3.4+deb13-cloud-amd64",
+                "linux-modules-7.3.4+deb13-cloud-amd64",
+            ]
+        );
+        assert_eq!(image_of(&words("linux-image-amd64 kmod")), None);
+    }
+
+    #[test]
+    fn a_set_is_there_only_when_it_is_complete() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let cache = Cache::at(dir.path().to_owned()).expect("a cache");
+        assert!(Set::Busybox.cached(&cache).is_none());
+        let mut manifest = Manifest {
+            recipe: RECIPE,
+            packages: vec!["b.deb".into()],
+            tree: "b-1".into(),
+        };
+        let write = |manifest: &Manifest| {
+            let text = serde_json::to_vec(manifest).expect("JSON");
+            std::fs::write(Set::Busybox.manifest(&cache), text).expect("written");
+        };
+        write(&manifest);
+        assert!(Set::Busybox.cached(&cache).is_none(), "its tree is gone");
+        std::fs::create_dir(cache.dir().join("b-1")).expect("a folder");
+        assert_eq!(
+            Set::Busybox.cached(&cache).expect("it is there").packages,
+            ["b.deb"]
+        );
+        manifest.recipe = RECIPE + 1;
+        write(&manifest);
+        assert!(Set::Busybox.cached(&cache).is_none(), "of another recipe");
+    }
+
+    #[test]
+    fn a_kernel_of_either_layout_is_found() {
+        for (modules, image) in [
+            ("lib/modules/6.1", "boot/vmlinuz-6.1"),
+            ("usr/lib/modules/7.3", "usr/lib/modules/7.3/vmlinuz"),
+        ] {
+            let dir = tempfile::tempdir().expect("a folder");
+            std::fs::create_dir_all(dir.path().join(modules).join("kernel")).expect("a folder");
+            std::fs::create_dir_all(dir.path().join("boot")).expect("a folder");
+            assert!(kernel_files(dir.path()).is_err(), "no image yet");
+            std::fs::write(dir.path().join(image), "").expect("written");
+            let files = kernel_files(dir.path()).expect("found");
+            assert!(modules.ends_with(&files.release), "{files:?}");
+        }
+    }
+}

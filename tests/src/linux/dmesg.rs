@@ -1,0 +1,75 @@
+//! What a guest's kernel logs.
+//!
+//! Anything of level *warning* or graver is a complaint, unless a stock KVM guest of the same kernel
+//! logs it too, under a QEMU of the same generation; those are listed here by a part of their text, with the reason. And some
+//! words are complaints at whatever level.
+
+use stillpoint_agent::protocol::KernelLine;
+
+/// `KERN_WARNING`.
+const WARNING: u8 = 4;
+
+/// Words that are bad news at any level.
+const NEVER: &[&str] = &[
+    "soft lockup",
+    "hard LOCKUP",
+    "rcu_sched self-detected stall",
+    "rcu_preempt self-detected stall",
+    "rcu: INFO",
+    "hung_task",
+    "blocked for more than",
+    "Marking TSC unstable",
+    "Marking clocksource",
+    "clocksource watchdog",
+    "Switched to clocksource jiffies",
+    "I/O error",
+    "Buffer I/O error",
+    "Call Trace",
+    "WARNING:",
+    "BUG:",
+    "unable to handle",
+    "general protection",
+    "nobody cared",
+    "NETDEV WATCHDOG",
+    "timed out",
+];
+
+/// What stock guests log too.
+const USUAL: &[&str] = &[];
+
+/// The lines that are complaints.
+pub fn complaints(lines: &[KernelLine]) -> Vec<String> {
+    let usual = |line: &KernelLine| USUAL.iter().any(|usual| line.text.contains(usual));
+    let bad = |line: &&KernelLine| {
+        NEVER.iter().any(|never| line.text.contains(never))
+            || (line.level <= WARNING && !usual(line))
+    };
+    let shown = |line: &KernelLine| format!("<{}> {}", line.level, line.text);
+    lines.iter().filter(bad).map(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(level: u8, text: &str) -> KernelLine {
+        KernelLine {
+            seq: 0,
+            level,
+            at_us: 0,
+            text: text.into(),
+        }
+    }
+
+    #[test]
+    fn bad_news_at_any_level_and_warnings_are_complaints() {
+        let lines = [
+            line(6, "virtio_blk virtio0: [vda] 2048 512-byte logical blocks"),
+            line(6, "watchdog: BUG: soft lockup - CPU#0 stuck for 26s!"),
+            line(4, "something new"),
+        ];
+        let found = complaints(&lines);
+        assert_eq!(found.len(), 2);
+        assert!(found[0].contains("soft lockup") && found[1].contains("something new"));
+    }
+}
