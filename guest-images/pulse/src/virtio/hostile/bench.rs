@@ -290,7 +290,7 @@ impl Bench {
             kind::NET => wanted & (net::MAC | net::CONTROL | u64::from(u32::MAX) << 32),
             _ => wanted,
         };
-        let wanted = wanted | feature::VERSION_1 | feature::INDIRECT & self.random.next();
+        let wanted = wanted | feature::VERSION_1 | feature::INDIRECT & self.random.draw();
         for half in 0..2 {
             window.write32(offset::DEVICE_FEATURES_SEL, half);
             window.write32(offset::DRIVER_FEATURES_SEL, half);

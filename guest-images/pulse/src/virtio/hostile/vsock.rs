@@ -23,7 +23,7 @@ pub(super) const ATTACKS: &[Attack] = &[
 fn lie(b: &mut Bench, change: impl Fn(&mut Header, u64)) -> Then {
     let op = 1 + b.random.below(7) as u16;
     let mut header = b.packet(op);
-    let random = b.random.next();
+    let random = b.random.draw();
     change(&mut header, random);
     let memory = b.memory();
     memory.fill(0);
@@ -33,7 +33,7 @@ fn lie(b: &mut Bench, change: impl Fn(&mut Header, u64)) -> Then {
 
 /// More payload than there is, and less.
 fn length_lies(b: &mut Bench) -> Then {
-    let random = b.random.next();
+    let random = b.random.draw();
     let mut header = b.packet(operation::RW);
     header.len = [1, 100, 0x1_0000, u32::MAX, u32::MAX - 43][(random % 5) as usize];
     let there = [0, 50, 3000][(random >> 8) as usize % 3];
@@ -70,7 +70,7 @@ fn header_short(b: &mut Bench) -> Then {
 
 fn without_connection(b: &mut Bench) -> Then {
     let op = 2 + b.random.below(6) as u16;
-    let port = b.random.next() as u32;
+    let port = b.random.draw() as u32;
     lie(b, |header, _| {
         (header.op, header.from_port, header.to_port) = (op, port, port ^ 1);
         header.flags = 3;
