@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 RELEASES := target/releases
+STATIC_FLAGS := --profile static --quiet --locked --target x86_64-unknown-linux-gnu --target-dir target/static-build
+STATIC := RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build $(STATIC_FLAGS)
+BUILT := target/static-build/x86_64-unknown-linux-gnu/static
 VMM := $(CARGO) build --release --quiet --locked -p stillpoint-vmm
 PULSE := --quiet --locked --manifest-path guest-images/pulse/Cargo.toml --target-dir target/pulse
 
@@ -13,13 +16,30 @@ help: ## print this help
 deps: ## install what a fresh Debian lacks (a C compiler and make; needs root)
 	@command -v cc >/dev/null && command -v make >/dev/null || (apt-get update -q && apt-get install -qy gcc make)
 
-.PHONY: images
-images: ## build pulse, the bare-metal test guest
+.PHONY: pulse images
+pulse: ## build pulse, the bare-metal test guest
 	$(CARGO) build --release $(PULSE)
 	@mkdir -p $(RELEASES) && cp -f target/pulse/release/pulse $(RELEASES)/pulse
 
+images: pulse ## the guests: pulse, and Linux from Debian's packages; again: nothing to do
+	$(CARGO) build --release --quiet --locked -p stillpoint-images
+	target/release/images $(IMAGES)
+
+.PHONY: rig-static rig-shell
+rig-static: ## build what the rig runs inside, linked statically
+	@mkdir -p target/static/releases/compat target/static/releases/faulty target/static/releases/current
+	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
+	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
+	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
+	$(STATIC) -p stillpoint -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd rig-init scenario)
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm rig-init scenario) target/static/
+
+rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
+	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
+	target/release/rig shell --images bookworm --images backports $(RIG)
+
 .PHONY: releases
-releases: images ## build the VMM releases that tests and demo swap between
+releases: pulse ## build the VMM releases that tests and demo swap between
 	@mkdir -p $(RELEASES)/compat $(RELEASES)/faulty $(RELEASES)/current
 	$(VMM) --features compat-0-1 && cp -f target/release/stillpoint-vmm $(RELEASES)/compat/
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/

@@ -13,6 +13,7 @@
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
+//! | [`rig`] | a whole host, emulated, with KVM inside |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
@@ -24,6 +25,7 @@ pub mod guest;
 pub mod linux;
 pub mod patience;
 pub mod releases;
+pub mod rig;
 pub mod start;
 pub mod swap;
 pub mod vm;

@@ -19,13 +19,15 @@
 //! | `0x7000` | Linux zero page |
 //! | `0x9000`..`0xf000` | page tables: first 4 GiB one to one, 2 MiB pages |
 //! | `0x20000` | command line |
-//! | `0xe0000`..`0x100000` | ACPI tables, reserved in the memory map |
+//! | `0xe0000`..`0xffff0` | ACPI tables, reserved in the memory map |
+//! | `0xffff0` | code at the reset vector, reserved too |
 
 pub mod acpi;
 pub mod cpuid;
 mod images;
 mod linux64;
 mod pvh;
+mod reset;
 mod segments;
 
 use std::path::Path;
@@ -35,9 +37,18 @@ use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::{self, GuestRam, Memory};
+use crate::vcpu::msrs;
 use acpi::Platform;
 pub use images::Images;
 pub(crate) use segments::protected_mode as flat_protected_mode;
+
+/// MTRR default type: enabled, write-back. What firmware leaves on a PC.
+const MTRR_DEFAULT_TYPE: (u32, u64) = (0x2ff, 0x806);
+/// IA32_MISC_ENABLE: fast string operations; neither branch traces nor precise events (SDM vol. 4,
+/// table 2-2).
+const MISC_ENABLE: (u32, u64) = (0x1a0, 1 | 1 << 11 | 1 << 12);
+/// IA32_BIOS_SIGN_ID, AMD's PATCH_LEVEL: the microcode's revision.
+const MICROCODE: u32 = 0x8b;
 
 const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 /// Start of RAM that kernels are loaded to.
@@ -190,6 +201,7 @@ pub fn load(images: &mut Images, ram: &GuestRam, platform: &Platform) -> Result<
         initrd: images.load_initrd(ram, &kernel)?,
         rsdp: acpi::write(memory, platform)?,
     };
+    reset::write(memory)?;
     segments::write_tables(memory)?;
     let mut regs = kvm_regs {
         rip: kernel.entry,
@@ -224,6 +236,19 @@ impl Entry {
         vcpu.set_sregs(&sregs)?;
         vcpu.set_regs(&self.regs)?;
         Ok(())
+    }
+}
+
+/// Leaves MSRs as firmware does. A KVM that refuses one of them boots Linux all the same, which
+/// then sets its own.
+pub fn leave_msrs(vcpu: &VcpuFd) {
+    // By the host's revision a kernel judges which mitigations the processor has.
+    let microcode = msrs::of_host(MICROCODE).map(|revision| (MICROCODE, revision));
+    for msr in [MTRR_DEFAULT_TYPE, MISC_ENABLE]
+        .into_iter()
+        .chain(microcode)
+    {
+        let _ = msrs::write(vcpu, &[msr]);
     }
 }
 

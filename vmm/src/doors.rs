@@ -6,6 +6,8 @@
 //! | `console.sock` | the serial console, raw bytes both ways |
 //! | `console.log` | all the guest ever wrote to it |
 //!
+//! A vsock device has one of its own (`devices::virtio::vsock`).
+//!
 //! The directory is 0700 and every caller's uid is checked (`SO_PEERCRED`). A successor gets the
 //! listening sockets themselves: clients find it under the same path.
 
@@ -122,7 +124,7 @@ fn check_dir(dir: &Path) -> Result<(), DoorError> {
 
 /// Listens at `path`. A socket file that nobody answers at is left over from a dead process and
 /// replaced; one that somebody answers at is not touched.
-fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, DoorError> {
+pub(crate) fn listen(path: &Path, kind: SocketType) -> Result<OwnedFd, DoorError> {
     let failed = |errno: Errno| open(path)(errno.into());
     let address = SocketAddrUnix::new(path).map_err(failed)?;
     let new_socket =

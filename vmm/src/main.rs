@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use stillpoint_control::message::Ready;
 use stillpoint_control::secret::{self, Secret};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec, parse_size};
@@ -116,6 +117,7 @@ fn main() -> ExitCode {
         eprintln!("stillpoint-vmm: {error}");
         return ExitCode::from(2);
     }
+    allow_descriptors();
     let result = match cli.command {
         Command::Run(run) => boot(run),
         Command::Adopt(adopt) => take_over(adopt),
@@ -128,6 +130,16 @@ fn main() -> ExitCode {
             eprintln!("stillpoint-vmm: {}", explain(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Allows this process as many descriptors as it may have. A guest's connections need one each,
+/// and for a moment of a handover two more.
+fn allow_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "cannot raise the limit of file descriptors");
     }
 }
 

@@ -193,8 +193,8 @@ impl Process {
         let mut images = Images::open(&spec.kernel)?;
         let (viewers, mut files) = self.guest.machine.stop()?;
         ram.clear()?;
-        // The same disks, taps and sockets: a lock is never let go.
-        let plugs = backend::adopt(&spec, &mut files)?;
+        // The same disks, taps and listeners: a lock is never let go.
+        let plugs = backend::begin_anew(&spec, Path::new(&self.dir), &mut files)?;
         let mut machine = Machine::boot(&spec, &ram, &mut images, plugs, &self.sender)?;
         machine.open_console(self.doors.console.try_clone()?, viewers)?;
         self.guest.machine = machine;

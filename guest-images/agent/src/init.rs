@@ -20,6 +20,7 @@ mod mounts;
 mod network;
 
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -93,6 +94,7 @@ struct Init {
 impl Init {
     fn service(&mut self) {
         let started = Command::new("/proc/self/exe")
+            .arg0("stillpoint-agent")
             .arg(UNDER_INIT)
             .env("PATH", PATH)
             .env("HOME", "/")

@@ -17,7 +17,7 @@ use crate::term;
 /// What to spin.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Args {
-    /// Threads, each on a CPU of its own as far as there are [one a CPU].
+    /// Threads, each on a CPU of its own as far as there are; without it, one a CPU.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// For how long.

@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// Block device or file; what is on it is overwritten.
     #[arg(long, value_name = "PATH")]
     pub(crate) device: PathBuf,
-    /// Where the randomness comes from [random].
+    /// Where the randomness comes from; without it, from anywhere.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// How long to write.

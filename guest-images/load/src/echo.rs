@@ -37,7 +37,7 @@ pub(crate) struct Args {
     /// Time between round trips.
     #[arg(long, value_name = "MS", default_value_t = 0)]
     interval_ms: u64,
-    /// Where the randomness comes from [random].
+    /// Where the randomness comes from; without it, from anywhere.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// A round trip that takes longer has failed.
@@ -76,19 +76,22 @@ impl Report for EchoReport {
     }
 
     fn sentence(&self) -> String {
+        let end = self
+            .error
+            .as_ref()
+            .map(|error| format!("; it failed: {error}"));
+        let end = end.unwrap_or_default();
+        if self.load == SERVE {
+            return format!("{SERVE}: {} bytes came and went{end}", self.pace.bytes);
+        }
         let Self {
             round_trips,
             mean_us,
             worst_us,
             ..
         } = self;
-        let end = self
-            .error
-            .as_ref()
-            .map(|error| format!("; it failed: {error}"));
         format!(
-            "echo: {round_trips} round trips, mean {mean_us:.0} us, worst {worst_us:.0} us{}",
-            end.unwrap_or_default()
+            "echo: {round_trips} round trips, mean {mean_us:.0} us, worst {worst_us:.0} us{end}"
         )
     }
 }

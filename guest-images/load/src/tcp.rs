@@ -50,7 +50,7 @@ pub(crate) struct SendArgs {
     /// Bytes of a frame.
     #[arg(long, value_name = "N", default_value_t = 16384)]
     frame_bytes: usize,
-    /// Where the randomness comes from [random].
+    /// Where the randomness comes from; without it, from anywhere.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// A stream that stands still for so long has failed.

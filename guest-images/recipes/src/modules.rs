@@ -152,7 +152,7 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
         return Ok(bytes);
     }
     let mut elf = Vec::new();
-    lzma_rust2::XzReader::new(bytes.as_slice(), true).read_to_end(&mut elf)?;
+    liblzma::read::XzDecoder::new(bytes.as_slice()).read_to_end(&mut elf)?;
     Ok(elf)
 }
 
@@ -206,10 +206,10 @@ mod tests {
     }
 
     fn xz(plain: &[u8]) -> Vec<u8> {
-        let options = lzma_rust2::XzOptions::default();
-        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).expect("a writer");
-        std::io::Write::write_all(&mut writer, plain).expect("packed");
-        writer.finish().expect("packed")
+        let mut packed = Vec::new();
+        let mut encoder = liblzma::read::XzEncoder::new(plain, 1);
+        encoder.read_to_end(&mut packed).expect("packed");
+        packed
     }
 
     fn names(modules: &[Module]) -> Vec<&str> {

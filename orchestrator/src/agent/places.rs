@@ -103,6 +103,11 @@ impl VmDir {
         self.0.join("console.sock")
     }
 
+    /// Where host programs connect to the guest's sockets, if it has a vsock device.
+    pub fn vsock(&self) -> PathBuf {
+        self.0.join("vsock.sock")
+    }
+
     /// What the serial console said.
     pub fn console_log(&self) -> PathBuf {
         self.0.join("console.log")
@@ -138,6 +143,7 @@ impl VmDir {
         let sockets = [
             (self.control(), SocketType::SEQPACKET),
             (self.console(), SocketType::STREAM),
+            (self.vsock(), SocketType::STREAM),
         ];
         for (path, kind) in sockets {
             if !is_stale(&path, kind) {

@@ -50,6 +50,9 @@ pub struct VmView {
     pub spec: MachineSpec,
     /// Its serial console: raw bytes both ways.
     pub console_socket: String,
+    /// Where host programs connect to the guest's sockets, if it has a vsock device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_socket: Option<String>,
     /// What its serial console said.
     pub console_log: String,
     /// What its VMMs logged.
@@ -65,6 +68,7 @@ impl Desk {
         let dir = self.host.dir(&vm.name);
         VmView {
             console_socket: dir.console().display().to_string(),
+            vsock_socket: vm.spec.vsock.map(|_| dir.vsock().display().to_string()),
             console_log: dir.console_log().display().to_string(),
             vmm_log: dir.log().display().to_string(),
             name: vm.name,

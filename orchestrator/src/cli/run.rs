@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use hyper::Method;
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, Pages, parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, VsockSpec,
+    parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, say, say_json};
@@ -20,7 +21,8 @@ pub(super) struct Args {
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
-    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, blackout_budget_ns.
+    /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
+    /// vsock.cid, rng, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -45,6 +47,17 @@ pub(super) struct Args {
     /// Pages behind RAM [base].
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
+    /// A network interface over a tap that exists on this host, such as tap=tap0 or
+    /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
+    #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
+    nets: Vec<NetSpec>,
+    /// Sockets between guest and host: host programs connect to `vsock.sock` in the guest's
+    /// directory. CID is the guest's context id [made of its name].
+    #[arg(long, value_name = "CID", conflicts_with = "spec", num_args = 0..=1, require_equals = true)]
+    vsock: Option<Option<u32>>,
+    /// A source of entropy.
+    #[arg(long, conflicts_with = "spec")]
+    rng: bool,
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
@@ -95,15 +108,41 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         say_json(&vm)?;
     } else {
         let pid = vm.process.as_ref().map_or(0, |process| process.pid);
-        say(&format!(
+        let mut text = format!(
             "{name} is {}: {} vCPUs, {}, release {}, pid {pid}\nits console: stillpoint console {name}",
             vm.state,
             vm.spec.cpus,
             format::size(vm.spec.memory.size),
             vm.release
-        ))?;
+        );
+        if let Some(socket) = &vm.vsock_socket {
+            text.push_str(&format!("\nits vsock: {socket}"));
+        }
+        say(&text)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads `tap=NAME[,mac=MAC][,queues=N]`. Values are judged by the spec's validation.
+fn parse_net(text: &str) -> Result<NetSpec, String> {
+    let (mut tap, mut mac, mut queue_pairs) = (None, None, 1);
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) => tap = Some(name.to_owned()),
+            Some(("mac", address)) => mac = Some(address.to_owned()),
+            Some(("queues", number)) => {
+                let parsed = number.parse();
+                queue_pairs = parsed.map_err(|_| format!("`{number}` is no number of queues"))?;
+            }
+            _ => return Err(format!("`{part}` is none of tap=, mac=, queues=")),
+        }
+    }
+    let tap = tap.ok_or("tap=NAME is missing")?;
+    Ok(NetSpec {
+        tap,
+        mac,
+        queue_pairs,
+    })
 }
 
 fn bad(error: impl std::fmt::Display) -> Problem {
@@ -122,8 +161,14 @@ fn read_spec(file: &Path) -> Result<MachineSpec, Problem> {
 }
 
 fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
+    let name = args.name.unwrap_or_default();
     let spec = MachineSpec {
-        name: args.name.unwrap_or_default(),
+        vsock: args.vsock.map(|cid| match cid {
+            Some(cid) => VsockSpec { cid },
+            None => VsockSpec::for_name(&name),
+        }),
+        rng: args.rng,
+        name,
         cpus: args.cpus.unwrap_or(1),
         memory: MemorySpec {
             size: args.memory.unwrap_or(MemorySpec::default().size),
@@ -135,9 +180,7 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             cmdline: args.cmdline.unwrap_or_default(),
         },
         disks: args.disks,
-        nets: Vec::new(),
-        vsock: None,
-        rng: false,
+        nets: args.nets,
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;
@@ -178,6 +221,7 @@ fn with_absolute_paths(mut spec: MachineSpec) -> Result<MachineSpec, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
     #[test]
     fn disks_are_read_as_they_are_typed() {
@@ -188,5 +232,47 @@ mod tests {
         assert_eq!(parse_disk("a.img"), disk("a.img", false));
         assert_eq!(parse_disk("/dev/vg/a,b,ro"), disk("/dev/vg/a,b", true));
         assert!(parse_disk(",ro").is_err() && parse_disk("").is_err());
+    }
+
+    #[derive(Parser)]
+    struct Typed {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn spec(words: &[&str]) -> MachineSpec {
+        let line = ["run", "web-1", "--kernel", "k"].iter().chain(words);
+        let typed = Typed::try_parse_from(line).expect("parse");
+        spec_of_flags(typed.args).expect("spec")
+    }
+
+    #[test]
+    fn sockets_and_entropy_as_they_are_typed() {
+        let plain = spec(&[]);
+        assert_eq!((plain.vsock, plain.rng), (None, false));
+        let both = spec(&["--vsock", "--rng"]);
+        assert_eq!(both.vsock, Some(VsockSpec::for_name("web-1")));
+        assert!(both.rng);
+        assert_eq!(spec(&["--vsock=7"]).vsock, Some(VsockSpec { cid: 7 }));
+        let typed = Typed::try_parse_from(["run", "a", "--kernel", "k", "--vsock=2"]);
+        let error = spec_of_flags(typed.expect("parse").args).expect_err("the host's");
+        assert!(error.to_string().contains("vsock.cid"), "{error}");
+    }
+
+    #[test]
+    fn network_interfaces_as_they_are_typed() {
+        let net = parse_net("tap=t0,queues=4,mac=52:54:00:12:34:56").expect("all of it");
+        assert_eq!((net.tap.as_str(), net.queue_pairs), ("t0", 4));
+        assert_eq!(net.mac.as_deref(), Some("52:54:00:12:34:56"));
+        assert_eq!(parse_net("tap=t0").expect("the least").queue_pairs, 1);
+        for bad in [
+            "",
+            "t0",
+            "mac=52:54:00:12:34:56",
+            "tap=t0,queues=x",
+            "tap=t0,vlan=3",
+        ] {
+            parse_net(bad).expect_err(bad);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use stillpoint_control::spec::DiskSpec;
+use stillpoint_control::spec::{DiskSpec, format_mac};
 
 use super::{Desk, format, say, say_json};
 use crate::api::VmView;
@@ -52,6 +52,20 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
         ("console", vm.console_socket.clone()),
         ("log", vm.vmm_log.clone()),
     ];
+    for (number, net) in vm.spec.nets.iter().enumerate() {
+        let mac = format_mac(vm.spec.mac(number).unwrap_or_default());
+        let several = match net.queue_pairs {
+            1 => String::new(),
+            pairs => format!(", {pairs} pairs of queues"),
+        };
+        rows.push(("network", format!("{} as {mac}{several}", net.tap)));
+    }
+    if let (Some(vsock), Some(socket)) = (&vm.spec.vsock, &vm.vsock_socket) {
+        rows.push(("vsock", format!("CID {}, {socket}", vsock.cid)));
+    }
+    if vm.spec.rng {
+        rows.push(("entropy", "yes".to_owned()));
+    }
     if let Some(process) = &vm.process {
         rows.insert(3, ("pid", process.pid.to_string()));
     }

@@ -182,6 +182,21 @@ pub struct VsockSpec {
     pub cid: u32,
 }
 
+impl VsockSpec {
+    /// For a machine of that name when nobody chose a context id: always the same. Two machines
+    /// may have one in common, since the host reaches each by its own Unix socket.
+    pub fn for_name(name: &str) -> Self {
+        // FNV-1a, 32 bits.
+        let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
+        // The last one means "any" (`VMADDR_CID_ANY`).
+        Self {
+            cid: MIN_CID + hash % (u32::MAX - MIN_CID),
+        }
+    }
+}
+
 /// Why a spec is refused. The text names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -266,6 +281,18 @@ impl MachineSpec {
             + usize::from(self.rng)
     }
 
+    /// MAC address of the network interface with this number; `None` if there is no such interface.
+    ///
+    /// The default is locally administered, and made of the machine's name and the number alone:
+    /// the same on every host and by every release, so that a guest keeps its address.
+    pub fn mac(&self, number: usize) -> Option<[u8; 6]> {
+        let given = self.nets.get(number)?.mac.as_deref();
+        let default = || default_mac(&self.name, number);
+        Some(given.map_or_else(default, |text| {
+            parse_mac(text).unwrap_or_else(|_| default())
+        }))
+    }
+
     fn validate_devices(&self) -> Result<(), SpecError> {
         let count = self.device_count();
         if count > MAX_DEVICES {
@@ -289,8 +316,11 @@ impl MachineSpec {
             let path = twice[0].display();
             return Err(field("disks.path", format!("{path} is there twice")));
         }
-        for net in &self.nets {
+        for (number, net) in self.nets.iter().enumerate() {
             validate_net(net)?;
+            if self.nets[..number].iter().any(|other| other.tap == net.tap) {
+                return Err(field("nets.tap", format!("`{}` is there twice", net.tap)));
+            }
         }
         match self.vsock {
             Some(VsockSpec { cid }) if cid < MIN_CID || cid == u32::MAX => Err(field(
@@ -346,6 +376,28 @@ fn validate_net(net: &NetSpec) -> Result<(), SpecError> {
         Some(Err(problem)) => Err(field("nets.mac", problem)),
         _ => Ok(()),
     }
+}
+
+/// FNV-1a of the name and the number, 64 bits, folded into the 46 that a locally administered
+/// address of one machine has free (IEEE 802: the second-lowest bit of the first byte set, the
+/// lowest clear).
+fn default_mac(name: &str, number: usize) -> [u8; 6] {
+    const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let bytes = name
+        .bytes()
+        .chain([b'/'])
+        .chain((number as u64).to_le_bytes());
+    let hash = bytes.fold(OFFSET, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(PRIME)
+    });
+    let [a, b, c, d, e, f, g, h] = hash.to_le_bytes();
+    [a & 0xfc | 0x02, b, c ^ g, d ^ h, e, f]
+}
+
+/// Writes a MAC address as [`parse_mac`] reads it.
+pub fn format_mac(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 /// Reads a MAC address such as `52:54:00:12:34:56`.
@@ -443,6 +495,16 @@ mod tests {
     }
 
     #[test]
+    fn a_context_id_made_of_a_name_is_one_that_may_be() {
+        let cids: Vec<_> = (0..1000)
+            .map(|n| VsockSpec::for_name(&format!("web-{n}")).cid)
+            .collect();
+        assert!(cids.iter().all(|cid| (MIN_CID..u32::MAX).contains(cid)));
+        // Kept for ever: a guest that is started anew finds its own.
+        assert_eq!(VsockSpec::for_name("web-1").cid, 1_991_751_458);
+    }
+
+    #[test]
     fn devices_that_can_not_be_are_named() {
         assert!(refused(|s| s.disks = vec![disk("")]).contains("`disks.path`"));
         assert!(refused(|s| s.disks = vec![disk("/a"), disk("/a")]).contains("twice"));
@@ -451,6 +513,7 @@ mod tests {
             refused(|s| s.nets = vec![net("a-name-too-long-for-linux")]).contains("`nets.tap`")
         );
         assert!(refused(|s| s.nets = vec![net("")]).contains("`nets.tap`"));
+        assert!(refused(|s| s.nets = vec![net("t"), net("t")]).contains("twice"));
         let pairs = |n| {
             move |s: &mut MachineSpec| {
                 s.nets = vec![NetSpec {
@@ -480,6 +543,20 @@ mod tests {
             parse_mac("52:54:00:12:34:56"),
             Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56])
         );
+    }
+
+    #[test]
+    fn an_interface_keeps_its_address_for_ever() {
+        let mut spec = spec();
+        assert_eq!(spec.mac(0), None);
+        spec.nets = vec![net("t"), net("u")];
+        // Guests know these: they never change.
+        let text = |number| spec.mac(number).map(format_mac).expect("there");
+        assert_eq!(text(0), "92:a9:20:aa:09:e7");
+        assert_ne!(text(0), text(1));
+        assert_eq!(parse_mac(&text(0)).expect("no group's")[0] & 3, 2);
+        spec.nets[0].mac = Some("52:54:00:12:34:56".into());
+        assert_eq!(spec.mac(0), Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
     }
 
     fn refused(change: impl FnOnce(&mut MachineSpec)) -> String {

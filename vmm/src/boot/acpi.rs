@@ -22,6 +22,7 @@ use acpi_tables::{Aml, AmlSink};
 use stillpoint_guest_abi::power;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
+use super::reset;
 use crate::devices::virtio::slot::Place;
 use crate::memory::Memory;
 
@@ -29,7 +30,7 @@ use crate::memory::Memory;
 /// where a kernel that is told of no address searches (ACPI 6.5, 5.2.5.1).
 pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
 /// End of the room for tables.
-const END: u64 = 0x10_0000;
+const END: u64 = reset::VECTOR.0;
 
 const OEM: [u8; 6] = *b"STILLP";
 const OEM_TABLE: [u8; 8] = *b"STILLPNT";

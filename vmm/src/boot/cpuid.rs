@@ -3,17 +3,24 @@
 //! One socket, one thread to a core, APIC ids 0 to n-1. What a guest saw at boot it keeps for its
 //! life: a successor gets these very entries from its predecessor.
 
+mod withheld;
+
+use std::arch::x86_64::__cpuid;
+
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 use stillpoint_state::StateError;
 
 use crate::raw;
+pub use withheld::has_counters;
 
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
 /// TSC and APIC bus frequency in kHz, as other hypervisors give them too.
 const HYPERVISOR_TIMING: u32 = 0x4000_0010;
 /// KVM's APIC bus runs at 1 GHz unless KVM_CAP_X86_APIC_BUS_CYCLES_NS changed it.
 const APIC_BUS_KHZ: u32 = 1_000_000;
+/// EBX of leaf 0, "Auth" and "Hygo": processors whose kernels go by AMD's way to count cores.
+const AMD_WAY: [u32; 2] = [0x6874_7541, 0x6f67_7948];
 
 /// Entries for all vCPUs; [`for_vcpu`] makes them one's own.
 pub fn host(
@@ -27,8 +34,15 @@ pub fn host(
     let count = u32::from(vcpus);
     // Leaves that this file writes whole.
     entries.retain(|e| !matches!(e.function, 0xb | 0x1f | HYPERVISOR_TIMING));
+    withheld::take_away(&mut entries);
+    let amd_way = entries
+        .iter()
+        .any(|e| e.function == 0 && AMD_WAY.contains(&e.ebx));
     for entry in &mut entries {
-        topology(entry, count, deadline_timer);
+        topology(entry, count, deadline_timer, amd_way);
+        if matches!(entry.function, 0x8000_0002..=0x8000_0004) {
+            brand(entry);
+        }
     }
     entries.extend(extended_topology(count));
     entries.push(kvm_cpuid_entry2 {
@@ -46,7 +60,13 @@ pub fn host(
     Ok(entries)
 }
 
-fn topology(entry: &mut kvm_cpuid_entry2, count: u32, deadline_timer: bool) {
+/// The processor's name, which KVM leaves empty.
+fn brand(entry: &mut kvm_cpuid_entry2) {
+    let host = __cpuid(entry.function);
+    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (host.eax, host.ebx, host.ecx, host.edx);
+}
+
+fn topology(entry: &mut kvm_cpuid_entry2, count: u32, deadline_timer: bool, amd_way: bool) {
     let several = count > 1;
     match entry.function {
         0x1 => {
@@ -67,8 +87,9 @@ fn topology(entry: &mut kvm_cpuid_entry2, count: u32, deadline_timer: bool) {
             let sharing = if level >= 3 { count - 1 } else { 0 };
             entry.eax = entry.eax & 0x3fff | sharing << 14;
         }
-        0x8000_0001 => set_bit(&mut entry.ecx, 1, several), // CMP_LEGACY
-        0x8000_0008 => {
+        // CMP_LEGACY: HTT means cores, not threads. Elsewhere it would hide them.
+        0x8000_0001 => set_bit(&mut entry.ecx, 1, several && amd_way),
+        0x8000_0008 if amd_way => {
             let bits = count.next_power_of_two().trailing_zeros();
             entry.ecx = entry.ecx & !0xffff | bits << 12 | (count - 1);
         }
@@ -150,7 +171,7 @@ mod tests {
     fn each_vcpu_sees_its_own_id_and_all_the_same_count() {
         for count in [1, 2, 3, 8] {
             let mut one = leaf(1);
-            topology(&mut one, count, true);
+            topology(&mut one, count, true, true);
             assert_eq!(one.ebx >> 16 & 0xff, count.next_power_of_two());
             assert_eq!(one.edx >> 28 & 1, u32::from(count > 1));
             assert_eq!(one.ecx >> 24 & 1, 1, "TSC deadline");
@@ -164,6 +185,17 @@ mod tests {
                 assert_eq!(own.as_slice()[1].edx, u32::from(id));
                 assert_eq!(own.as_slice()[2].ebx, count);
             }
+        }
+    }
+
+    #[test]
+    fn cores_are_counted_amds_way_on_amd_alone() {
+        for amd_way in [true, false] {
+            let (mut features, mut sizes) = (leaf(0x8000_0001), leaf(0x8000_0008));
+            topology(&mut features, 4, true, amd_way);
+            topology(&mut sizes, 4, true, amd_way);
+            assert_eq!(features.ecx >> 1 & 1, u32::from(amd_way));
+            assert_eq!(sizes.ecx, if amd_way { 2 << 12 | 3 } else { 0 });
         }
     }
 

@@ -14,7 +14,7 @@
 //! | [`queue`] | rings and chains of buffers: judged once, then used |
 //! | [`slot`] | a device's place in a machine: window, line, kicks, thread |
 //! | [`backend`] | what a device is made of on the host: opened at a boot, handed over at a swap |
-//! | one for each kind | [`blk`], [`rng`] |
+//! | one for each kind | [`blk`], [`net`], [`rng`], [`vsock`] |
 //!
 //! A kind never runs on a vCPU's thread, and what may take long, such as disk I/O, not on the
 //! device's thread either: it is *in flight* on threads of the kind's own.
@@ -22,10 +22,12 @@
 pub mod backend;
 pub mod blk;
 pub mod mmio;
+pub mod net;
 pub mod poller;
 pub mod queue;
 pub mod rng;
 pub mod slot;
+pub mod vsock;
 
 #[cfg(test)]
 mod driver;

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -162,7 +163,8 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         tsc_offset: offer.tsc_offset,
     };
     let mut files = await_files(channel, offer.files)?;
-    let plugs = backend::adopt(&spec, &mut files).map_err(BuildError::from)?;
+    let plugs = backend::adopt(&spec, Path::new(&offer.dir), &mut files);
+    let plugs = plugs.map_err(BuildError::from)?;
     let blank = Blank::new(&spec, &ram, events, plugs, promise, |_| Ok(()))?;
     timing.mark("build");
     let populated = ram.populate(|| true);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::{power as power_abi, probe as probe_abi};
@@ -44,11 +44,6 @@ use crate::{clock, irq, raw};
 /// Where Intel hosts keep an identity map and a TSS of their own: below 4 GiB, in the hole.
 const KVM_IDENTITY_MAP: u64 = memory::KVM_PRIVATE.start;
 const KVM_TSS: usize = KVM_IDENTITY_MAP as usize + 0x1000;
-
-/// MTRR default type: enabled, write-back. What firmware leaves on a PC.
-const MTRR_DEFAULT_TYPE: (u32, u64) = (0x2ff, 0x806);
-/// IA32_MISC_ENABLE: fast string operations.
-const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -175,6 +170,9 @@ impl Blank {
         vm.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(kvm("set the identity map"))?;
         irq::create(&vm)?;
+        if !promise.cpuid.as_deref().is_some_and(cpuid::has_counters) {
+            withhold_counters(&vm);
+        }
         let (vcpus, cpuid, tsc_khz) = make_vcpus(&kvm_fd, &vm, spec, promise)?;
         prepare(&vcpus)?;
         let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
@@ -348,6 +346,19 @@ fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
     Ok(found.map_or(0, |(_, value)| value))
 }
 
+/// Has KVM refuse performance counters that CPUID does not tell of: AMD's oldest are there without
+/// a word. Before any vCPU is made.
+fn withhold_counters(vm: &VmFd) {
+    let off = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    // A kernel without the capability (before 5.18) leaves them to a guest that looks for them;
+    // their MSRs are in KVM's list, and saved.
+    let _ = vm.enable_cap(&off);
+}
+
 type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
 
 fn make_vcpus(
@@ -405,11 +416,7 @@ impl Machine {
         let entry = boot::load(images, ram, &platform)?;
         let blank = Blank::new(spec, ram, events, plugs, Promise::default(), |vcpus| {
             for vcpu in vcpus {
-                // What firmware leaves behind. A KVM that refuses one of them boots Linux all the
-                // same, which then sets its own.
-                for msr in [MTRR_DEFAULT_TYPE, MISC_ENABLE] {
-                    let _ = msrs::write(vcpu, &[msr]);
-                }
+                boot::leave_msrs(vcpu);
             }
             Ok(entry.apply(&vcpus[0])?)
         })?;

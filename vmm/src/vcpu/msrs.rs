@@ -31,6 +31,8 @@ const ASYNC_PF: u32 = 0x4b56_4d02;
 const STEAL_TIME: u32 = 0x4b56_4d03;
 const PV_EOI: u32 = 0x4b56_4d04;
 const ASYNC_PF_INTERRUPT: u32 = 0x4b56_4d06;
+/// IA32_MC0_CTL to IA32_MC31_CTL, four apart.
+const BANK_CONTROLS: std::ops::Range<u32> = 0x400..0x480;
 /// A doorbell, not a value.
 const ASYNC_PF_ACK: u32 = 0x4b56_4d07;
 
@@ -61,8 +63,15 @@ fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuError> {
     Msrs::from_entries(entries).map_err(|_| VcpuError::MsrList)
 }
 
+/// IA32_MCi_CTL of the banks that a fresh vCPU has (`KVM_MAX_MCE_BANKS`), where each is zero. The
+/// banks' other registers stay zero too, as nobody reports an error to the guest.
+fn is_bank_control(index: u32) -> bool {
+    BANK_CONTROLS.contains(&index) && index.is_multiple_of(4)
+}
+
 /// MSRs that carry guest state and that KVM does not list: speculation control, memory type
-/// ranges (SDM vol. 3, 12.11), TSC_AUX. KVM_GET_MSR_INDEX_LIST leaves them out though KVM_GET_MSRS and KVM_SET_MSRS know them.
+/// ranges (SDM vol. 3, 12.11), TSC_AUX, machine check banks, AMD's DE_CFG. KVM_GET_MSR_INDEX_LIST
+/// leaves them out though KVM_GET_MSRS and KVM_SET_MSRS know them.
 fn unlisted() -> impl Iterator<Item = u32> {
     let fixed = [
         0x250,
@@ -71,10 +80,14 @@ fn unlisted() -> impl Iterator<Item = u32> {
         0x2ff,
         0x48,
         0xc000_0103,
+        0xc001_1029,
         TSC_ADJUST,
         TSC_DEADLINE,
     ];
-    (0x200..0x210).chain(0x268..0x270).chain(fixed)
+    (0x200..0x210)
+        .chain(0x268..0x270)
+        .chain(BANK_CONTROLS.step_by(4))
+        .chain(fixed)
 }
 
 /// The MSRs of this kernel that this vCPU lets us read. Kernels list some that they refuse.
@@ -105,6 +118,20 @@ pub fn read(fd: &VcpuFd, wanted: &mut Vec<u32>) -> Result<Vec<(u32, u64)>, VcpuE
         }
         wanted.remove(got);
     }
+}
+
+/// Reads what is to be saved of `wanted`, dropping from it what KVM refuses.
+pub fn save(fd: &VcpuFd, wanted: &mut Vec<u32>) -> Result<Vec<(u32, u64)>, VcpuError> {
+    let mut msrs = read(fd, wanted)?;
+    msrs.retain(|&(index, value)| value != 0 || !is_bank_control(index));
+    Ok(msrs)
+}
+
+/// An MSR by which KVM tells of the host itself (KVM_GET_MSRS of /dev/kvm); `None` if it doesn't.
+pub fn of_host(index: u32) -> Option<u64> {
+    let mut msrs = list(&[entry(index, 0)]).ok()?;
+    let got = Kvm::new().ok()?.get_msrs(&mut msrs).ok()?;
+    (got == 1).then(|| msrs.as_slice()[0].data)
 }
 
 /// Reads one MSR; `None` if KVM refuses it.

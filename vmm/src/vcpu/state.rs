@@ -30,7 +30,7 @@ pub fn save(
         tsc_offset: raw::tsc_offset(fd).ok(),
         ..VcpuSection::default()
     };
-    let mut msrs = msrs::read(fd, msr_list)?;
+    let mut msrs = msrs::save(fd, msr_list)?;
     // Settles due timers, so before anything that an injection changes.
     let deadline = msrs
         .iter()

@@ -1,7 +1,14 @@
 //! Every kind of section, oldest fields first. Read the rules in the crate's documentation
 //! before changing anything here.
 
+mod virtio;
+
 use prost::Message;
+
+pub use virtio::{
+    VirtioBlk, VirtioMmio, VirtioNet, VirtioQueue, VirtioRng, VirtioVsock, VsockConnection,
+    VsockReset, VsockStage,
+};
 
 use crate::codec::{Section, StateError};
 
@@ -35,6 +42,8 @@ sections! {
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
     VirtioBlk = "virtio-blk", version 1;
+    VirtioVsock = "virtio-vsock", version 1;
+    VirtioNet = "virtio-net", version 1;
 }
 
 /// One MSR of format 1.
@@ -242,83 +251,6 @@ pub struct Console {
     /// For each viewer: how many of the last bytes of `replay` it has not been sent yet.
     #[prost(uint32, repeated, tag = "5")]
     pub behind: Vec<u32>,
-}
-
-/// The registers of a virtio device; the instance is its name in the machine. What its kind keeps
-/// beside them is a section of the kind's own.
-#[derive(Clone, PartialEq, Eq, Message)]
-pub struct VirtioMmio {
-    /// Device type (virtio 1.2, section 5).
-    #[prost(uint32, tag = "1")]
-    pub device_type: u32,
-    /// `DeviceFeaturesSel`.
-    #[prost(uint32, tag = "2")]
-    pub device_features_sel: u32,
-    /// `DriverFeaturesSel`.
-    #[prost(uint32, tag = "3")]
-    pub driver_features_sel: u32,
-    /// Features that the driver accepted.
-    #[prost(uint64, tag = "4")]
-    pub driver_features: u64,
-    /// `QueueSel`.
-    #[prost(uint32, tag = "5")]
-    pub queue_sel: u32,
-    /// `Status`, without NEEDS_RESET.
-    #[prost(uint32, tag = "6")]
-    pub status: u32,
-    /// `InterruptStatus`.
-    #[prost(uint32, tag = "7")]
-    pub interrupt_status: u32,
-    /// The device has failed and waits for a reset by its driver.
-    #[prost(bool, tag = "8")]
-    pub failed: bool,
-    /// Its queues.
-    #[prost(message, repeated, tag = "9")]
-    pub queues: Vec<VirtioQueue>,
-}
-
-/// A queue of a virtio device.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct VirtioQueue {
-    /// `QueueSize` as the driver wrote it.
-    #[prost(uint32, tag = "1")]
-    pub size: u32,
-    /// `QueueReady`.
-    #[prost(bool, tag = "2")]
-    pub ready: bool,
-    /// Guest-physical address of the descriptor table.
-    #[prost(uint64, tag = "3")]
-    pub desc: u64,
-    /// Of the available ring.
-    #[prost(uint64, tag = "4")]
-    pub avail: u64,
-    /// Of the used ring.
-    #[prost(uint64, tag = "5")]
-    pub used: u64,
-    /// The device works with it.
-    #[prost(bool, tag = "6")]
-    pub open: bool,
-    /// Requests taken so far, modulo 2^16.
-    #[prost(uint32, tag = "7")]
-    pub next_avail: u32,
-    /// Requests given back so far, modulo 2^16.
-    #[prost(uint32, tag = "8")]
-    pub next_used: u32,
-}
-
-/// An entropy device. It keeps nothing; its section says that it is there.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct VirtioRng {}
-
-/// A disk. What is in its image is not state: the image is handed on.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct VirtioBlk {
-    /// Bytes of the disk as the guest knows it.
-    #[prost(uint64, tag = "1")]
-    pub size: u64,
-    /// The cache is in write-back mode: what is written is durable after a flush, not before.
-    #[prost(bool, tag = "2")]
-    pub write_back: bool,
 }
 
 #[cfg(test)]

@@ -35,7 +35,8 @@ pub(super) fn run(directory: &Path, deadline_ms: u64) -> Result<Hooks, Problem> 
     for path in paths {
         let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         match left {
-            Some(Duration::ZERO) => hooks.left_out += 1,
+            // A time limit is told in whole milliseconds.
+            Some(left) if left < Duration::from_millis(1) => hooks.left_out += 1,
             left => hooks.ran.push(run_one(&path, left)),
         }
     }

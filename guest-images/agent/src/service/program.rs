@@ -76,19 +76,7 @@ fn launch(program: &Program, full: Full) -> io::Result<Arc<Job>> {
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()?;
-    let job = Arc::new(Job {
-        full,
-        state: Mutex::new(State {
-            process: i32::try_from(child.id()).ok().map(Pid::from_raw),
-            stdout: Vec::new(),
-            stderr: Vec::new(),
-            dropped: 0,
-            exit: None,
-            finished: false,
-        }),
-        changed: Condvar::new(),
-        room,
-    });
+    let job = Arc::new(Job::new(full, &child, room));
     let limit = program.time_limit_ms.map(Duration::from_millis);
     let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     let input = program.stdin.clone().unwrap_or_default().into_bytes();
@@ -99,6 +87,24 @@ fn launch(program: &Program, full: Full) -> io::Result<Arc<Job>> {
 }
 
 impl Job {
+    /// A job whose process was just started; `room` is an eventfd.
+    pub(super) fn new(full: Full, child: &Child, room: OwnedFd) -> Self {
+        let state = State {
+            process: i32::try_from(child.id()).ok().map(Pid::from_raw),
+            stdout: Vec::new(),
+            stderr: Vec::new(),
+            dropped: 0,
+            exit: None,
+            finished: false,
+        };
+        Self {
+            full,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            room,
+        }
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         // Whole between any two statements that hold the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -239,3 +239,36 @@ fn never_wait(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(fd)? | rustix::fs::OFlags::NONBLOCK;
     Ok(rustix::fs::fcntl_setfl(fd, flags)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// One that writes without end: it doesn't matter here whether it is the program or what
+    /// the program left behind.
+    #[test]
+    fn no_more_is_read_after_the_end_than_the_pipe_held() {
+        let mut child = Command::new("yes");
+        child
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let child = child.spawn().unwrap();
+        let room = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+        let job = Arc::new(Job::new(Full::Drop, &child, room));
+        let mut tender = Tender::new(&job, child, Vec::new(), None).unwrap();
+        assert_eq!(tender.budget, [usize::MAX; 2]);
+        // A first write has come, of far more than is read below.
+        assert!(tender.wait([true, false]).any);
+        tender.child.kill().unwrap();
+        tender.reap();
+        assert_eq!(tender.budget, [64 << 10; 2]);
+
+        tender.budget[0] = 100;
+        tender.take(0);
+        assert!(tender.outputs[0].is_none());
+        assert_eq!(job.lock().stdout.len(), 100);
+    }
+}

@@ -4,16 +4,21 @@
 //! resets itself, the very same descriptions are handed on ([`lend`](crate::handover::lend)):
 //! nothing is opened or locked a second time.
 
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
-use stillpoint_control::spec::{DiskSpec, MachineSpec};
+use stillpoint_control::spec::{DiskSpec, MachineSpec, NetSpec, VsockSpec};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Kind;
 use super::blk::Blk;
 use super::blk::image::{Image, ImageError};
+use super::net::Net;
+use super::net::tap::{Tap, TapError};
 use super::rng::Rng;
 use super::slot::Place;
+use super::vsock::{self, Vsock};
+use crate::doors::DoorError;
 use crate::handover::lend::{Borrowed, Missing};
 use crate::irq::{IrqError, Kick};
 
@@ -23,12 +28,18 @@ pub enum BackendError {
     /// They did not come from the predecessor.
     #[error(transparent)]
     Missing(#[from] Missing),
+    /// A socket in the guest's directory.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// No eventfd to be had.
     #[error(transparent)]
     Kick(#[from] IrqError),
     /// A disk that can't be had.
     #[error(transparent)]
     Disk(#[from] ImageError),
+    /// A network interface's tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
 }
 
 /// What a device is made of.
@@ -36,6 +47,17 @@ pub enum BackendError {
 pub enum Backend {
     /// An image or block device.
     Disk(Image),
+    /// A tap, and the guest's MAC address.
+    Net(Tap, [u8; 6]),
+    /// Unix sockets in the guest's directory.
+    Vsock {
+        /// The guest's context id.
+        cid: u32,
+        /// Where host programs connect.
+        listener: OwnedFd,
+        /// The guest's directory.
+        dir: PathBuf,
+    },
     /// The host's entropy.
     Rng,
 }
@@ -57,6 +79,8 @@ pub struct Plug {
 #[derive(Clone, Copy, Debug)]
 enum Wanted<'s> {
     Disk(&'s DiskSpec),
+    Net(&'s NetSpec, [u8; 6]),
+    Vsock(VsockSpec),
     Rng,
 }
 
@@ -64,8 +88,15 @@ enum Wanted<'s> {
 fn wanted(spec: &MachineSpec) -> Vec<(String, Wanted<'_>)> {
     let disks = spec.disks.iter().enumerate();
     let disks = disks.map(|(number, disk)| (format!("disk{number}"), Wanted::Disk(disk)));
+    let nets = spec.nets.iter().enumerate().map(|(number, net)| {
+        let mac = spec.mac(number).unwrap_or_default();
+        (format!("net{number}"), Wanted::Net(net, mac))
+    });
+    let vsock = spec
+        .vsock
+        .map(|vsock| ("vsock".to_owned(), Wanted::Vsock(vsock)));
     let rng = spec.rng.then(|| ("rng".to_owned(), Wanted::Rng));
-    disks.chain(rng).collect()
+    disks.chain(nets).chain(vsock).chain(rng).collect()
 }
 
 /// Places of all devices of `spec`, without opening anything.
@@ -74,10 +105,16 @@ pub fn places(spec: &MachineSpec) -> Vec<Place> {
 }
 
 /// Opens everything that `spec` names. `dir` is the guest's directory.
-pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> {
+pub fn open(spec: &MachineSpec, dir: &Path) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
             Wanted::Disk(disk) => Backend::Disk(Image::open(&spec.name, name, disk)?),
+            Wanted::Vsock(VsockSpec { cid }) => Backend::Vsock {
+                cid,
+                listener: vsock::listen(dir)?,
+                dir: dir.to_owned(),
+            },
+            Wanted::Net(net, mac) => Backend::Net(Tap::open(net)?, mac),
             Wanted::Rng => Backend::Rng,
         };
         let kicks = (0..backend.queues()).map(|_| Kick::new());
@@ -86,13 +123,28 @@ pub fn open(spec: &MachineSpec, _dir: &Path) -> Result<Vec<Plug>, BackendError> 
     })
 }
 
-/// Takes everything from what a predecessor lends.
-pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, BackendError> {
+/// Takes everything from what a predecessor lends, but what came with the guest itself: that is
+/// taken with the guest's state.
+pub fn adopt(
+    spec: &MachineSpec,
+    dir: &Path,
+    from: &mut Borrowed,
+) -> Result<Vec<Plug>, BackendError> {
     plugs(spec, |name, wanted| {
         let backend = match wanted {
             Wanted::Disk(disk) => {
                 let fd = from.take(&format!("{name}/image"))?;
                 Backend::Disk(Image::adopt(&spec.name, name, disk, fd)?)
+            }
+            Wanted::Vsock(VsockSpec { cid }) => Backend::Vsock {
+                cid,
+                listener: from.take(&format!("{name}/listener"))?,
+                dir: dir.to_owned(),
+            },
+            Wanted::Net(net, mac) => {
+                let queues =
+                    (0..net.queue_pairs).map(|pair| from.take(&format!("{name}/tap{pair}")));
+                Backend::Net(Tap::adopt(queues.collect::<Result<_, _>>()?), mac)
             }
             Wanted::Rng => Backend::Rng,
         };
@@ -101,6 +153,22 @@ pub fn adopt(spec: &MachineSpec, from: &mut Borrowed) -> Result<Vec<Plug>, Backe
         let kicks = kicks.collect::<Result<_, _>>()?;
         Ok((backend, kicks))
     })
+}
+
+/// As [`adopt`], for a guest that begins anew on the same files. What it had of its own, such as
+/// connections, ends.
+pub fn begin_anew(
+    spec: &MachineSpec,
+    dir: &Path,
+    from: &mut Borrowed,
+) -> Result<Vec<Plug>, BackendError> {
+    let plugs = adopt(spec, dir, from)?;
+    for plug in &plugs {
+        if let Backend::Vsock { .. } = plug.backend {
+            vsock::end_lent(&plug.name, from);
+        }
+    }
+    Ok(plugs)
 }
 
 fn plugs(
@@ -125,6 +193,8 @@ impl Backend {
     fn queues(&self) -> usize {
         match self {
             Self::Disk(_) | Self::Rng => 1,
+            Self::Net(tap, _) => 2 * tap.pairs() + 1,
+            Self::Vsock { .. } => 3,
         }
     }
 
@@ -132,6 +202,8 @@ impl Backend {
     pub fn fresh(self) -> Box<dyn Kind> {
         match self {
             Self::Disk(image) => Box::new(Blk::new(image)),
+            Self::Vsock { cid, listener, dir } => Box::new(Vsock::new(cid, listener, &dir)),
+            Self::Net(tap, mac) => Box::new(Net::new(tap, mac)),
             Self::Rng => Box::new(Rng),
         }
     }
@@ -141,10 +213,15 @@ impl Backend {
         self,
         instance: &str,
         from: &mut Unclaimed,
-        _late: &mut Borrowed,
+        late: &mut Borrowed,
     ) -> Result<Box<dyn Kind>, StateError> {
         Ok(match self {
             Self::Disk(image) => Box::new(Blk::restore(image, instance, from)?),
+            Self::Vsock { cid, listener, dir } => {
+                let vsock = Vsock::restore(cid, listener, &dir, instance, from, late)?;
+                Box::new(vsock)
+            }
+            Self::Net(tap, mac) => Box::new(Net::restore(tap, mac, instance, from)?),
             Self::Rng => Box::new(Rng::restore(instance, from)?),
         })
     }

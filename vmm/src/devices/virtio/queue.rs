@@ -5,7 +5,7 @@
 //! where it says that it ends. What was judged is what is used; a guest that rewrites its ring
 //! meanwhile changes nothing. Whatever is wrong is [`Broken`], and fails the device.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
@@ -19,6 +19,12 @@ use crate::memory::Memory;
 pub(super) const USED: u32 = 1;
 /// `InterruptStatus` bit: the configuration, or the device's status, has changed.
 pub(super) const CONFIG: u32 = 2;
+
+/// Bytes before the elements of a used ring, and of each (virtio 1.2, 2.7.8).
+const USED_RING: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// Bytes before the elements of an available ring (2.7.6).
+const AVAIL_RING: u64 = 4;
 
 /// What a driver did that none may do. The device fails until the driver resets it.
 #[derive(Debug, thiserror::Error)]
@@ -307,6 +313,56 @@ impl Queues<'_> {
             Some(Some(ring)) => Ok(ring.add_used(self.memory, head, written)?),
             _ => Ok(()),
         }
+    }
+
+    /// How many entries the driver gave the queue; 0 for one that it does not use.
+    pub fn size(&self, queue: usize) -> usize {
+        match self.queues.get(queue) {
+            Some(Some(ring)) => ring.size().into(),
+            _ => 0,
+        }
+    }
+
+    /// Gives several requests back at one stroke, each with the bytes written: a driver never sees
+    /// some of them without the others, as a frame in several buffers must not be seen in part.
+    /// Interrupts the driver if it wants to hear of one of them.
+    pub fn push_together(&mut self, queue: usize, requests: &[(u16, u32)]) -> Result<(), Broken> {
+        let Some((&(last, written), before)) = requests.split_last() else {
+            return Ok(());
+        };
+        let Some(Some(ring)) = self.queues.get_mut(queue) else {
+            return Ok(());
+        };
+        let first = ring.next_used();
+        for (number, &(head, written)) in (0u16..).zip(before) {
+            let place = u64::from(first.wrapping_add(number) % ring.size());
+            // The ring lies in RAM whole: `open` has seen to it.
+            let address = GuestAddress(ring.used_ring() + USED_RING + place * USED_ELEMENT);
+            // `struct virtq_used_elem`: id, then length.
+            let element = u64::from(head) | u64::from(written) << 32;
+            self.memory
+                .write_obj(element.to_le(), address)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        // The index moves with the last one, past all of them.
+        ring.set_next_used(first.wrapping_add(before.len() as u16));
+        ring.add_used(self.memory, last, written)?;
+        if !before.is_empty() && ring.event_idx_enabled() {
+            // The ring counts the last one only, and may overlook that the driver waits for
+            // another. Whether it does is virtio 1.2, 2.7.7.2, as in the ring.
+            fence(Ordering::SeqCst);
+            let address = ring.avail_ring() + AVAIL_RING + 2 * u64::from(ring.size());
+            let event = self
+                .memory
+                .load(GuestAddress(address), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            let now = ring.next_used();
+            if now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(first) {
+                self.interrupt.raise(USED);
+            }
+        }
+        Ok(())
     }
 
     /// Interrupts the driver, if it wants to hear of what was given back since the last time.

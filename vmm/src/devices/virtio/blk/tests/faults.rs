@@ -1,4 +1,4 @@
-//! When the host's side fails, or is slow.
+//! When the host's side fails, is slow, or is a device of its own.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -233,4 +233,44 @@ fn in_a_small_filesystem() {
         output.status.success() && text.contains("1 passed"),
         "{text}"
     );
+}
+
+/// Names a block device whose content may be lost, at least 2 MiB.
+const SCRATCH: &str = "STILLPOINT_TEST_SCRATCH_DEVICE";
+
+#[test]
+fn a_block_device_is_a_disk_too() {
+    let Some(path) = std::env::var_os(SCRATCH) else {
+        eprintln!("SKIPPED blk: {SCRATCH} names no block device whose content may be lost");
+        return;
+    };
+    let wanted = spec(Path::new(&path), false);
+    let open = || Image::open("web-1", "disk0", &wanted);
+    let driver = Driver::boot("disk0", Box::new(Blk::new(open().expect("a device"))));
+    // Opened for itself alone, so the kernel says so before any lock does.
+    let text = open().expect_err("taken").to_string();
+    assert!(text.contains("may be mounted"), "{text}");
+    let size = driver.config(0, 8).try_into().map(u64::from_le_bytes);
+    assert!(size.expect("8 bytes") >= 2 * MIB / 512);
+    let ring = &mut driver.start(bit(VIRTIO_BLK_F_FLUSH))[0];
+    let bytes = vec![6; 64 << 10];
+    let mut ok = |kind, sector, out: &[u8], room| {
+        let (status, data, _) = ask(&driver, ring, kind, sector, out, room);
+        assert_eq!(status, OK, "kind {kind}");
+        data
+    };
+    for unmap in [0, 1] {
+        ok(VIRTIO_BLK_T_OUT, 128, &bytes, 0);
+        ok(VIRTIO_BLK_T_FLUSH, 0, &[], 0);
+        assert_eq!(ok(VIRTIO_BLK_T_IN, 128, &[], 64 << 10), bytes);
+        // Pieces that are no multiple of its blocks have to be written.
+        ok(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(129, 15, unmap), 0);
+        assert_eq!(ok(VIRTIO_BLK_T_IN, 129, &[], 15 * 512), [0; 15 * 512]);
+        assert_eq!(ok(VIRTIO_BLK_T_IN, 144, &[], 512), [6; 512]);
+        ok(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(128, 128, unmap), 0);
+        assert_eq!(ok(VIRTIO_BLK_T_IN, 128, &[], 64 << 10), vec![0; 64 << 10]);
+        ok(VIRTIO_BLK_T_DISCARD, 0, &range(128, 128, 0), 0);
+    }
+    let driver = swap(driver, Path::new(&path));
+    assert!(open().is_err() && !driver.has_failed());
 }

@@ -1,0 +1,205 @@
+//! PID 1 of an emulated host ([`stillpoint_tests::rig`]): mounts, loads modules, runs one command,
+//! writes what it left in `/results` onto the results disk, and powers off.
+//!
+//! It never returns: a kernel whose init ends panics, which here is an end like another. What it says
+//! begins with a mark, so that whoever follows the console knows how far it got.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+use stillpoint_tests::rig::order::{
+    ANSWER, Answer, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STILL_S,
+};
+
+/// What it says besides what the command says.
+fn say(text: &str) {
+    println!("{MARK}{text}");
+}
+
+fn main() {
+    if let Err(error) = live() {
+        say(&format!("failed: {error:#}"));
+    }
+    rustix::fs::sync();
+    if let Err(error) = reboot(RebootCommand::PowerOff) {
+        say(&format!("powering off: {error}"));
+    }
+}
+
+fn live() -> anyhow::Result<()> {
+    mount_all()?;
+    load_modules()?;
+    let order: Order = serde_json::from_slice(&std::fs::read(ORDER).context(ORDER)?)?;
+    keep_time(Duration::from_secs(order.time_limit_s));
+    std::fs::create_dir_all("/results")?;
+    busybox(&["ip", "link", "set", "lo", "up"])?;
+    scratch()?;
+    if !Path::new("/dev/kvm").exists() {
+        say("there is no /dev/kvm on this host");
+    }
+    let up = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
+    say(&format!(
+        "up after {} s",
+        up.split('.').next().unwrap_or("?")
+    ));
+    let status = run(&order.command)?;
+    say(&format!(
+        "bringing out the results (the command ended with status {status})"
+    ));
+    bring_out(&Answer { status })?;
+    say("powering off");
+    Ok(())
+}
+
+fn mount_all() -> anyhow::Result<()> {
+    let none = MountFlags::empty();
+    for (kind, place) in [
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("devpts", "/dev/pts"),
+        ("tmpfs", "/dev/shm"),
+        ("tmpfs", "/run"),
+        ("tmpfs", "/tmp"),
+    ] {
+        std::fs::create_dir_all(place).with_context(|| format!("creating {place}"))?;
+        mount(kind, place, kind, none, None)
+            .with_context(|| format!("mounting {kind} on {place}"))?;
+    }
+    Ok(())
+}
+
+/// In the order of `/modules.order`. Only one vendor's KVM finds its hardware; what is missing
+/// otherwise shows where it is used.
+fn load_modules() -> anyhow::Result<()> {
+    for path in std::fs::read_to_string("/modules.order")
+        .context("/modules.order")?
+        .lines()
+    {
+        let file = std::fs::File::open(path).with_context(|| path.to_owned())?;
+        if let Err(error) = finit_module(&file, c"", 0) {
+            let expected = path.contains("kvm_intel") || path.contains("kvm_amd");
+            if !expected {
+                say(&format!("loading {path}: {error}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A thread that notices when this host got no time, and ends it when all others have forgotten it.
+fn keep_time(limit: Duration) {
+    let began = Instant::now();
+    let forgotten = limit + Duration::from_secs(60);
+    std::thread::spawn(move || {
+        loop {
+            let before = Instant::now();
+            std::thread::sleep(Duration::from_secs(1));
+            let slept = before.elapsed().as_secs();
+            if slept > STILL_S {
+                say(&format!("the host stood still for {slept} s"));
+            }
+            if began.elapsed() > forgotten {
+                say("nobody ended this host; powering off");
+                let _ = reboot(RebootCommand::PowerOff);
+            }
+        }
+    });
+}
+
+fn busybox(args: &[&str]) -> anyhow::Result<()> {
+    let status = Command::new("/bin/busybox")
+        .args(args)
+        .status()
+        .context("starting busybox")?;
+    match status.success() {
+        true => Ok(()),
+        false => bail!("busybox {}: {status}", args.join(" ")),
+    }
+}
+
+/// The disk with this serial number.
+fn disk(serial: &str) -> Option<PathBuf> {
+    let disks = std::fs::read_dir("/sys/block").ok()?.flatten();
+    let of = |path: PathBuf| std::fs::read_to_string(path.join("serial")).unwrap_or_default();
+    disks
+        .filter(|disk| of(disk.path()).trim() == serial)
+        .map(|disk| Path::new("/dev").join(disk.file_name()))
+        .next()
+}
+
+/// Mounts the scratch disk, if there is one, with a new file system.
+fn scratch() -> anyhow::Result<()> {
+    let Some(disk) = disk(SCRATCH_DISK) else {
+        return Ok(());
+    };
+    let disk = disk.display().to_string();
+    busybox(&["mkfs.ext2", "-F", &disk])?;
+    std::fs::create_dir_all("/scratch")?;
+    mount(disk.as_str(), "/scratch", "ext4", MountFlags::empty(), None).context("mounting /scratch")
+}
+
+/// Runs the command to its end. Its children become init's when it dies, and end with the host.
+fn run(command: &[String]) -> anyhow::Result<i32> {
+    let (program, args) = command
+        .split_first()
+        .context("there is no command in the order")?;
+    say(&format!(
+        "running {}",
+        command.join(" ").lines().next().unwrap_or_default()
+    ));
+    let path = format!("{ROOT}/target/release:/bin");
+    let child = Command::new("/bin/busybox")
+        .args(["env", program])
+        .args(args)
+        .env("PATH", path)
+        .env("HOME", "/root")
+        .env("TERM", "linux")
+        .env("STILLPOINT_ROOT", ROOT)
+        .spawn()
+        .with_context(|| format!("starting {program}"))?;
+    let pid = i32::try_from(child.id()).context("a pid")?;
+    loop {
+        // Any child: those that others left behind would stay as zombies.
+        let options = rustix::process::WaitOptions::empty();
+        match rustix::process::wait(options) {
+            Ok(Some((ended, status))) if ended.as_raw_nonzero().get() == pid => {
+                let status = std::process::ExitStatus::from_raw(status.as_raw());
+                let signal = status.signal().map(|signal| 128 + signal);
+                return Ok(status.code().or(signal).unwrap_or(255));
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => bail!("waiting for {program}: {error}"),
+        }
+    }
+}
+
+/// Writes `/results` onto its disk, the answer last: with it, everything is there.
+fn bring_out(answer: &Answer) -> anyhow::Result<()> {
+    let dmesg = Command::new("/bin/busybox").arg("dmesg").output();
+    std::fs::write(
+        "/results/dmesg.txt",
+        dmesg.map(|out| out.stdout).unwrap_or_default(),
+    )?;
+    let path = disk(RESULTS_DISK).context("the results disk is missing")?;
+    let disk = std::fs::OpenOptions::new().write(true).open(&path);
+    let disk = disk.with_context(|| format!("opening {}", path.display()))?;
+    let mut archive = tar::Builder::new(std::io::BufWriter::with_capacity(1 << 20, disk));
+    archive.follow_symlinks(false);
+    archive
+        .append_dir_all("", "/results")
+        .context("writing the results")?;
+    let text = serde_json::to_vec(answer)?;
+    let mut header = tar::Header::new_gnu();
+    header.set_size(text.len() as u64);
+    header.set_mode(0o644);
+    archive.append_data(&mut header, ANSWER, text.as_slice())?;
+    let writer = archive.into_inner()?;
+    let disk = writer.into_inner().map_err(|error| error.into_error())?;
+    disk.sync_all().context("writing the results")
+}

@@ -1,0 +1,48 @@
+//! `scenario`: what is to be seen on a host, as one program that is run there: in the rig on the
+//! emulated host, or by hand on a real one. It writes what it measured to a file, prints what it
+//! does, and fails with the reason.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod pulse;
+
+/// One scenario, run on this host with the programs of `STILLPOINT_ROOT`.
+#[derive(Debug, Parser)]
+struct Args {
+    #[command(subcommand)]
+    what: What,
+    /// Where the report goes.
+    #[arg(long, global = true, default_value = "/results")]
+    results: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Boot pulse under a real daemon, swap its VMM there and back, and see that nothing was lost.
+    Pulse,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let told = match args.what {
+        What::Pulse => pulse::tell(),
+    };
+    match told.and_then(|report| write(&args.results, &report)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("scenario: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(results: &Path, report: &serde_json::Value) -> anyhow::Result<()> {
+    std::fs::create_dir_all(results)?;
+    Ok(std::fs::write(
+        results.join("report.json"),
+        serde_json::to_vec_pretty(report)?,
+    )?)
+}

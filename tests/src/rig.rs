@@ -1,0 +1,329 @@
+//! The rig: a host of its own for a test, emulated by QEMU, with KVM inside.
+//!
+//! It boots a stock Debian kernel with an initramfs that holds our static programs, the kernel's
+//! modules, guest images, and [`init`](../rig_init/index.html) which runs one command. What the
+//! command prints is seen live and kept in a log; what it leaves in `/results` is brought out.
+//!
+//! Where this machine's KVM is hardware and nests, the host runs on it. Elsewhere QEMU translates
+//! (TCG, AMD's SVM with nested paging), which is slow, and as a matter of fact not always fair:
+//! an emulated host that stood still is started once more, and that is said.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`order`] | what the host's init is told, and answers |
+//! | [`archive`] | the host's initramfs |
+//! | [`emulator`] | how QEMU is started |
+//! | [`watch`] | its console, followed to the end or the time limit |
+//! | [`results`] | what comes out |
+//!
+//! Everything of a run is in `target/rig/NAME/`: `console.log`, `results/`, and `first/` with the
+//! log of a run that stood still.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use stillpoint_images::cache::Cache;
+use stillpoint_images::packages::{Kernel, KernelFiles, Set};
+use stillpoint_images::progress::Progress;
+use stillpoint_images::qemu::Qemu;
+
+use crate::releases::root;
+
+pub mod archive;
+pub mod emulator;
+pub mod order;
+pub mod results;
+pub mod watch;
+
+use order::Order;
+use watch::{End, Watched};
+
+/// A host to be emulated, and what it is to do.
+#[derive(Clone, Debug)]
+pub struct Rig {
+    name: String,
+    kernel: Kernel,
+    cpus: u8,
+    memory_mib: u32,
+    scratch_mib: u32,
+    files: Vec<(PathBuf, String)>,
+    with_qemu: bool,
+    order: Order,
+    live: bool,
+}
+
+/// What came of a command on an emulated host.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The command's exit status; of a signal, 128 more than its number.
+    pub status: i32,
+    /// What it left in `/results`, and the host's `dmesg.txt`.
+    pub results: PathBuf,
+    /// All that the host's console said.
+    pub log: PathBuf,
+    /// Whether a first host stood still, and this is the second's.
+    pub retried: bool,
+}
+
+/// What the packages give.
+#[derive(Debug)]
+pub(crate) struct Ingredients {
+    pub(crate) kernel: KernelFiles,
+    pub(crate) busybox: PathBuf,
+    pub(crate) qemu: Qemu,
+}
+
+impl Rig {
+    /// A host with this kernel, 2 CPUs and 2 GiB. `name` names its folder below `target/rig`.
+    pub fn new(name: &str, kernel: Kernel) -> Self {
+        Self {
+            name: name.to_owned(),
+            kernel,
+            cpus: 2,
+            memory_mib: 2048,
+            scratch_mib: 0,
+            files: Vec::new(),
+            with_qemu: false,
+            order: Order::default(),
+            live: std::env::var_os("STILLPOINT_RIG_LIVE").is_some(),
+        }
+    }
+
+    /// So many CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// So much memory.
+    #[must_use]
+    pub fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// A disk of this size, mounted at `/scratch`: unlike a tmpfs it takes `O_DIRECT` on every kernel.
+    #[must_use]
+    pub fn scratch_mib(mut self, mib: u32) -> Self {
+        self.scratch_mib = mib;
+        self
+    }
+
+    /// A file of this machine, or a folder with all in it, at this place on the host.
+    #[must_use]
+    pub fn file(mut self, from: impl Into<PathBuf>, to: impl Into<String>) -> Self {
+        self.files.push((from.into(), to.into()));
+        self
+    }
+
+    /// Our static programs and pulse, where the harness expects them below [`order::ROOT`].
+    pub fn programs(self) -> anyhow::Result<Self> {
+        let built = root().join("target/static");
+        if !built.join("stillpointd").is_file() {
+            bail!("{} is not built; run `make rig-static`", built.display());
+        }
+        let pulse = root().join("target/releases/pulse");
+        let mut rig = self.file(
+            built.join("releases"),
+            format!("{}/target/releases", order::ROOT),
+        );
+        if pulse.is_file() {
+            rig = rig.file(pulse, format!("{}/target/releases/pulse", order::ROOT));
+        }
+        for entry in std::fs::read_dir(&built).with_context(|| built.display().to_string())? {
+            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+            if path.is_file() {
+                let to = format!("{}/target/release/{}", order::ROOT, name.to_string_lossy());
+                rig = rig.file(path, to);
+            }
+        }
+        Ok(rig)
+    }
+
+    /// Files of a guest's images, such as `bzImage` and `initramfs`, below `/images/KERNEL`.
+    #[must_use]
+    pub fn images(mut self, kernel: Kernel, names: &[&str]) -> Self {
+        for name in names {
+            let from = root().join("target/images").join(kernel.name()).join(name);
+            self = self.file(
+                from,
+                format!("{}/target/images/{}/{name}", order::ROOT, kernel.name()),
+            );
+        }
+        self
+    }
+
+    /// QEMU too, as `/bin/qemu-microvm`: to see how another VMM does.
+    #[must_use]
+    pub fn with_qemu(mut self) -> Self {
+        self.with_qemu = true;
+        self
+    }
+
+    /// What is to be run there.
+    #[must_use]
+    pub fn command<S: AsRef<str>>(mut self, words: &[S]) -> Self {
+        self.order.command = words.iter().map(|word| word.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// How long all of it may take, the boot too.
+    #[must_use]
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.order.time_limit_s = limit.as_secs();
+        self
+    }
+
+    /// Whether its console is shown as it comes.
+    #[must_use]
+    pub fn live(mut self, live: bool) -> Self {
+        self.live = live;
+        self
+    }
+
+    /// Where everything of this run is.
+    pub fn dir(&self) -> PathBuf {
+        root().join("target/rig").join(&self.name)
+    }
+
+    /// Boots the host, runs the command, brings out what it left.
+    pub fn run(&self) -> anyhow::Result<Outcome> {
+        let found = ingredients(self.kernel, Progress::Silent)?;
+        let dir = self.dir();
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let watched = self.once(&found, &dir)?;
+        if !(watched.stalled && self.answer(&dir).is_err()) {
+            return self.outcome(&dir, &watched, false);
+        }
+        eprintln!(
+            "rig {}: the emulated host stood still ({}); trying once more",
+            self.name, watched.phase
+        );
+        let first = dir.join("first");
+        std::fs::create_dir_all(&first)?;
+        std::fs::rename(dir.join("console.log"), first.join("console.log"))?;
+        let watched = self.once(&found, &dir)?;
+        self.outcome(&dir, &watched, true)
+    }
+
+    /// A shell on the host, at this terminal. The terminal is as it was afterwards.
+    pub fn shell(&self) -> anyhow::Result<()> {
+        let found = ingredients(self.kernel, Progress::People)?;
+        let dir = self.dir();
+        std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let size = rustix::termios::tcgetwinsize(std::io::stdin()).ok();
+        let rig = self
+            .clone()
+            .command(&order::shell(size.map(|size| (size.ws_row, size.ws_col))));
+        rig.lay_out(&found, &dir)?;
+        println!(
+            "A shell on an emulated host ({}, {}).\nLeave it by `exit`, which powers the host off, \
+             or at any moment by Ctrl-a x.\n",
+            found.kernel.release,
+            emulator::ground()
+        );
+        let before = rustix::termios::tcgetattr(std::io::stdin()).ok();
+        let ended = rig.emulator(&found, &dir).interactive().status();
+        if let Some(before) = before {
+            let now = rustix::termios::OptionalActions::Now;
+            let _ = rustix::termios::tcsetattr(std::io::stdin(), now, &before);
+        }
+        clear(&dir);
+        ended.context("starting QEMU")?;
+        Ok(())
+    }
+
+    fn emulator<'a>(&self, found: &'a Ingredients, dir: &'a Path) -> emulator::Emulator<'a> {
+        emulator::Emulator {
+            qemu: &found.qemu,
+            bzimage: &found.kernel.bzimage,
+            dir,
+            cpus: self.cpus,
+            memory_mib: self.memory_mib,
+            scratch: self.scratch_mib > 0,
+        }
+    }
+
+    /// Writes what QEMU is given.
+    fn lay_out(&self, found: &Ingredients, dir: &Path) -> anyhow::Result<()> {
+        let mut files = self.files.clone();
+        if self.with_qemu {
+            files.extend(found.qemu.microvm());
+        }
+        archive::write(&dir.join("initramfs"), found, &files, &self.order)?;
+        results::make_disk(&dir.join("results.raw"), results::DISK_MIB)?;
+        if self.scratch_mib > 0 {
+            results::make_disk(&dir.join("scratch.raw"), self.scratch_mib)?;
+        }
+        Ok(())
+    }
+
+    fn once(&self, found: &Ingredients, dir: &Path) -> anyhow::Result<Watched> {
+        self.lay_out(found, dir)?;
+        let command = self.emulator(found, dir).batch();
+        let limit = Duration::from_secs(self.order.time_limit_s);
+        let watched = watch::follow(command, &dir.join("console.log"), limit, self.live)?;
+        results::unpack(&dir.join("results.raw"), &dir.join("results"))?;
+        clear(dir);
+        Ok(watched)
+    }
+
+    fn answer(&self, dir: &Path) -> anyhow::Result<order::Answer> {
+        results::answer(&dir.join("results"))
+    }
+
+    fn outcome(&self, dir: &Path, watched: &Watched, retried: bool) -> anyhow::Result<Outcome> {
+        let log = dir.join("console.log");
+        match (self.answer(dir), &watched.end) {
+            (Ok(answer), End::ByItself) => Ok(Outcome {
+                status: answer.status,
+                results: dir.join("results"),
+                log,
+                retried,
+            }),
+            (_, end) => bail!(
+                "rig {}: the emulated host {end} while {}{}; its console is in {}, and ended so:\n{}",
+                self.name,
+                watched.phase,
+                if retried {
+                    " (the second try: the first stood still)"
+                } else {
+                    ""
+                },
+                log.display(),
+                watched.tail()
+            ),
+        }
+    }
+}
+
+/// Removes what only QEMU needed; it is large.
+fn clear(dir: &Path) {
+    for name in ["initramfs", "results.raw", "scratch.raw"] {
+        let _ = std::fs::remove_file(dir.join(name));
+    }
+}
+
+pub(crate) fn ingredients(kernel: Kernel, progress: Progress) -> anyhow::Result<Ingredients> {
+    let cache = Cache::of_this_user()?;
+    Ok(Ingredients {
+        kernel: Set::Kernel(kernel)
+            .fetch(&cache, false, progress)?
+            .kernel()?,
+        busybox: Set::Busybox.fetch(&cache, false, progress)?.busybox(),
+        qemu: Qemu::of(&Set::Qemu.fetch(&cache, false, progress)?),
+    })
+}
+
+/// Why there can be no rig here, for [`crate::needs!`]: packages that are neither in the cache nor
+/// to be had.
+pub fn missing() -> Option<String> {
+    let tried = Kernel::ALL
+        .into_iter()
+        .map(|kernel| ingredients(kernel, Progress::Silent));
+    let error = tried.filter_map(Result::err).next()?;
+    Some(format!("no packages for the rig: {error:#}"))
+}

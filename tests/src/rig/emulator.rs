@@ -1,0 +1,138 @@
+//! How QEMU is started for a host.
+//!
+//! Not to be changed lightly, each cost a day: `EPYC-Milan` is a model whose SVM with nested paging
+//! TCG has; `tsc=reliable`, because TCG's has no constant TSC and two CPUs would make the kernel call it
+//! unstable, and every guest's clock with it; `thread=multi`, one thread for each CPU.
+
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use stillpoint_images::qemu::Qemu;
+
+use super::order::{RESULTS_DISK, SCRATCH_DISK};
+
+/// A QEMU to be started.
+#[derive(Debug)]
+pub(super) struct Emulator<'a> {
+    pub(super) qemu: &'a Qemu,
+    pub(super) bzimage: &'a Path,
+    pub(super) dir: &'a Path,
+    pub(super) cpus: u8,
+    pub(super) memory_mib: u32,
+    pub(super) scratch: bool,
+}
+
+/// What carries the host on this machine, in words.
+pub fn ground() -> String {
+    match nested_kvm() {
+        Ok(()) => "on this machine's KVM, nested".into(),
+        Err(why) => format!("translated: {why}"),
+    }
+}
+
+/// Whether this machine's KVM is hardware that nests; if not, why.
+pub fn nested_kvm() -> Result<(), String> {
+    let open = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    open.map_err(|error| format!("/dev/kvm: {error}"))?;
+    let nested = |module: &str| {
+        std::fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).ok()
+    };
+    let value = nested("kvm_intel").or_else(|| nested("kvm_amd"));
+    nests(value.as_deref())
+}
+
+fn nests(value: Option<&str>) -> Result<(), String> {
+    match value.map(str::trim) {
+        Some("Y" | "1") => Ok(()),
+        Some(value) => Err(format!("KVM's parameter `nested` is {value}")),
+        None => Err("KVM here is neither kvm_intel nor kvm_amd".into()),
+    }
+}
+
+impl Emulator<'_> {
+    /// Its console on standard output; nobody types.
+    pub(super) fn batch(&self) -> Command {
+        let mut command = self.common();
+        command.args([
+            "-chardev",
+            "stdio,id=console,signal=off",
+            "-serial",
+            "chardev:console",
+        ]);
+        command.args(["-append", &cmdline(nested_kvm().is_ok())]);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Its console on this terminal, with QEMU's own keys behind Ctrl-a.
+    pub(super) fn interactive(&self) -> Command {
+        let mut command = self.common();
+        command.args(["-chardev", "stdio,id=console,mux=on,signal=off"]);
+        command.args(["-serial", "chardev:console", "-mon", "chardev=console"]);
+        command.args(["-append", &cmdline(nested_kvm().is_ok())]);
+        command
+    }
+
+    fn common(&self) -> Command {
+        let mut command = self.qemu.system();
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        command.args(match nested_kvm() {
+            Ok(()) => ["-accel", "kvm", "-cpu", "host"],
+            Err(_) => ["-accel", "tcg,thread=multi", "-cpu", "EPYC-Milan,+svm,+npt"],
+        });
+        command.args([
+            "-smp",
+            &self.cpus.to_string(),
+            "-m",
+            &self.memory_mib.to_string(),
+        ]);
+        command.arg("-kernel").arg(self.bzimage);
+        command.arg("-initrd").arg(self.dir.join("initramfs"));
+        self.disk(&mut command, RESULTS_DISK, "results.raw");
+        if self.scratch {
+            self.disk(&mut command, SCRATCH_DISK, "scratch.raw");
+        }
+        command
+    }
+
+    /// A raw file as a virtio disk. What is on it ends with the run, so nothing waits for it to be safe.
+    fn disk(&self, command: &mut Command, serial: &str, file: &str) {
+        // A comma in a file name is doubled (QEMU's manual, "-drive").
+        let path = self.dir.join(file).display().to_string().replace(',', ",,");
+        command.args([
+            "-drive",
+            &format!("file={path},if=none,format=raw,cache=unsafe,id={serial}"),
+        ]);
+        command.args([
+            "-device",
+            &format!("virtio-blk-pci,drive={serial},serial={serial}"),
+        ]);
+    }
+}
+
+/// `panic=-1` restarts at once, and `-no-reboot` makes that QEMU's end.
+fn cmdline(hardware: bool) -> String {
+    let clock = if hardware { "" } else { " tsc=reliable" };
+    format!("console=ttyS0 quiet panic=-1{clock}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_kvm_that_nests_carries_the_host() {
+        assert_eq!(nests(Some("Y\n")), Ok(()));
+        assert_eq!(nests(Some("1")), Ok(()));
+        assert!(nests(Some("N\n")).is_err_and(|why| why.contains('N')));
+        assert!(nests(None).is_err());
+        assert!(cmdline(false).contains("tsc=reliable") && !cmdline(true).contains("tsc"));
+    }
+}

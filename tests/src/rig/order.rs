@@ -1,0 +1,57 @@
+//! What the host's init is told, and what it answers: two JSON files, and lines on its console.
+
+use serde::{Deserialize, Serialize};
+
+/// Where the order lies in the initramfs.
+pub const ORDER: &str = "/rig/order.json";
+/// The root of a work tree on the host, for a harness that runs there (`STILLPOINT_ROOT`).
+pub const ROOT: &str = "/stillpoint";
+/// What every line of the host's init begins with.
+pub const MARK: &str = "rig-init: ";
+/// The serial number of the disk that results are written to.
+pub const RESULTS_DISK: &str = "results";
+/// The serial number of the disk that is mounted at `/scratch`.
+pub const SCRATCH_DISK: &str = "scratch";
+/// The file in the results that holds the [`Answer`].
+pub const ANSWER: &str = "answer.json";
+/// How long init may oversleep before it says that the host stood still.
+pub const STILL_S: u64 = 10;
+
+/// One command.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// When all must be over. The host powers itself off some time after that, should nobody be
+    /// left to stop it.
+    pub time_limit_s: u64,
+}
+
+/// How the command ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Its exit status; of a signal, 128 more than its number.
+    pub status: i32,
+}
+
+impl Default for Order {
+    fn default() -> Self {
+        Self {
+            command: vec!["true".into()],
+            time_limit_s: 120,
+        }
+    }
+}
+
+/// A shell at the console, on a terminal of this many rows and columns.
+pub fn shell(size: Option<(u16, u16)>) -> Vec<String> {
+    let (rows, columns) = size.filter(|size| size.0 > 0).unwrap_or((24, 80));
+    let script = format!(
+        "stty rows {rows} cols {columns}; cd /root; \
+         echo; echo 'stillpoint and stillpointd are in the PATH, guest images under /images.'; \
+         echo 'Start with:  stillpointd 2>/tmp/stillpointd.log &   then   stillpoint doctor'; echo; exec sh -l"
+    );
+    ["setsid", "cttyhack", "sh", "-c", &script]
+        .map(str::to_owned)
+        .to_vec()
+}

@@ -1,0 +1,202 @@
+//! A host's console, followed to its end or to the time limit.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::order::MARK;
+
+/// What a kernel says that got no time to run in, and what the host's init says of it.
+const STALLS: &[&str] = &[
+    "kthread starved",
+    "detected stalls",
+    "soft lockup",
+    "the host stood still",
+];
+/// How much of a console an error shows.
+const TAIL: usize = 30;
+
+/// How it ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// QEMU did.
+    ByItself,
+    /// It was ended: too long.
+    TimeLimit(Duration),
+}
+
+/// What was seen.
+#[derive(Debug)]
+pub(super) struct Watched {
+    pub(super) end: End,
+    /// What it did last, in init's words.
+    pub(super) phase: String,
+    /// It says itself that it got no time, or it never got to its init.
+    pub(super) stalled: bool,
+    lines: Vec<String>,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ByItself => write!(f, "ended without an answer"),
+            Self::TimeLimit(limit) => write!(f, "was ended after its {} s", limit.as_secs()),
+        }
+    }
+}
+
+impl Watched {
+    fn new() -> Self {
+        Self {
+            end: End::ByItself,
+            phase: "booting".into(),
+            stalled: false,
+            lines: Vec::new(),
+        }
+    }
+
+    /// The console's last lines.
+    pub(super) fn tail(&self) -> String {
+        let from = self.lines.len().saturating_sub(TAIL);
+        self.lines[from..].join("\n")
+    }
+
+    fn line(&mut self, line: String) {
+        if let Some((_, said)) = line.split_once(MARK) {
+            self.phase = said.to_owned();
+        }
+        self.stalled |= STALLS.iter().any(|stall| line.contains(stall));
+        self.lines.push(line);
+    }
+
+    fn over(mut self, end: End) -> Self {
+        self.stalled |= end != End::ByItself && self.phase == "booting";
+        self.end = end;
+        self
+    }
+}
+
+/// Starts it, and follows its console into `log`. It is over when this returns.
+pub(super) fn follow(
+    mut command: Command,
+    log: &Path,
+    limit: Duration,
+    live: bool,
+) -> anyhow::Result<Watched> {
+    let deadline = Instant::now() + limit;
+    let errors = File::create(log.with_file_name("qemu.log"))?;
+    let log = File::create(log).with_context(|| format!("creating {}", log.display()))?;
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(errors)
+        .spawn()
+        .context("starting QEMU")?;
+    let console = child.stdout.take().context("QEMU has no standard output")?;
+    let (tell, lines) = channel();
+    let reader =
+        std::thread::spawn(move || read(console, log, live, |line| tell.send(line).is_ok()));
+    let (seen, ended) = collect(&lines, deadline);
+    if !ended {
+        let _ = child.kill();
+    }
+    child.wait().context("waiting for QEMU")?;
+    let _ = reader.join();
+    Ok(seen.over(if ended {
+        End::ByItself
+    } else {
+        End::TimeLimit(limit)
+    }))
+}
+
+/// Takes lines until there are no more (true) or the deadline comes.
+fn collect(lines: &Receiver<String>, deadline: Instant) -> (Watched, bool) {
+    let mut seen = Watched::new();
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => seen.line(line),
+            Err(RecvTimeoutError::Disconnected) => return (seen, true),
+            Err(RecvTimeoutError::Timeout) => return (seen, false),
+        }
+        if Instant::now() > deadline {
+            return (seen, false);
+        }
+    }
+}
+
+fn read(console: impl Read, mut log: File, live: bool, mut take: impl FnMut(String) -> bool) {
+    let mut console = BufReader::new(console);
+    let mut bytes = Vec::new();
+    while console
+        .read_until(b'\n', &mut bytes)
+        .is_ok_and(|read| read > 0)
+    {
+        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        bytes.clear();
+        let _ = writeln!(log, "{line}");
+        if live {
+            eprintln!("{line}");
+        }
+        if !take(line) {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn follow_shell(script: &str, limit: Duration) -> Watched {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        follow(command, &dir.path().join("console.log"), limit, false).expect("followed")
+    }
+
+    #[test]
+    fn the_phase_is_what_init_said_last() {
+        let script = "echo kernel; echo 'rig-init: running x'; echo output";
+        let seen = follow_shell(script, Duration::from_secs(20));
+        assert_eq!(
+            (seen.end, seen.phase.as_str(), seen.stalled),
+            (End::ByItself, "running x", false)
+        );
+        assert_eq!(seen.lines, ["kernel", "rig-init: running x", "output"]);
+    }
+
+    #[test]
+    fn one_that_takes_too_long_is_ended() {
+        let seen = follow_shell(
+            "echo 'rig-init: running'; exec sleep 600",
+            Duration::from_millis(500),
+        );
+        assert!(matches!(seen.end, End::TimeLimit(_)), "{seen:?}");
+        assert!(!seen.stalled, "the command may just be slow");
+        let seen = follow_shell("exec sleep 600", Duration::from_millis(100));
+        assert!(seen.stalled, "it never got to its init");
+    }
+
+    #[test]
+    fn a_host_that_stood_still_says_so() {
+        let starved = "echo 'rcu: rcu_sched kthread starved for 5252 jiffies!'";
+        assert!(follow_shell(starved, Duration::from_secs(20)).stalled);
+    }
+
+    #[test]
+    fn an_error_shows_the_last_lines_only() {
+        let seen = follow_shell(
+            "for n in $(seq 100); do echo $n; done",
+            Duration::from_secs(20),
+        );
+        let tail = seen.tail();
+        assert!(
+            tail.starts_with("71\n") && tail.ends_with("\n100"),
+            "{tail}"
+        );
+    }
+}

@@ -1,0 +1,108 @@
+//! The rig itself: emulated hosts with either kernel, KVM in them, and our real daemon on it.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use stillpoint_images::packages::Kernel;
+use stillpoint_tests::needs;
+use stillpoint_tests::rig::{self, Rig};
+
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// Boots a host, runs the pulse scenario on it, and reads what came out.
+fn pulse_on(kernel: Kernel, release: &str) -> anyhow::Result<()> {
+    let outcome = Rig::new(&format!("pulse-on-{}", kernel.name()), kernel)
+        .programs()?
+        .command(&["scenario", "pulse"])
+        .time_limit(LIMIT)
+        .run()?;
+    let console = std::fs::read_to_string(&outcome.log)?;
+    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    let dmesg = std::fs::read_to_string(outcome.results.join("dmesg.txt"))?;
+    ensure!(
+        dmesg.contains(&format!("Linux version {release}")),
+        "another kernel:\n{dmesg}"
+    );
+    let report = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let report: Value = serde_json::from_slice(&report)?;
+    let kvm = |check: &&Value| {
+        check["check"]
+            .as_str()
+            .is_some_and(|name| name.contains("kvm"))
+    };
+    let checks = report["doctor"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
+    let found = checks
+        .iter()
+        .find(kvm)
+        .with_context(|| format!("no check of KVM: {report:#}"))?;
+    ensure!(found["status"] == "ok", "{found:#}");
+    ensure!(
+        report["swaps"]
+            .as_array()
+            .is_some_and(|swaps| swaps.len() == 2),
+        "{report:#}"
+    );
+    Ok(())
+}
+
+#[test]
+fn pulse_is_swapped_on_a_host_with_6_1() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    pulse_on(Kernel::Bookworm, "6.1.")
+}
+
+#[test]
+fn pulse_is_swapped_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    pulse_on(Kernel::Backports, "7.")
+}
+
+#[test]
+fn a_command_that_fails_gives_its_status_and_its_results() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let script = "echo hello >/results/said; mkdir /results/deep; echo x >/results/deep/x; exit 7";
+    let outcome = Rig::new("fails", Kernel::Bookworm)
+        .memory_mib(512)
+        .command(&["sh", "-c", script])
+        .time_limit(LIMIT)
+        .run()?;
+    ensure!(outcome.status == 7, "status {}", outcome.status);
+    ensure!(std::fs::read_to_string(outcome.results.join("said"))? == "hello\n");
+    ensure!(outcome.results.join("deep/x").is_file());
+    Ok(())
+}
+
+#[test]
+fn a_host_that_takes_too_long_is_ended_and_says_what_it_was_doing() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let error = Rig::new("too-long", Kernel::Bookworm)
+        .memory_mib(512)
+        .command(&["sh", "-c", "echo about to sleep; sleep 1000"])
+        .time_limit(Duration::from_secs(60))
+        .run()
+        .expect_err("it sleeps longer than it may")
+        .to_string();
+    for part in ["60 s", "running sh -c", "about to sleep", "console.log"] {
+        ensure!(error.contains(part), "{part:?} is not in:\n{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_host_whose_kernel_panics_is_an_error_with_its_last_words() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let error = Rig::new("panics", Kernel::Bookworm)
+        .memory_mib(512)
+        .command(&["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"])
+        .time_limit(LIMIT)
+        .run()
+        .expect_err("it panics")
+        .to_string();
+    ensure!(error.contains("ended without an answer"), "{error}");
+    ensure!(error.contains("sysrq triggered crash"), "{error}");
+    Ok(())
+}
