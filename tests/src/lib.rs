@@ -14,6 +14,7 @@
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
 //! | [`rig`] | a whole host, emulated, with KVM inside |
+//! | [`wire`] | a tap on which every frame comes back |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
@@ -29,3 +30,4 @@ pub mod rig;
 pub mod start;
 pub mod swap;
 pub mod vm;
+pub mod wire;

@@ -1,10 +1,14 @@
 //! Swaps of guests whose virtio devices are at work, by drivers that count what they are owed; and
 //! devices under attack.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
 use anyhow::{Context, ensure};
-use stillpoint_control::spec::DiskSpec;
+use stillpoint_control::spec::{DiskSpec, NetSpec, VsockSpec};
+use stillpoint_guest_abi::attack;
 use stillpoint_guest_abi::pulse::Report;
-use stillpoint_guest_abi::virtio::Driver;
+use stillpoint_guest_abi::virtio::{Driver, VSOCK_ECHO_PORT};
 use stillpoint_tests::console::Console;
 use stillpoint_tests::devices::{Devices, check_disk};
 use stillpoint_tests::guest::Snapshot;
@@ -12,6 +16,7 @@ use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::PATIENCE;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::vm::{Recipe, Vm};
+use stillpoint_tests::wire;
 use tempfile::NamedTempFile;
 
 /// The vCPU that drives the device; vCPU 0 has the console.
@@ -117,19 +122,28 @@ fn entropy_polled() -> anyhow::Result<()> {
 fn attacks_on_entropy() -> anyhow::Result<()> {
     needs_kvm!();
     let mut vm = with("mode1=hostile hostile=rng", rng())?;
-    withstands(&mut vm)?;
+    withstands(&mut vm, "rng")?;
     vm.power_off()
 }
 
 /// Every attack that fits the device is made, with swaps in between.
-fn withstands(vm: &mut Vm) -> anyhow::Result<()> {
+fn withstands(vm: &mut Vm, kind: &str) -> anyhow::Result<()> {
     let made = |r: &Report| r.hostile.each.iter().map(|t| u64::from(t.made)).sum();
-    for _ in 0..3 {
+    for _ in 0..4 {
         goes_on(vm, "attacks", 60, made)?;
         vm.must_move(Release::Current)?;
     }
-    let seen = goes_on(vm, "attacks", 60, made)?.hostile;
+    let seen = goes_on(vm, "attacks", 1, made)?.hostile;
     ensure!(seen.worked > 0 && seen.needs_reset > 0, "{seen:?}");
+    // Those for one kind of device have its name in front.
+    let fits = |name: &str| match name.split_once('-') {
+        Some((first, _)) if ["blk", "net", "vsock"].contains(&first) => first == kind,
+        _ => true,
+    };
+    let attacks = attack::NAMES.iter().zip(&seen.each);
+    let left_out = attacks.filter(|(name, tally)| fits(name) && tally.made == 0);
+    let left_out: Vec<_> = left_out.map(|(name, _)| name).collect();
+    ensure!(left_out.is_empty(), "never made: {left_out:?}");
     vm.is_well().with_context(|| vm.log())
 }
 
@@ -197,7 +211,7 @@ fn attacks_on_a_disk() -> anyhow::Result<()> {
     needs_kvm!();
     let image = image()?;
     let mut vm = with("mode1=hostile hostile=blk", disks(&[&image]))?;
-    withstands(&mut vm)?;
+    withstands(&mut vm, "blk")?;
     // None of them is a write that a disk could do.
     let allocated = std::os::unix::fs::MetadataExt::blocks(&image.as_file().metadata()?);
     ensure!(
@@ -229,5 +243,141 @@ fn attacks_beside_a_disk_at_work() -> anyhow::Result<()> {
     vm.is_well().with_context(|| vm.log())?;
     put_down(&vm)?;
     check_disk(&vm.pulse, DRIVER, at_work.path())?;
+    vm.power_off()
+}
+
+fn net(queue_pairs: u8) -> Devices {
+    let net = NetSpec {
+        tap: wire::TAP.into(),
+        mac: None,
+        queue_pairs,
+    };
+    Devices {
+        nets: vec![net],
+        ..Devices::default()
+    }
+}
+
+/// Frames are sent and come back, before and after each swap; a tap may drop some.
+fn frames(cmdline: &str, pairs: u8, times: usize) -> anyhow::Result<()> {
+    let mut vm = with(cmdline, net(pairs))?;
+    works_over_swaps(&mut vm, times, |r| r.net.received)?;
+    let seen = vm.pulse.look()?.vcpus[DRIVER].net;
+    ensure!(seen.pairs == u64::from(pairs), "{seen:?}");
+    vm.power_off()
+}
+
+#[test]
+fn frames_on_a_tap() -> anyhow::Result<()> {
+    needs_kvm!();
+    if !wire::is_beside("frames_on_a_tap")? {
+        return Ok(());
+    }
+    frames("mode1=net", 1, 12)
+}
+
+#[test]
+fn frames_while_halted_on_two_pairs_of_queues() -> anyhow::Result<()> {
+    needs_kvm!();
+    if !wire::is_beside("frames_while_halted_on_two_pairs_of_queues")? {
+        return Ok(());
+    }
+    frames("mode1=net wait=halt", 2, 12)
+}
+
+#[test]
+fn attacks_on_a_network_device() -> anyhow::Result<()> {
+    needs_kvm!();
+    if !wire::is_beside("attacks_on_a_network_device")? {
+        return Ok(());
+    }
+    let mut vm = with("mode1=hostile hostile=net", net(1))?;
+    withstands(&mut vm, "net")?;
+    vm.power_off()
+}
+
+fn vsock() -> Devices {
+    Devices {
+        vsock: Some(VsockSpec { cid: 42 }),
+        ..Devices::default()
+    }
+}
+
+/// Port of the host to which the guest connects.
+const HOST_PORT: u32 = 5000;
+
+/// A host program that sends back what comes, on every connection.
+fn echo(vm: &Vm) -> anyhow::Result<()> {
+    let listener = UnixListener::bind(vm.dir().join(format!("vsock.sock_{HOST_PORT}")))?;
+    std::thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            std::thread::spawn(move || std::io::copy(&mut &connection, &mut &connection));
+        }
+    });
+    Ok(())
+}
+
+/// A connection to the guest's own echo.
+fn call(vm: &Vm) -> anyhow::Result<BufReader<UnixStream>> {
+    let mut stream = UnixStream::connect(vm.dir().join("vsock.sock"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    writeln!(stream, "CONNECT {VSOCK_ECHO_PORT}")?;
+    let mut stream = BufReader::new(stream);
+    let mut answer = String::new();
+    stream.read_line(&mut answer)?;
+    ensure!(answer.starts_with("OK "), "the guest said {answer:?}");
+    Ok(stream)
+}
+
+/// Sends so much and reads it back.
+fn round(stream: &mut BufReader<UnixStream>, number: u8, len: usize) -> anyhow::Result<()> {
+    let sent: Vec<u8> = (0..len).map(|at| (at / 7) as u8 ^ number).collect();
+    stream.get_mut().write_all(&sent)?;
+    let mut back = vec![0; len];
+    stream.read_exact(&mut back)?;
+    ensure!(back == sent, "round {number} came back changed");
+    Ok(())
+}
+
+/// One connection of the guest's and one of the host's live through all swaps.
+fn sockets(cmdline: &str, times: u8) -> anyhow::Result<()> {
+    let mut vm = with(&format!("{cmdline} port={HOST_PORT}"), vsock())?;
+    echo(&vm)?;
+    goes_on(&vm, "records", 3, |r| r.vsock.rounds)?;
+    let mut call = call(&vm)?;
+    for number in 0..times {
+        // On its way back over the swap.
+        round(&mut call, number, 40_000)?;
+        call.get_mut().write_all(&[number; 1000])?;
+        vm.must_move(Release::Current)?;
+        let mut back = [0; 1000];
+        call.read_exact(&mut back)?;
+        ensure!(back == [number; 1000], "what was under way changed");
+        goes_on(&vm, "records", 3, |r| r.vsock.rounds)?;
+        vm.is_well().with_context(|| vm.log())?;
+    }
+    let seen = vm.pulse.look()?.vcpus[DRIVER].vsock;
+    ensure!((seen.opened, seen.accepted) == (1, 1), "{seen:?}");
+    vm.power_off()
+}
+
+#[test]
+fn sockets_by_interrupts() -> anyhow::Result<()> {
+    needs_kvm!();
+    sockets("mode1=vsock", 12)
+}
+
+#[test]
+fn sockets_while_halted() -> anyhow::Result<()> {
+    needs_kvm!();
+    sockets("mode1=vsock wait=halt", 12)
+}
+
+#[test]
+fn attacks_on_sockets() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = with("mode1=hostile hostile=vsock", vsock())?;
+    withstands(&mut vm, "vsock")?;
     vm.power_off()
 }

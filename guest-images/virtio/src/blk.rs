@@ -159,7 +159,7 @@ impl Workload {
     }
 
     /// The next request, if one more may be in flight.
-    pub fn next(&mut self) -> Option<Request> {
+    pub fn next_request(&mut self) -> Option<Request> {
         let slot = self.slots.iter().position(|slot| slot.act == Act::None)?;
         let block = self.idle_block()?;
         let act = self.choose();

@@ -10,7 +10,7 @@
 //!
 //! Every byte that we send follows from its place in the stream, so bytes lost, doubled or changed
 //! are found out by the first of them. Packets are made one at a time, when there is a buffer for
-//! one: [`Sockets::next`].
+//! one: [`Sockets::next_packet`].
 
 use stillpoint_guest_abi::virtio::{VSOCK_ECHO_PORT, Vsock as Counts};
 
@@ -116,7 +116,7 @@ impl Flow {
 
 /// Byte `at` of our stream.
 fn byte(run: u64, at: u64) -> u8 {
-    let word = (at / 8 ^ run).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let word = ((at / 8) ^ run).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (word >> (8 * (at % 8))) as u8
 }
 
@@ -157,7 +157,7 @@ impl Sockets {
 
     /// Writes the next packet that is to be sent into a buffer of [`BUFFER`] bytes, and gives its
     /// length.
-    pub fn next(&mut self, buffer: Area, now: u64) -> Option<usize> {
+    pub fn next_packet(&mut self, buffer: Area, now: u64) -> Option<usize> {
         if let Some((ours, theirs)) = self.reset.take() {
             let header = self.header(operation::RST, ours, theirs, 0, &Flow::default());
             return Some(header.write(buffer));
@@ -307,7 +307,7 @@ impl Sockets {
         }
         self.flow.used = self.flow.used.wrapping_add(payload.len() as u32);
         self.counts.bytes += payload.len() as u64;
-        if payload.len() > 0 && self.back == self.record_end {
+        if !payload.is_empty() && self.back == self.record_end {
             self.counts.rounds += 1;
         }
     }

@@ -60,12 +60,13 @@ impl Blk {
             }
         }
         while more && self.ring.free() >= MAX_BUFFERS {
-            let Some(request) = self.workload.next() else {
+            let Some(request) = self.workload.next_request() else {
                 break;
             };
             self.made += 1;
             let (buffers, token) = (request.buffers(), request.token);
-            let indirect = self.device.features() & feature::INDIRECT != 0 && self.made % 2 == 0;
+            let indirect =
+                self.device.features() & feature::INDIRECT != 0 && self.made.is_multiple_of(2);
             // There is room, as just seen.
             let _ = match indirect {
                 true => self.ring.add_indirect(request.table, buffers, token, now),

@@ -147,10 +147,8 @@ impl Net {
         for queue in (0..self.queues).step_by(2) {
             self.refill(queue, now);
         }
-        if self.frames.under_way() < WAVE {
-            self.waiting_since = now;
-            self.send(now);
-        } else if now - self.waiting_since > tsc::cycles(PACE_US) {
+        let waited = now - self.waiting_since > tsc::cycles(PACE_US);
+        if self.frames.under_way() < WAVE || waited {
             self.waiting_since = now;
             self.send(now);
         }
@@ -168,7 +166,7 @@ impl Net {
         while let Some((token, len)) = self.device.take(&mut self.rings[queue]) {
             let slot = usize::from(token);
             self.free[queue][slot] = true;
-            if queue % 2 == 0 {
+            if queue.is_multiple_of(2) {
                 let buffer = self.buffer(queue, slot);
                 self.frames.receive(buffer, len as usize);
             }

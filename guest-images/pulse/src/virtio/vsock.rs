@@ -95,7 +95,10 @@ impl Vsock {
         while let Some(slot) = self.free[TRANSMIT].iter().position(|free| *free) {
             let buffer = self.buffer(TRANSMIT, slot);
             let room = self.rings[TRANSMIT].free() > 0;
-            let Some(len) = room.then(|| self.sockets.next(buffer, now)).flatten() else {
+            let Some(len) = room
+                .then(|| self.sockets.next_packet(buffer, now))
+                .flatten()
+            else {
                 break;
             };
             self.add(TRANSMIT, slot, Buffer::readable(buffer.part(0, len)), now);

@@ -151,7 +151,7 @@ fn run(sin: Sin) -> Outcome {
     let (mut not_ours, mut not_allowed) = (0, 0);
     for turn in 0..2000 {
         while ring.free() >= MAX_BUFFERS {
-            let Some(request) = workload.next() else {
+            let Some(request) = workload.next_request() else {
                 break;
             };
             ring.add(request.buffers(), request.token, 0).expect("room");
@@ -231,7 +231,7 @@ fn a_disk_that_is_read_only_is_only_read() {
     };
     let mut workload = Workload::new(&mut memory, disk, 100, 1, Counts::default());
     for _ in 0..1000 {
-        let request = workload.next().expect("a request");
+        let request = workload.next_request().expect("a request");
         assert_eq!(
             area((request.buffers()[0].address, 16, false)).get32(0),
             request::IN
@@ -247,5 +247,5 @@ fn a_disk_without_room_is_left_alone() {
         features: 0,
     };
     let mut workload = Workload::new(&mut Area::of_test(128 << 10), disk, 9, 1, Counts::default());
-    assert!(workload.next().is_none());
+    assert!(workload.next_request().is_none());
 }

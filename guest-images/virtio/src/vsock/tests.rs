@@ -49,7 +49,7 @@ fn deliver(sockets: &mut Sockets, buffer: Area, header: Header, payload: &[u8]) 
 }
 
 fn take(sockets: &mut Sockets, buffer: Area, now: u64) -> Option<(Header, Vec<u8>)> {
-    let len = sockets.next(buffer, now)?;
+    let len = sockets.next_packet(buffer, now)?;
     let header = Header::read(buffer, len)?;
     let mut payload = vec![0; len - HEADER];
     buffer.read(HEADER, &mut payload);

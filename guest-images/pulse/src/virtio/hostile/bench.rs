@@ -290,7 +290,7 @@ impl Bench {
             kind::NET => wanted & (net::MAC | net::CONTROL | u64::from(u32::MAX) << 32),
             _ => wanted,
         };
-        let wanted = wanted | feature::VERSION_1 | feature::INDIRECT & self.random.next();
+        let wanted = wanted | feature::VERSION_1 | feature::INDIRECT & self.random.draw();
         for half in 0..2 {
             window.write32(offset::DEVICE_FEATURES_SEL, half);
             window.write32(offset::DRIVER_FEATURES_SEL, half);
@@ -382,6 +382,16 @@ impl Bench {
         self.made = self.made.wrapping_add(1);
     }
 
+    /// Whether the ring attacked can take one more.
+    pub(super) fn has_room(&self) -> bool {
+        self.made.wrapping_sub(self.ring().used_index()) < SIZE - 1
+    }
+
+    /// Whether all that was shown has come back.
+    pub(super) fn is_done(&self) -> bool {
+        self.ring().used_index() == self.made
+    }
+
     /// Has the index of the available ring lie.
     pub(super) fn skip(&mut self, by: u16) {
         self.made = self.made.wrapping_add(by);
@@ -411,7 +421,7 @@ impl Bench {
     pub(super) fn pause(&self) {
         let mut clock = Clock::new();
         let why = || self.window.read32(offset::INTERRUPT_STATUS);
-        while self.ring().used_index() != self.made
+        while !self.is_done()
             && why() & INTERRUPT_CONFIG == 0
             && clock.tick() < tsc::cycles(MOMENT_US)
         {}

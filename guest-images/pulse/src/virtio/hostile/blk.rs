@@ -51,7 +51,7 @@ fn chain(memory: Area, len: usize, device_writes: bool) -> Chain {
 fn at_sector(b: &mut Bench, sector: fn(u64, u64) -> u64) -> Then {
     let half = |at| u64::from(b.window().read32(offset::CONFIG + at));
     let capacity = half(4) << 32 | half(0);
-    let random = b.random.next();
+    let random = b.random.draw();
     let read = random >> 32 & 1 == 0;
     let kind = if read { request::IN } else { request::OUT };
     let memory = header(b, kind, sector(capacity, random));

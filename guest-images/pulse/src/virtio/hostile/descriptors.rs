@@ -35,7 +35,7 @@ pub(super) const ATTACKS: &[Attack] = &[
 fn spoil(b: &mut Bench, change: impl Fn(&mut Buffer, u64)) -> Then {
     let mut chain = b.request();
     let which = b.random.below(chain.len as u64) as usize;
-    change(&mut chain.buffers[which], b.random.next());
+    change(&mut chain.buffers[which], b.random.draw());
     b.post(chain.all())
 }
 

@@ -47,7 +47,7 @@ fn frame_huge(b: &mut Bench) -> Then {
 fn header_lies(b: &mut Bench) -> Then {
     let chain = b.request();
     let memory = b.memory();
-    let random = b.random.next();
+    let random = b.random.draw();
     // Flags, type of segmentation, header's length, segment's, where the checksum is.
     memory.set8(0, random as u8);
     memory.set8(1, (random >> 8) as u8);
@@ -94,7 +94,7 @@ fn command(b: &mut Bench, what: fn(u64) -> [u8; 2], argument: fn(u64) -> u16) ->
     b.queue(queue, SIZE.into(), ring);
     b.queue(b.target(), SIZE.into(), b.ring());
     b.drive();
-    let random = b.random.next();
+    let random = b.random.draw();
     let memory = b.memory();
     memory.fill(0);
     memory.write(0, &what(random));

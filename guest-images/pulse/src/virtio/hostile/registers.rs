@@ -145,7 +145,7 @@ fn features_too_late(b: &mut Bench) -> Then {
 fn access_sizes(b: &mut Bench) -> Then {
     let window = b.window();
     for _ in 0..200 {
-        let (random, value) = (b.random.next(), b.random.next());
+        let (random, value) = (b.random.draw(), b.random.draw());
         let at = random >> 8 & 0xff8;
         match random % 8 {
             0 => drop(window.read8(at | random >> 4 & 7)),
@@ -165,7 +165,7 @@ fn access_sizes(b: &mut Bench) -> Then {
 fn config_writes(b: &mut Bench) -> Then {
     let window = b.window();
     for _ in 0..200 {
-        let (random, value) = (b.random.next(), b.random.next());
+        let (random, value) = (b.random.draw(), b.random.draw());
         let at = offset::CONFIG + (random >> 8 & 0xf8);
         match random % 4 {
             0 => window.write8(at | random >> 4 & 7, value as u8),
@@ -182,7 +182,7 @@ fn config_writes(b: &mut Bench) -> Then {
 fn garbled(b: &mut Bench) -> Then {
     let window = b.window();
     for _ in 0..300 {
-        let (random, value) = (b.random.next(), b.random.next() as u32);
+        let (random, value) = (b.random.draw(), b.random.draw() as u32);
         let at = random >> 8 & 0xfc;
         match at {
             offset::QUEUE_DESC | offset::QUEUE_DRIVER | offset::QUEUE_DEVICE => {}

@@ -157,7 +157,7 @@ fn avail_changes(b: &mut Bench) -> Then {
 fn garbled(b: &mut Bench) -> Then {
     let ring = b.ring();
     for n in 0..SIZE {
-        let (random, flags) = (b.random.next(), b.random.next() as u16);
+        let (random, flags) = (b.random.draw(), b.random.draw() as u16);
         // Mostly a table's, so that chains have some length.
         let flags = if random >> 37 & 7 == 0 {
             flags
@@ -187,7 +187,7 @@ fn garbled(b: &mut Bench) -> Then {
             device_writes: false,
         };
         Layout::describe(ring.descriptors, n, buffer, flags, next);
-        let head = b.random.next() as u16;
+        let head = b.random.draw() as u16;
         b.offer(if random >> 41 & 15 == 0 {
             head
         } else {

@@ -48,7 +48,7 @@ fn elsewhere(b: &mut Bench, to: fn(u64, u64) -> u64) -> Then {
     b.agree(u64::MAX);
     let ring = b.ring();
     let mut parts = [ring.descriptors, ring.avail, ring.used].map(|part| part.address());
-    let random = b.random.next();
+    let random = b.random.draw();
     match random % 4 {
         3 => parts = parts.map(|part| to(part, random >> 8 & 7)),
         n => parts[n as usize] = to(parts[n as usize], random >> 8 & 7),
@@ -59,7 +59,7 @@ fn elsewhere(b: &mut Bench, to: fn(u64, u64) -> u64) -> Then {
 
 fn sized(b: &mut Bench, size: fn(u64) -> u32) -> Then {
     b.agree(u64::MAX);
-    let size = size(b.random.next() >> 8);
+    let size = size(b.random.draw() >> 8);
     b.queue(b.target(), size, b.ring());
     begin(b)
 }
