@@ -4,9 +4,13 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use stillpoint_guest_abi::disk::Block;
 use stillpoint_guest_abi::probe::{self, Gap, Record};
-use stillpoint_guest_abi::pulse::{GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report};
+use stillpoint_guest_abi::pulse::{
+    GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report, VERSION,
+};
 
+use crate::devices;
 use crate::patience::{PATIENCE, wait_for};
 
 /// A view of a pulse guest.
@@ -39,7 +43,13 @@ impl Pulse {
             let probed = |table: &u64| Self::is_table(&ram, *table);
             Ok((0..64u64 << 20).step_by(4096).find(probed))
         })?;
-        Ok(Self { ram, table })
+        let pulse = Self { ram, table };
+        let version = pulse.structure::<Globals>(GLOBALS_OFFSET)?.version;
+        ensure!(
+            version >= VERSION,
+            "pulse of version {version}: run `make images`"
+        );
+        Ok(pulse)
     }
 
     fn is_table(ram: &OwnedFd, table: u64) -> bool {
@@ -68,11 +78,11 @@ impl Pulse {
     }
 
     fn bytes(&self, at: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
-        let n = rustix::io::pread(&self.ram, &mut *buffer, self.table + at)?;
+        let n = rustix::io::pread(&self.ram, &mut *buffer, self.table.wrapping_add(at))?;
         ensure!(
             n == buffer.len(),
             "guest RAM ends at {:#x}",
-            self.table + at
+            self.table.wrapping_add(at)
         );
         Ok(())
     }
@@ -97,6 +107,20 @@ impl Pulse {
             );
         }
         Ok(value)
+    }
+
+    /// The table of a disk's blocks at an address that the guest gave.
+    pub(crate) fn blocks(&self, gpa: u64, count: u64) -> anyhow::Result<Vec<Block>> {
+        let entry = |n: u64| -> anyhow::Result<Block> {
+            let at = gpa + n * size_of::<Block>() as u64;
+            let word = |word: u64| self.word((at + 8 * word).wrapping_sub(self.table));
+            Ok(Block {
+                issued: word(0)?,
+                durable: word(1)?,
+                zeroed: word(2)?,
+            })
+        };
+        (0..count).map(entry).collect()
     }
 
     fn record(vcpu: usize) -> u64 {
@@ -220,6 +244,9 @@ impl Snapshot {
             must_be_zero(v, "MMIO accesses wrong", report.mmio_errors);
             must_be_zero(v, "register patterns lost", report.fpu_errors);
             must_be_zero(v, "stray interrupts", report.stray_interrupts);
+            for (name, count) in devices::faults(report) {
+                must_be_zero(v, &name, count);
+            }
             for (kind, timers) in [("one-shot", report.oneshot), ("deadline", report.deadline)] {
                 let lost = timers.armed.saturating_sub(timers.fired).saturating_sub(1);
                 must_be_zero(v, &format!("{kind} timers lost"), lost);

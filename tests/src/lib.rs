@@ -7,6 +7,7 @@
 //! | [`swap`] | its swap, driven as the daemon does it |
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
+//! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`clocks`] | a guest's clock, timers and flags, read from its RAM; and the figures of `make clock` |
@@ -14,12 +15,14 @@
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
 //! | [`rig`] | a whole host, emulated, with KVM inside |
+//! | [`wire`] | a tap on which every frame comes back |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
 pub mod clocks;
 pub mod console;
 pub mod daemon;
+pub mod devices;
 pub mod ground;
 pub mod guest;
 pub mod linux;
@@ -29,3 +32,4 @@ pub mod rig;
 pub mod start;
 pub mod swap;
 pub mod vm;
+pub mod wire;

@@ -10,8 +10,9 @@ use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
 use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{DiskSpec, KernelSpec, MachineSpec, MemorySpec};
+use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
+use crate::devices::Devices;
 use crate::guest::Pulse;
 use crate::patience::{self, PATIENCE};
 use crate::releases::{self, Release};
@@ -32,8 +33,8 @@ pub struct Recipe {
     pub kernel: Option<PathBuf>,
     /// How all VMMs of this guest are started.
     pub manner: Manner,
-    /// Its disks.
-    pub disks: Vec<DiskSpec>,
+    /// Its virtio devices.
+    pub devices: Devices,
     /// Its clock.
     pub clock: ClockSpec,
 }
@@ -49,7 +50,7 @@ impl Recipe {
             release: Release::Current,
             kernel: None,
             manner: Manner::default(),
-            disks: Vec::new(),
+            devices: Devices::default(),
             clock: ClockSpec::default(),
         }
     }
@@ -67,10 +68,10 @@ impl Recipe {
                 initrd: None,
                 cmdline: self.cmdline.clone(),
             },
-            disks: self.disks.clone(),
-            nets: Vec::new(),
-            vsock: None,
-            rng: false,
+            disks: self.devices.disks.clone(),
+            nets: self.devices.nets.clone(),
+            vsock: self.devices.vsock,
+            rng: self.devices.rng,
             clock: self.clock.clone(),
             blackout_budget: Duration::from_secs(5),
         }

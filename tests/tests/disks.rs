@@ -75,7 +75,7 @@ fn disks_travel_with_their_locks() -> anyhow::Result<()> {
         image(dir.path(), "b", 1 << 20)?,
     ];
     let mut recipe = Recipe::pulse(2, "ram=8M duty=20");
-    recipe.disks = vec![disk(paths[0].clone(), false), disk(paths[1].clone(), true)];
+    recipe.devices.disks = vec![disk(paths[0].clone(), false), disk(paths[1].clone(), true)];
     let files = [open(&paths[0])?, open(&paths[1])?];
     let mut vm = Vm::up(&recipe)?;
     let (_, tries) = while_probed(&files, || {
@@ -138,7 +138,7 @@ fn a_disk_of_another_guest() -> anyhow::Result<()> {
     let dir = tempfile::tempdir()?;
     let path = image(dir.path(), "a", 1 << 20)?;
     let mut recipe = Recipe::pulse(1, "");
-    recipe.disks = vec![disk(path.clone(), false)];
+    recipe.devices.disks = vec![disk(path.clone(), false)];
     let vm = Vm::up(&recipe)?;
     let holder = format!("process {} (stillpoint-vmm)", vm.pid());
     for read_only in [false, true] {

@@ -4,6 +4,11 @@
 //! of each vCPU's record page (offset 2048). All counters start at zero at boot and only grow,
 //! except where a field says otherwise.
 
+use crate::virtio::{Blk, Driver, Hostile, Net, Rng, Vsock};
+
+/// Version of what pulse writes: [`Globals::version`]. A pulse of before wrote 0, and had no
+/// virtio drivers.
+pub const VERSION: u32 = 2;
 /// Offset of [`Globals`] in the table's page.
 pub const GLOBALS_OFFSET: u64 = 64;
 /// Offset of [`Report`] in a vCPU's page.
@@ -43,6 +48,10 @@ pub struct Globals {
     pub touch_wanted: u64,
     /// Bytes of them that were written. Equal to `touch_wanted` when all is done.
     pub touched: u64,
+    /// [`VERSION`].
+    pub version: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// How one kind of timer fared. Armed one by one: the next is armed when the last has fired.
@@ -81,6 +90,16 @@ pub enum Mode {
     Masked = 5,
     /// Halted with interrupts on and no timer armed at all: only a swap's bugs would wake it.
     Idle = 6,
+    /// The loop, with verified writes, reads and flushes on a virtio-blk disk.
+    Blk = 7,
+    /// The loop, with numbered frames on a virtio-net device.
+    Net = 8,
+    /// The loop, with requests for entropy.
+    Rng = 9,
+    /// The loop, with numbered records on vsock connections.
+    Vsock = 10,
+    /// The loop, with malformed requests to virtio devices.
+    Hostile = 11,
 }
 
 /// What one vCPU reports.
@@ -130,6 +149,18 @@ pub struct Report {
     pub fpu_errors: u64,
     /// Exceptions or interrupts nobody asked for.
     pub stray_interrupts: u64,
+    /// The virtio device that the vCPU drives.
+    pub driver: Driver,
+    /// Mode `blk`.
+    pub blk: Blk,
+    /// Mode `net`.
+    pub net: Net,
+    /// Mode `rng`.
+    pub rng: Rng,
+    /// Mode `vsock`.
+    pub vsock: Vsock,
+    /// Mode `hostile`.
+    pub hostile: Hostile,
 }
 
 const _: () = assert!(size_of::<Report>() <= 2048);

@@ -114,7 +114,7 @@ enter:
 
     movl %edi, %eax
     incl %eax
-    shll $14, %eax
+    shll $17, %eax
     leaq USER_STACKS-8(%rax), %rax  # as a call would have left it
     pushq $USER_DATA
     pushq %rax

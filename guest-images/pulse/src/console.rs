@@ -55,6 +55,7 @@ fn run(line: &str) {
     match (command, vcpu, mode) {
         ("ping", ..) => say!("pong"),
         ("report", ..) => report(),
+        ("devices", ..) => (0..options::get().cpus).for_each(report_device),
         ("forget", ..) => {
             (0..options::get().cpus).for_each(gaps::forget);
             say!("forgotten");
@@ -129,6 +130,35 @@ fn report_vcpu(vcpu: usize) {
         field!(r.pio_lines).load(Relaxed),
         field!(r.fpu_errors).load(Relaxed),
         field!(r.stray_interrupts).load(Relaxed),
+    );
+}
+
+/// What a vCPU does with a virtio device; all counters are in its report in RAM.
+fn report_device(vcpu: usize) {
+    let report = pages::report(vcpu);
+    let driver = pages::shown(pages::place!(report.driver));
+    let hostile = pages::shown(pages::place!(report.hostile));
+    say!(
+        "vcpu={vcpu} device={} kind={} submitted={} completed={} doubled={} lost={} needs_reset={} \
+         interrupts={} interrupts_lost={} absent={} refused={} attacks={}/{}/{}/{}/{}/{}/{}",
+        driver.slot,
+        driver.kind,
+        driver.submitted,
+        driver.completed,
+        driver.doubled,
+        driver.lost,
+        driver.needs_reset,
+        driver.interrupts,
+        driver.interrupts_lost,
+        driver.absent,
+        driver.refused,
+        hostile.worked,
+        hostile.needs_reset,
+        hostile.silent,
+        hostile.stuck,
+        hostile.reset_stuck,
+        hostile.dead,
+        hostile.scribbled,
     );
 }
 

@@ -13,6 +13,7 @@ mod fatal;
 mod gaps;
 mod gate;
 mod idt;
+mod ioapic;
 mod local;
 mod mem;
 mod modes;
@@ -26,6 +27,7 @@ mod timers;
 mod touch;
 mod tsc;
 mod vcpu;
+mod virtio;
 
 use core::arch::global_asm;
 

@@ -10,7 +10,7 @@ use crate::gaps::Gaps;
 use crate::pages::{self, add, field};
 use crate::serial::Serial;
 
-const NAMES: [(Mode, &str); 7] = [
+const NAMES: [(Mode, &str); 12] = [
     (Mode::Offline, "offline"),
     (Mode::Spin, "spin"),
     (Mode::Halt, "halt"),
@@ -18,6 +18,11 @@ const NAMES: [(Mode, &str); 7] = [
     (Mode::Mmio, "mmio"),
     (Mode::Masked, "masked"),
     (Mode::Idle, "idle"),
+    (Mode::Blk, "blk"),
+    (Mode::Net, "net"),
+    (Mode::Rng, "rng"),
+    (Mode::Vsock, "vsock"),
+    (Mode::Hostile, "hostile"),
 ];
 
 static WANTED: [AtomicU32; MAX_VCPUS] = [const { AtomicU32::new(0) }; MAX_VCPUS];

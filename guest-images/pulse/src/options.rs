@@ -2,7 +2,9 @@
 
 use core::cell::UnsafeCell;
 
+use stillpoint_guest_abi::attack;
 use stillpoint_guest_abi::pulse::{MAX_VCPUS, Mode};
+use stillpoint_guest_virtio::registers::kind;
 
 use crate::modes;
 
@@ -19,6 +21,17 @@ pub(crate) enum Kinds {
     Periodic,
     /// None.
     None,
+}
+
+/// How a vCPU learns of what a device has done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// It looks at the used rings, and asks for no interrupt.
+    Poll = 0,
+    /// It looks after an interrupt only.
+    Interrupt = 1,
+    /// That, and it halts until there is one.
+    Halt = 2,
 }
 
 /// What the command line asked for.
@@ -42,6 +55,23 @@ pub(crate) struct Options {
     pub(crate) duty: u64,
     /// `gap_us=`: gaps longer than this are logged.
     pub(crate) gap_us: u64,
+    /// `devN=`: the virtio device of vCPU N, counted from 0; without it, the first of the kind
+    /// that is free.
+    pub(crate) slots: [Option<usize>; MAX_VCPUS],
+    /// `wait=`.
+    pub(crate) waits: Waits,
+    /// `queue=`: descriptors in each ring.
+    pub(crate) queue: u16,
+    /// `blocks=`: how many blocks of a disk are written.
+    pub(crate) blocks: u64,
+    /// `port=`: the host's vsock port to connect to; 0: none.
+    pub(crate) port: u32,
+    /// `hostile=`: the kind of device to attack, all if none is named.
+    pub(crate) victim: Option<u32>,
+    /// `attack=`: the only attack to make, by its name's number.
+    pub(crate) attack: Option<usize>,
+    /// `seed=`: of mode `hostile`.
+    pub(crate) seed: u64,
 }
 
 struct Cell(UnsafeCell<Options>);
@@ -64,6 +94,14 @@ const DEFAULT: Options = Options {
     timers: Kinds::Both,
     duty: 100,
     gap_us: 100,
+    slots: [None; MAX_VCPUS],
+    waits: Waits::Interrupt,
+    queue: 64,
+    blocks: 1024,
+    port: 0,
+    victim: None,
+    attack: None,
+    seed: 1,
 };
 
 /// The options in force.
@@ -99,16 +137,27 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
                 options.ram_from = size(value, DEFAULT.ram_from).max(DEFAULT.ram_from);
             }
             "timers" => options.timers = kinds(value),
+            "wait" => options.waits = waits(value),
+            "queue" => options.queue = number(value, DEFAULT.queue.into()).clamp(8, 64) as u16,
+            "blocks" => options.blocks = number(value, DEFAULT.blocks),
+            "port" => options.port = number(value, 0) as u32,
+            "hostile" => options.victim = device_kind(value),
+            "attack" => options.attack = attack::NAMES.iter().position(|name| *name == value),
+            "seed" => options.seed = number(value, DEFAULT.seed),
             _ => {}
         }
     }
     // After `mode=`, wherever it stood.
     for (key, value) in words() {
-        let vcpu = key
-            .strip_prefix("mode")
-            .and_then(|n| n.parse::<usize>().ok());
-        if let (Some(vcpu @ 0..MAX_VCPUS), Some(mode)) = (vcpu, modes::parse(value)) {
+        let vcpu = |prefix| {
+            let number = key.strip_prefix(prefix)?.parse::<usize>().ok()?;
+            (number < MAX_VCPUS).then_some(number)
+        };
+        if let (Some(vcpu), Some(mode)) = (vcpu("mode"), modes::parse(value)) {
             options.modes[vcpu] = mode;
+        }
+        if let (Some(vcpu), Ok(slot)) = (vcpu("dev"), value.parse()) {
+            options.slots[vcpu] = Some(slot);
         }
     }
     options.cpus = options.cpus.clamp(1, MAX_VCPUS);
@@ -123,6 +172,24 @@ fn kinds(value: &str) -> Kinds {
         "periodic" => Kinds::Periodic,
         "none" => Kinds::None,
         _ => Kinds::Both,
+    }
+}
+
+fn waits(value: &str) -> Waits {
+    match value {
+        "poll" => Waits::Poll,
+        "halt" => Waits::Halt,
+        _ => Waits::Interrupt,
+    }
+}
+
+fn device_kind(value: &str) -> Option<u32> {
+    match value {
+        "blk" => Some(kind::BLK),
+        "net" => Some(kind::NET),
+        "rng" => Some(kind::RNG),
+        "vsock" => Some(kind::VSOCK),
+        _ => None,
     }
 }
 

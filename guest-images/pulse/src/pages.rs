@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Orderi
 
 use stillpoint_guest_abi::probe::{self, Header, Record};
 use stillpoint_guest_abi::pulse::{
-    GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, MAX_VCPUS, REPORT_OFFSET, Report,
+    GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, MAX_VCPUS, REPORT_OFFSET, Report, VERSION,
 };
 
 use crate::bootinfo::BootInfo;
@@ -80,12 +80,41 @@ pub(crate) fn raise(maximum: &AtomicU64, to: u64) {
     }
 }
 
+/// Copies a whole structure, made of 64-bit words, to a place in these pages that only we write.
+pub(crate) fn show<T: Copy>(place: *mut T, value: &T) {
+    const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
+    let from = core::ptr::from_ref(value).cast::<u64>();
+    for word in 0..size_of::<T>() / 8 {
+        // SAFETY: both hold as many words; the place is a field of ours, by the caller.
+        unsafe {
+            let to = AtomicU64::from_ptr(place.cast::<u64>().add(word));
+            to.store(from.add(word).read(), Relaxed);
+        }
+    }
+}
+
+/// What such a place holds.
+pub(crate) fn shown<T: Copy>(place: *mut T) -> T {
+    // SAFETY: a field of these pages, made of integers: at worst some are newer than others.
+    unsafe { place.read_volatile() }
+}
+
+/// The address of a field of a structure in these pages.
+macro_rules! place {
+    ($base:ident . $field:ident) => {
+        // SAFETY: as for `field!`; nothing is read.
+        unsafe { &raw mut (*$base).$field }
+    };
+}
+pub(crate) use place;
+
 /// Fills in the header and where the pattern lies. The table is not announced yet.
 pub(crate) fn publish(info: &BootInfo) {
     let (base, len) = place_pattern(info, options::get());
     let globals = globals();
     field!(globals.pattern_base).store(base, Relaxed);
     field!(globals.pattern_len).store(len, Relaxed);
+    field32!(globals.version).store(VERSION, Relaxed);
 
     let header = page(0).cast::<Header>();
     field32!(header.version).store(probe::VERSION, Relaxed);

@@ -1,6 +1,7 @@
 //! Maps RAM above 4 GiB; `boot.s` has the first 4 GiB.
 
 use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 const GIB: u64 = 1 << 30;
 const BIG_PAGE: u64 = 2 << 20;
@@ -20,12 +21,20 @@ unsafe impl Sync for Directories {}
 
 static HIGH: Directories = Directories(UnsafeCell::new([[0; 512]; DIRECTORIES]));
 
+static TOP: AtomicU64 = AtomicU64::new(0);
+
+/// The end of the highest RAM.
+pub(crate) fn top() -> u64 {
+    TOP.load(Relaxed)
+}
+
 unsafe extern "C" {
     static mut pdpt: [u64; 512];
 }
 
 /// Maps from 4 GiB up to `top`, in whole GiB, as far as [`LIMIT`].
 pub(crate) fn map_above_4g(top: u64) {
+    TOP.store(top, Relaxed);
     for index in 0..DIRECTORIES {
         let base = (4 + index as u64) * GIB;
         if base >= top {

@@ -8,6 +8,8 @@
 .set LOCAL_TIMER_TSC, 16
 .set LOCAL_WAKES, 24
 .set LOCAL_STRAYS, 32
+.set LOCAL_LINES, 96
+.set DEVICE_LINES, 18
 .set LAPIC_EOI, 0xfee000b0
 .set FLAG_IF, 0x200
 .set GATE, 0x50554c00            # that no code has in EAX by chance
@@ -53,6 +55,17 @@ wake_entry:
 .globl stray_entry
 stray_entry:
     count_and_leave LOCAL_STRAYS
+
+# One for each virtio device, 64 bytes apart (idt.rs).
+.balign 64
+.globl device_entries
+device_entries:
+    .set line, LOCAL_LINES
+    .rept DEVICE_LINES
+    .balign 64
+    count_and_leave line
+    .set line, line + 8
+    .endr
 
 # A spurious interrupt must not be acknowledged.
 .globl spurious_entry

@@ -12,6 +12,7 @@ use crate::pattern::Pattern;
 use crate::serial::say;
 use crate::timers::Timers;
 use crate::touch::Touch;
+use crate::virtio::Driving;
 use crate::{apic, clock, gate, modes, options, registers, tsc};
 
 /// A halt of mode `halt`, and the slice of which `duty=` is a part.
@@ -39,6 +40,8 @@ pub(crate) struct Vcpu {
     slice_start: u64,
     console_at: u64,
     strays: u64,
+    /// The virtio device in use.
+    driving: Option<Driving>,
 }
 
 /// Whether a vCPU has reached ring 3.
@@ -96,6 +99,7 @@ impl Vcpu {
             slice_start: tsc::read(),
             console_at: 0,
             strays: 0,
+            driving: None,
         }
     }
 
@@ -113,7 +117,8 @@ impl Vcpu {
                 Mode::Pio => modes::pio(self.index, self.report, &mut self.gaps),
                 Mode::Mmio => modes::mmio(self.report, &mut self.gaps),
                 Mode::Masked => self.mask(),
-                Mode::Halt => self.nap(tsc::read() + tsc::cycles(SLICE_US)),
+                Mode::Halt => self.nap(tsc::read() + tsc::cycles(SLICE_US), || false),
+                Mode::Blk | Mode::Net | Mode::Rng | Mode::Vsock | Mode::Hostile => self.drive(),
                 _ => {}
             }
             self.rest();
@@ -154,6 +159,9 @@ impl Vcpu {
         let wanted = modes::wanted(self.index);
         if wanted != self.mode {
             self.unmask();
+            if let Some(driving) = self.driving.take() {
+                driving.finish(&mut self.gaps);
+            }
             self.mode = wanted;
             let report = self.report;
             field32!(report.mode).store(wanted as u32, Relaxed);
@@ -189,6 +197,21 @@ impl Vcpu {
         }
     }
 
+    /// The modes that drive a virtio device: what there is to do, then, if so asked, a halt until
+    /// the device interrupts.
+    fn drive(&mut self) {
+        let (mode, index) = (self.mode, self.index);
+        let driving = match &mut self.driving {
+            Some(driving) => driving,
+            none => none.insert(Driving::start(mode, index)),
+        };
+        driving.turn(&mut self.gaps);
+        assert!(local::has_stack_left(index), "no stack left");
+        if let Some(rest) = driving.rest() {
+            self.nap(tsc::read() + tsc::cycles(SLICE_US), || rest.is_over());
+        }
+    }
+
     /// With `duty=` below 100: halts for what is left of the slice.
     fn rest(&mut self) {
         let duty = options::get().duty;
@@ -197,19 +220,20 @@ impl Vcpu {
         }
         let slice = tsc::cycles(SLICE_US);
         if self.gaps.tick() - self.slice_start >= slice * duty / 100 {
-            self.nap(self.slice_start + slice);
+            self.nap(self.slice_start + slice, || false);
             self.slice_start = tsc::read();
         }
     }
 
-    /// Halts until `until`, or until another mode is wanted. A timer that is already armed is
+    /// Halts until `until`, until another mode is wanted, or until an interrupt has come after
+    /// which it is `over`. A timer that is already armed is
     /// waited for first. If we wake late, the lateness is a gap.
-    fn nap(&mut self, until: u64) {
+    fn nap(&mut self, until: u64, over: impl Fn() -> bool) {
         loop {
             let events = self.local.events();
             self.timers.account();
             let now = tsc::read();
-            if now >= until || modes::wanted(self.index) != self.mode {
+            if now >= until || over() || modes::wanted(self.index) != self.mode {
                 self.gaps.resume(until.min(now));
                 self.gaps.tick();
                 return;

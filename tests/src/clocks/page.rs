@@ -70,12 +70,12 @@ impl Page {
             0.. => passed << self.shift,
             _ => passed >> -self.shift,
         };
-        i128::from(self.ns) + (shifted * i128::from(self.mul) >> 32)
+        i128::from(self.ns) + ((shifted * i128::from(self.mul)) >> 32)
     }
 
     /// Cycles in so many microseconds: the inverse of `at`.
     pub fn cycles(&self, us: u64) -> u64 {
-        let shifted = (u128::from(us) * 1000 << 32) / u128::from(self.mul.max(1));
+        let shifted = ((u128::from(us) * 1000) << 32) / u128::from(self.mul.max(1));
         let cycles = match self.shift {
             0.. => shifted >> self.shift,
             _ => shifted << -self.shift,

@@ -82,7 +82,7 @@ mod tests {
         let version: u32 = memory.read_obj(GuestAddress(0x48)).expect("read");
         assert_eq!((steal, version), (1_470, 8));
         carry(&memory, 0xffff_ffc1, ns(1), ns(1));
-        carry(&memory, 4096 - 0x40 | 1, ns(1), ns(1));
+        carry(&memory, (4096 - 0x40) | 1, ns(1), ns(1));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | [`mmio`] | the registers a driver sees; freeze, save, resume |
-//! | [`worker`] | the thread behind each device, and how it comes to rest |
+//! | `worker` | the thread behind each device, and how it comes to rest |
 //! | [`queue`] | rings and chains of buffers: judged once, then used |
 //! | [`slot`] | a device's place in a machine: window, line, kicks, thread |
 //! | [`backend`] | what a device is made of on the host: opened at a boot, handed over at a swap |

@@ -132,7 +132,8 @@ fn no_frame_is_lost_or_doubled_by_swaps_while_they_flow() {
         let stop = AtomicBool::new(false);
         let back = AtomicU64::new(0);
         let swapped = AtomicU64::new(0);
-        std::thread::scope(|scope| {
+        // The device outlives the threads: it is given back, and not dropped in here.
+        let _driver = std::thread::scope(|scope| {
             scope.spawn(|| echo(receiver, sender, &stop));
             scope.spawn(|| {
                 let _stop = Stop(&stop);
@@ -173,6 +174,7 @@ fn no_frame_is_lost_or_doubled_by_swaps_while_they_flow() {
                 }
                 swapped.store(number, Ordering::SeqCst);
             }
+            driver
         });
         assert!(back.load(Ordering::SeqCst) > SWAPS);
     }
