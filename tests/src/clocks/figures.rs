@@ -2,17 +2,19 @@
 
 mod controls;
 mod latecomers;
+mod linux;
 mod pauses;
 mod periodic;
 mod swaps;
 
-use anyhow::ensure;
-use serde::Serialize;
-use stillpoint_control::report::ClockReceipt;
+use anyhow::{Context, ensure};
+use serde::{Deserialize, Serialize};
+use stillpoint_control::report::{ClockReceipt, SwapReport};
 
 use super::Seen;
 pub use controls::controls;
 pub use latecomers::latecomers;
+pub use linux::{Plan, linux};
 pub use pauses::{hold, long_pause};
 pub use periodic::periodic;
 pub use swaps::{Swaps, swaps};
@@ -21,7 +23,7 @@ pub use swaps::{Swaps, swaps};
 const DISCONTINUITY_NS: u64 = 12;
 
 /// Whether a bound was kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// It was.
@@ -33,7 +35,7 @@ pub enum Verdict {
 }
 
 /// A promise, measured.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Figure {
     /// What was measured, on what.
     pub name: String,
@@ -75,6 +77,11 @@ pub fn must_keep(figures: &[Figure]) -> anyhow::Result<()> {
     let broken: Vec<_> = figures.iter().filter(broken).collect();
     ensure!(broken.is_empty(), "{broken:#?}");
     Ok(())
+}
+
+fn receipt_of(report: &SwapReport) -> anyhow::Result<&ClockReceipt> {
+    let receipt = report.clock.as_ref();
+    receipt.context("the report says nothing of the clock")
 }
 
 fn receipts(seen: &[Seen]) -> Vec<&ClockReceipt> {

@@ -1,0 +1,75 @@
+//! Figures of guests on this host's KVM.
+
+use std::time::Duration;
+
+use stillpoint_tests::clocks::figures::{self, Figure, Plan};
+use stillpoint_tests::linux::images::Kernel;
+
+use crate::or_broken;
+
+/// Swaps whose every clock is judged.
+const SWAPS: usize = 1000;
+/// Swaps of a guest with a periodic timer.
+const PERIODIC: usize = 50;
+/// How late the latecomers come.
+const LATE: Duration = Duration::from_secs(20);
+/// Swaps of a Linux guest.
+const LINUX_SWAPS: usize = 20;
+/// Its long pauses.
+const PAUSES: usize = 20;
+/// A pause of nearly the longest budget that there is, and a short one for a quick run.
+const LONG: (&str, Duration) = ("loaded=slow:29000", Duration::from_secs(29));
+const SHORT: (&str, Duration) = ("loaded=slow:2000", Duration::from_secs(2));
+
+/// Of the bare-metal guest. One part after the other; one that fails is a broken row.
+pub(crate) fn pulse(quick: bool) -> Vec<Figure> {
+    let scale = |full: usize| if quick { full.div_ceil(20) } else { full };
+    let late = if quick { LATE / 4 } else { LATE };
+    let (fault, least) = if quick { SHORT } else { LONG };
+    let mut all = Vec::new();
+    let mut take = |name: &str, part: &dyn Fn() -> anyhow::Result<Vec<Figure>>| {
+        eprintln!("{name} ...");
+        all.extend(or_broken(name, part()));
+    };
+    take("swaps", &|| swaps(scale(SWAPS)));
+    take("periodic timer", &|| figures::periodic(scale(PERIODIC)));
+    take("latecomers", &|| figures::latecomers(late));
+    take("a long pause", &|| figures::long_pause(fault, least));
+    take("hold", &figures::hold);
+    take("negative controls", &figures::controls);
+    all
+}
+
+fn swaps(count: usize) -> anyhow::Result<Vec<Figure>> {
+    let progress = |swap: usize| {
+        if swap.is_multiple_of(100) {
+            eprintln!("  {swap} swaps");
+        }
+    };
+    let mut swaps = figures::swaps(count, progress)?;
+    swaps.figures.push(swaps.pauses);
+    Ok(swaps.figures)
+}
+
+/// Of Linux guests with both kernels. In the rig, long pauses for one of them.
+pub(crate) fn linux(quick: bool, in_rig: Option<&str>) -> Vec<Figure> {
+    let (fault, _) = if quick { SHORT } else { LONG };
+    let mut all = Vec::new();
+    for kernel in Kernel::ALL {
+        let long = in_rig.is_none_or(|name| name == kernel.name());
+        let plan = Plan {
+            swaps: if quick { 3 } else { LINUX_SWAPS },
+            pauses: match (long, quick) {
+                (false, _) => 1,
+                (true, true) => 2,
+                (true, false) => PAUSES,
+            },
+            fault,
+            may_set_clock: in_rig.is_some(),
+        };
+        let name = format!("a guest with {}", kernel.name());
+        eprintln!("{name} ...");
+        all.extend(or_broken(&name, figures::linux(kernel, plan)));
+    }
+    all
+}
