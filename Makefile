@@ -31,8 +31,8 @@ rig-static: ## build what the rig runs inside, linked statically
 	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
 	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
 	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
-	$(STATIC) -p stillpoint -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd rig-init scenario)
-	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm rig-init scenario) target/static/
+	$(STATIC) -p stillpoint -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd rig-init scenario clock)
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm rig-init scenario clock) target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
@@ -55,7 +55,7 @@ programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-tests --bins
 
 .PHONY: clock
-clock: releases ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
+clock: releases rig-static images ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
 	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin clock -- $(CLOCK)
 
 .PHONY: demo
