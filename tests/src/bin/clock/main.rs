@@ -29,6 +29,10 @@ struct Args {
     /// Only figures of this kind.
     #[arg(long, value_name = "KIND")]
     only: Option<Only>,
+    /// Only those of the bare-metal guest whose part has this in its name: swaps, periodic timer,
+    /// latecomers, a long pause, hold, negative controls.
+    #[arg(long, value_name = "TEXT")]
+    part: Option<String>,
     /// This is the rig's emulated host; long pauses for guests of this kernel.
     #[arg(long, value_name = "KERNEL")]
     in_rig: Option<String>,
@@ -73,7 +77,10 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     if wants(Only::Pulse) {
         figures.extend(match ground::no_kvm() {
             Some(why) => vec![Figure::skipped("everything on /dev/kvm", "", &why)],
-            None => on_kvm::pulse(args.quick || args.in_rig.is_some()),
+            None => {
+                let quick = args.quick || args.in_rig.is_some();
+                on_kvm::pulse(quick, args.part.as_deref())
+            }
         });
     }
     if wants(Only::Linux) {

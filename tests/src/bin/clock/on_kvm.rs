@@ -1,6 +1,6 @@
 //! Figures of guests on this host's KVM.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stillpoint_tests::clocks::figures::{self, Figure, Plan};
 use stillpoint_tests::linux::images::Kernel;
@@ -22,14 +22,19 @@ const LONG: (&str, Duration) = ("loaded=slow:29000", Duration::from_secs(29));
 const SHORT: (&str, Duration) = ("loaded=slow:2000", Duration::from_secs(2));
 
 /// Of the bare-metal guest. One part after the other; one that fails is a broken row.
-pub(crate) fn pulse(quick: bool) -> Vec<Figure> {
+pub(crate) fn pulse(quick: bool, wanted: Option<&str>) -> Vec<Figure> {
     let scale = |full: usize| if quick { full.div_ceil(20) } else { full };
     let late = if quick { LATE / 4 } else { LATE };
     let (fault, least) = if quick { SHORT } else { LONG };
     let mut all = Vec::new();
     let mut take = |name: &str, part: &dyn Fn() -> anyhow::Result<Vec<Figure>>| {
+        if wanted.is_some_and(|wanted| !name.contains(wanted)) {
+            return;
+        }
+        let began = Instant::now();
         eprintln!("{name} ...");
         all.extend(or_broken(name, part()));
+        eprintln!("{name}: {:.0?}", began.elapsed());
     };
     take("swaps", &|| swaps(scale(SWAPS)));
     take("periodic timer", &|| figures::periodic(scale(PERIODIC)));
