@@ -23,8 +23,9 @@
 //! 2. [`settle_masterclock`] once right after vCPU 0 exists, before the others: then later vCPUs
 //!    of the same TSC raise no masterclock update of their own, which would otherwise step the
 //!    whole machine's clock at *their* first entry, maybe hours later.
-//! 3. A vCPU whose TSC offset is written later, with the others there, is settled right after it:
-//!    the update that the write asks for happens then, and not at the vCPU's first entry.
+//! 3. What is asked of a vCPU all the same (kernels before 6.7 ask at every creation; every TSC write
+//!    does) is taken up at once, when it is primed and right after the write, and not at the vCPU's
+//!    first entry ([`crate::vcpu`], `take_up_requests`).
 //! 4. The system-time MSR after the loop, the wall-clock MSR last: KVM rewrites guest memory with
 //!    an epoch computed from the clock as it is at that moment.
 

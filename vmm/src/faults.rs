@@ -30,7 +30,7 @@ pub enum Spoilt {
     Offset,
     /// The guest is not told that it stood still (`spoil=watchdogs`).
     Watchdogs,
-    /// The masterclock is not settled before there are several vCPUs (`spoil=latecomers`).
+    /// The masterclock updates that making vCPUs asks for are left to wait (`spoil=latecomers`).
     Latecomers,
 }
 

@@ -12,7 +12,7 @@ use super::exit::{self, Exit};
 use super::msrs::{self, Late, Passed};
 use super::orders::{Answer, Entry, Order, SPIN, wait_for};
 use super::placement::Home;
-use super::settle::{arm, disarm, settle};
+use super::settle::{arm, disarm, settle, take_up_requests};
 use super::state::{self, Pause};
 use crate::bus::Bus;
 use crate::clock::{self, steal::RunDelay};
@@ -104,7 +104,10 @@ impl Runner {
         state::warm_up();
         self.run_delay = RunDelay::of_this_thread();
         arm(&self.fd)?;
-        settle(&mut self.fd)?;
+        match faults::is_spoilt(Spoilt::Latecomers) {
+            true => settle(&mut self.fd)?,
+            false => take_up_requests(&mut self.fd)?,
+        }
         self.msrs = msrs::readable(&self.fd)?;
         Ok(Home::spread(self.id))
     }

@@ -7,7 +7,7 @@ use stillpoint_state::{Section, StateError};
 
 use super::error::VcpuError;
 use super::msrs::{self, Late};
-use super::settle::settle;
+use super::settle::take_up_requests;
 use super::timer::{self, Lapic};
 use crate::faults::{self, Spoilt};
 use crate::{clock, raw};
@@ -166,17 +166,6 @@ fn load_tsc(fd: &mut VcpuFd, from: &VcpuSection, pause: Pause) -> Result<LoadedV
     Ok(LoadedVcpu {
         tsc_offset_delta: Some(delta),
     })
-}
-
-/// Has KVM carry out what it asked of this vCPU: a TSC write asks for a masterclock update, which
-/// would else wait for the vCPU's first entry, maybe hours later, and step every vCPU's kvmclock
-/// then. A vCPU that halts or waits for its start takes up nothing; none of this one's own state is
-/// loaded yet, so it can be made runnable for it. Runs no guest instruction.
-fn take_up_requests(fd: &mut VcpuFd) -> Result<(), VcpuError> {
-    let mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
-    fd.set_mp_state(kvm_mp_state { mp_state })
-        .map_err(VcpuError::kvm("make it runnable"))?;
-    settle(fd)
 }
 
 /// Bytes of a `kvm_xsave` on this host; at least the 4096 of the structure without extension.

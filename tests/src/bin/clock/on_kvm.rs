@@ -23,7 +23,7 @@ const SHORT: (&str, Duration) = ("loaded=slow:2000", Duration::from_secs(2));
 
 /// Of the bare-metal guest. One part after the other; one that fails is a broken row.
 pub(crate) fn pulse(quick: bool, wanted: Option<&str>) -> Vec<Figure> {
-    let scale = |full: usize| if quick { full.div_ceil(20) } else { full };
+    let scale = |full: usize| if quick { full.div_ceil(50) } else { full };
     let late = if quick { LATE / 4 } else { LATE };
     let (fault, least) = if quick { SHORT } else { LONG };
     let mut all = Vec::new();

@@ -54,7 +54,7 @@ struct Stage<'d> {
 pub fn linux(kernel: Kernel, plan: Plan) -> anyhow::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let daemon = Daemon::start(dir.path())?;
-    for (name, fault) in [("slow", "loaded=slow:1500"), ("slower", plan.fault)] {
+    for (name, fault) in [("slow", "load=slow:1500"), ("slower", plan.fault)] {
         add_faulty(&daemon, name, fault)?;
     }
     let mut recipe = Recipe::new(kernel, Form::Vmlinux, 2);

@@ -53,7 +53,7 @@ pub fn hold() -> anyhow::Result<Vec<Figure>> {
         ..Terms::default()
     };
     let before = guest.page(0)?;
-    let seen = guest.swap(Release::Faulty("loaded=slow:500"), &terms)?;
+    let seen = guest.swap(Release::Faulty("load=slow:500"), &terms)?;
     let after = guest.page(0)?;
     guest.vm.is_well()?;
     guest.vm.power_off()?;
