@@ -23,8 +23,9 @@ pub(super) struct Line {
     monotonic: Reading,
     /// Nanoseconds of `CLOCK_MONOTONIC` a cycle.
     rate: f64,
-    /// When that was, here.
-    at: Instant,
+    /// The reading was taken between these.
+    asked: Instant,
+    answered: Instant,
 }
 
 /// What a pause did to the guest's clocks.
@@ -34,8 +35,9 @@ pub(super) struct Moved {
     pub(super) realtime: i64,
     /// `CLOCK_MONOTONIC` off its line, ns.
     pub(super) monotonic: i64,
-    /// How much less `CLOCK_MONOTONIC` went on than this machine's; right to what an answer takes.
-    pub(super) left_out: Duration,
+    /// How much less `CLOCK_MONOTONIC` went on than this machine's, at the least and at the most: an
+    /// answer takes its time.
+    pub(super) left_out: (Duration, Duration),
 }
 
 fn middle(reading: &Reading) -> anyhow::Result<u64> {
@@ -54,6 +56,7 @@ impl Line {
     pub(super) fn of(guest: &Linux<'_>) -> anyhow::Result<Self> {
         let first = read(guest)?.monotonic;
         std::thread::sleep(APART);
+        let asked = Instant::now();
         let Clocks {
             realtime,
             monotonic,
@@ -71,19 +74,23 @@ impl Line {
             realtime,
             monotonic,
             rate,
-            at: Instant::now(),
+            asked,
+            answered: Instant::now(),
         })
     }
 
     /// What has become of them since.
     pub(super) fn moved(&self, guest: &Linux<'_>) -> anyhow::Result<Moved> {
+        let asked = Instant::now();
         let now = read(guest)?;
+        let most = self.asked.elapsed();
+        let least = asked - self.answered;
         let passed = now.monotonic.ns.saturating_sub(self.monotonic.ns);
         let passed = Duration::from_nanos(passed);
         Ok(Moved {
             realtime: self.off(&self.realtime, &now.realtime)?,
             monotonic: self.off(&self.monotonic, &now.monotonic)?,
-            left_out: self.at.elapsed().saturating_sub(passed),
+            left_out: (least.saturating_sub(passed), most.saturating_sub(passed)),
         })
     }
 
@@ -113,7 +120,8 @@ mod tests {
             realtime: reading(5_000, 2_000),
             monotonic: reading(1_000, 2_000),
             rate: 0.5,
-            at: Instant::now(),
+            asked: Instant::now(),
+            answered: Instant::now(),
         };
         let off = line.off(&line.realtime, &reading(6_007, 4_000));
         assert_eq!(off.expect("a reading"), 7);
