@@ -59,7 +59,7 @@ demo: releases programs ## swap a running guest's VMM ten times, then offer it t
 	target/release/demo
 
 .PHONY: test
-test: releases programs ## run every test; prints each suite's time
+test: releases programs rig-static ## run every test; prints each suite's time
 	target/release/suites
 
 .PHONY: fmt lint
