@@ -21,9 +21,10 @@ pulse: ## build pulse, the bare-metal test guest
 	$(CARGO) build --release $(PULSE)
 	@mkdir -p $(RELEASES) && cp -f target/pulse/release/pulse $(RELEASES)/pulse
 
-images: pulse ## the guests: pulse, and Linux from Debian's packages; again: nothing to do
+images: pulse ## the guests: pulse, and Linux from Debian's packages (IMAGES="--refresh" for newer ones)
+	$(STATIC) -p stillpoint-agent -p stillpoint-load
 	$(CARGO) build --release --quiet --locked -p stillpoint-images
-	target/release/images $(IMAGES)
+	target/release/images --agent $(BUILT)/stillpoint-agent --load $(BUILT)/load $(IMAGES)
 
 .PHONY: rig-static rig-shell
 rig-static: ## build what the rig runs inside, linked statically
@@ -63,7 +64,7 @@ demo: releases programs ## swap a running guest's VMM ten times, then offer it t
 	target/release/demo
 
 .PHONY: test
-test: releases programs ## run every test; prints each suite's time
+test: releases programs rig-static ## run every test; prints each suite's time
 	target/release/suites
 
 .PHONY: fmt lint

@@ -1,12 +1,12 @@
 //! The rig: a host of its own for a test, emulated by QEMU, with KVM inside.
 //!
 //! It boots a stock Debian kernel with an initramfs that holds our static programs, the kernel's
-//! modules, guest images, and [`init`](../rig_init/index.html) which runs one command. What the
-//! command prints is seen live and kept in a log; what it leaves in `/results` is brought out.
+//! modules, guest images, and `rig-init`, which runs one command. What the command prints is seen
+//! live and kept in a log; what it leaves in `/results` is brought out.
 //!
 //! Where this machine's KVM is hardware and nests, the host runs on it. Elsewhere QEMU translates
-//! (TCG, AMD's SVM with nested paging), which is slow, and as a matter of fact not always fair:
-//! an emulated host that stood still is started once more, and that is said.
+//! (TCG, with AMD's SVM and nested paging), slowly; and on a busy machine such a host may get no time
+//! at all. One that says so, or never got to its init, is started once more, and that is said.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -16,17 +16,19 @@
 //! | [`watch`] | its console, followed to the end or the time limit |
 //! | [`results`] | what comes out |
 //!
-//! Everything of a run is in `target/rig/NAME/`: `console.log`, `results/`, and `first/` with the
-//! log of a run that stood still.
+//! Everything of a run is in `target/rig/NAME/`: `console.log`, `qemu.log`, `results/`, and `first/`
+//! with the log of a run that stood still.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use stillpoint_images::cache::Cache;
-use stillpoint_images::packages::{Kernel, KernelFiles, Set};
+use stillpoint_images::packages::{FetchError, Kernel, Set};
 use stillpoint_images::progress::Progress;
 use stillpoint_images::qemu::Qemu;
+use stillpoint_images::unpack::KernelFiles;
 
 use crate::releases::root;
 
@@ -172,7 +174,7 @@ impl Rig {
     /// How long all of it may take, the boot too.
     #[must_use]
     pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.order.time_limit_s = limit.as_secs();
+        self.order.time_limit_s = Some(limit.as_secs());
         self
     }
 
@@ -192,6 +194,7 @@ impl Rig {
     pub fn run(&self) -> anyhow::Result<Outcome> {
         let found = ingredients(self.kernel, Progress::Silent)?;
         let dir = self.dir();
+        let _alone = self.alone()?;
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         let watched = self.once(&found, &dir)?;
@@ -213,11 +216,13 @@ impl Rig {
     pub fn shell(&self) -> anyhow::Result<()> {
         let found = ingredients(self.kernel, Progress::People)?;
         let dir = self.dir();
+        let _alone = self.alone()?;
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         let size = rustix::termios::tcgetwinsize(std::io::stdin()).ok();
-        let rig = self
+        let mut rig = self
             .clone()
             .command(&order::shell(size.map(|size| (size.ws_row, size.ws_col))));
+        rig.order.time_limit_s = None;
         rig.lay_out(&found, &dir)?;
         println!(
             "A shell on an emulated host ({}, {}).\nLeave it by `exit`, which powers the host off, \
@@ -234,6 +239,17 @@ impl Rig {
         clear(&dir);
         ended.context("starting QEMU")?;
         Ok(())
+    }
+
+    /// Two runs of one name would write over each other; the lock is held until it is dropped.
+    fn alone(&self) -> anyhow::Result<File> {
+        let folder = root().join("target/rig");
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        let path = folder.join(format!("{}.lock", self.name));
+        let file = File::create(&path).with_context(|| path.display().to_string())?;
+        let busy = || format!("another run of the rig called {:?} is under way", self.name);
+        file.try_lock().with_context(busy)?;
+        Ok(file)
     }
 
     fn emulator<'a>(&self, found: &'a Ingredients, dir: &'a Path) -> emulator::Emulator<'a> {
@@ -264,7 +280,7 @@ impl Rig {
     fn once(&self, found: &Ingredients, dir: &Path) -> anyhow::Result<Watched> {
         self.lay_out(found, dir)?;
         let command = self.emulator(found, dir).batch();
-        let limit = Duration::from_secs(self.order.time_limit_s);
+        let limit = self.order.time_limit_s.map(Duration::from_secs);
         let watched = watch::follow(command, &dir.join("console.log"), limit, self.live)?;
         results::unpack(&dir.join("results.raw"), &dir.join("results"))?;
         clear(dir);
@@ -319,11 +335,12 @@ pub(crate) fn ingredients(kernel: Kernel, progress: Progress) -> anyhow::Result<
 }
 
 /// Why there can be no rig here, for [`crate::needs!`]: packages that are neither in the cache nor
-/// to be had.
+/// to be had. What else is wrong with them fails the test that finds it.
 pub fn missing() -> Option<String> {
-    let tried = Kernel::ALL
-        .into_iter()
-        .map(|kernel| ingredients(kernel, Progress::Silent));
-    let error = tried.filter_map(Result::err).next()?;
-    Some(format!("no packages for the rig: {error:#}"))
+    let tried = Kernel::ALL.map(|kernel| ingredients(kernel, Progress::Silent));
+    tried.into_iter().filter_map(Result::err).find_map(|error| {
+        let fetching = error.downcast_ref::<FetchError>()?;
+        let unreachable = matches!(fetching, FetchError::Mirror(_) | FetchError::Apt { .. });
+        unreachable.then(|| format!("no packages for the rig: {error:#}"))
+    })
 }

@@ -106,3 +106,24 @@ fn a_host_whose_kernel_panics_is_an_error_with_its_last_words() -> anyhow::Resul
     ensure!(error.contains("sysrq triggered crash"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_host_that_stood_still_is_tried_once_more_and_that_is_said() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    // What a starved kernel says, and then its end, twice.
+    let script = "echo 'rcu: rcu_sched kthread starved for 5252 jiffies!'; poweroff -f; sleep 1000";
+    let rig = Rig::new("stood-still", Kernel::Bookworm)
+        .memory_mib(512)
+        .command(&["sh", "-c", script])
+        .time_limit(LIMIT);
+    let error = rig.run().expect_err("neither gives an answer").to_string();
+    ensure!(
+        error.contains("the second try: the first stood still"),
+        "{error}"
+    );
+    ensure!(
+        rig.dir().join("first/console.log").is_file(),
+        "the first console is kept"
+    );
+    Ok(())
+}

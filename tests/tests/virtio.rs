@@ -221,6 +221,17 @@ fn attacks_on_a_disk() -> anyhow::Result<()> {
     vm.power_off()
 }
 
+/// Once a reset has ended the device writes nothing any more, however much it was at.
+#[test]
+fn resets_of_a_disk_with_requests_in_flight() -> anyhow::Result<()> {
+    needs_kvm!();
+    let image = image()?;
+    let cmdline = "mode1=hostile hostile=blk attack=reset-in-flight";
+    let vm = with(cmdline, disks(&[&image]))?;
+    goes_on(&vm, "resets", 1500, |r| r.hostile.worked)?;
+    vm.power_off()
+}
+
 /// One device is attacked while another, of the same kind, works.
 #[test]
 fn attacks_beside_a_disk_at_work() -> anyhow::Result<()> {

@@ -1,8 +1,9 @@
 //! Kernel structures as bytes, and the few ioctls that kvm-ioctls lacks on x86. Calls that move
-//! guest memory to and from files are in [`file`](mod@file).
+//! guest memory to and from files are in [`file`](mod@file) and [`tap`].
 #![allow(unsafe_code)] // Byte views of plain structures, and system calls that take addresses.
 
 pub mod file;
+pub mod tap;
 
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 

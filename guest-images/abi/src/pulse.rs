@@ -135,7 +135,8 @@ pub struct Report {
     pub ram_passes: u64,
     /// 8-byte words that did not hold what was written in the pass before.
     pub ram_errors: u64,
-    /// Checksum of the last whole pass (depends on the pass number only).
+    /// Checksum of the last whole pass (depends on the pass number only). Written before
+    /// `ram_expected`: a reader may see one without the other; `ram_sums_wrong` can't be seen in part.
     pub ram_checksum: u64,
     /// The checksum it should have had.
     pub ram_expected: u64,
@@ -161,6 +162,8 @@ pub struct Report {
     pub vsock: Vsock,
     /// Mode `hostile`.
     pub hostile: Hostile,
+    /// Whole passes whose checksum was not what it should have been.
+    pub ram_sums_wrong: u64,
 }
 
 const _: () = assert!(size_of::<Report>() <= 2048);

@@ -89,6 +89,8 @@ impl Pattern {
         }
         field!(report.ram_checksum).store(self.sum, Relaxed);
         field!(report.ram_expected).store(self.expected, Relaxed);
+        let wrong = u64::from(self.sum != self.expected);
+        add(field!(report.ram_sums_wrong), wrong);
         add(field!(report.ram_passes), 1);
         (self.sum, self.expected, self.at) = (0, 0, self.start);
         self.pass += 1;

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::initramfs::{ArchiveError, Initramfs};
 use crate::modules::{Module, ModuleError, Modules};
-use crate::packages::KernelFiles;
+use crate::unpack::KernelFiles;
 
 /// What every guest of ours needs.
 const NEEDED: &[&str] = &[
@@ -199,4 +199,92 @@ fn file<T>(path: &Path, act: impl FnOnce(&Path) -> std::io::Result<T>) -> Result
         path: path.to_owned(),
         error,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A recipe of small things in `dir`: modules of these names, and a busybox with two names.
+    fn recipe(dir: &Path, modules: &[&str]) -> GuestRecipe {
+        let files: Vec<String> = modules.iter().map(|name| format!("{name}.ko")).collect();
+        let files: Vec<(&str, &str)> = files.iter().map(|file| (file.as_str(), "")).collect();
+        crate::modules::tests::fill(dir, &files, "");
+        let busybox = dir.join("busybox");
+        std::fs::write(&busybox, "#!/bin/sh\necho busybox; echo sh; echo ls\n").expect("written");
+        std::fs::set_permissions(&busybox, std::fs::Permissions::from_mode(0o755)).expect("a mode");
+        GuestRecipe {
+            kernel: KernelFiles {
+                release: "6.1-x".into(),
+                bzimage: dir.join("vmlinuz"),
+                vmlinux: dir.join("vmlinux"),
+                modules: dir.to_owned(),
+            },
+            busybox,
+            agent: None,
+            load: None,
+        }
+    }
+
+    fn holds(archive: &[u8], text: &str) -> bool {
+        archive
+            .windows(text.len())
+            .any(|window| window == text.as_bytes())
+    }
+
+    #[test]
+    fn an_image_is_made_again_only_when_it_would_differ() {
+        let (dir, out) = (
+            tempfile::tempdir().expect("a folder"),
+            tempfile::tempdir().expect("one"),
+        );
+        let mut recipe = recipe(dir.path(), NEEDED);
+        assert!(matches!(
+            recipe.make(out.path()).expect("made"),
+            Made::Written(_)
+        ));
+        assert_eq!(recipe.make(out.path()).expect("made"), Made::Already);
+        let agent = dir.path().join("agent");
+        std::fs::write(&agent, "agent one").expect("written");
+        recipe.agent = Some(agent.clone());
+        assert!(matches!(
+            recipe.make(out.path()).expect("made"),
+            Made::Written(_)
+        ));
+        std::fs::write(&agent, "agent two").expect("written");
+        assert!(matches!(
+            recipe.make(out.path()).expect("made"),
+            Made::Written(_)
+        ));
+        let initramfs = std::fs::read(out.path().join("initramfs")).expect("it is there");
+        assert!(holds(&initramfs, "agent two") && !holds(&initramfs, "agent one"));
+        assert_eq!(
+            std::fs::read_to_string(out.path().join("release")).expect("text"),
+            "6.1-x"
+        );
+    }
+
+    #[test]
+    fn modules_are_listed_and_busybox_has_its_names() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let modules = [NEEDED, WELCOME].concat();
+        let initramfs = recipe(dir.path(), &modules).initramfs().expect("made");
+        for name in [
+            "/lib/modules/virtio_mmio.ko\n",
+            "/lib/modules/ptp_vmclock.ko\n",
+            "bin/ls",
+        ] {
+            assert!(holds(&initramfs, name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_lacks_a_module_is_refused_with_its_name() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let error = recipe(dir.path(), &NEEDED[1..])
+            .initramfs()
+            .expect_err("one is missing");
+        assert!(error.to_string().contains(NEEDED[0]), "{error}");
+    }
 }

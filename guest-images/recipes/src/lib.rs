@@ -10,6 +10,7 @@
 //! | [`apt`] | a private apt over other suites |
 //! | [`cache`] | the folder outside the work tree, and its lock |
 //! | [`packages`] | what is wanted, fetched and unpacked |
+//! | [`unpack`] | packages taken apart |
 //! | [`kernel`] | `vmlinux` out of a `bzImage` |
 //! | [`modules`] | kernel modules in the order they load in |
 //! | [`initramfs`] | a cpio archive being written |
@@ -27,3 +28,4 @@ pub mod packages;
 pub mod progress;
 pub mod qemu;
 pub mod sources;
+pub mod unpack;

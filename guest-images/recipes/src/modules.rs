@@ -175,7 +175,7 @@ fn depends(elf: &[u8]) -> Result<Vec<String>, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use object::write::{Object as Writer, StandardSegment};
     use object::{Architecture, BinaryFormat, Endianness, SectionKind};
@@ -189,19 +189,20 @@ mod tests {
         elf.write().expect("an ELF file")
     }
 
+    /// Makes `dir` a kernel's folder with these module files, each with what it depends on.
+    pub(crate) fn fill(dir: &Path, modules: &[(&str, &str)], builtin: &str) {
+        std::fs::create_dir_all(dir.join("kernel/deep/er")).expect("folders");
+        for (name, depends) in modules {
+            let elf = module(depends);
+            let bytes = if name.ends_with(".xz") { xz(&elf) } else { elf };
+            std::fs::write(dir.join("kernel/deep/er").join(name), bytes).expect("written");
+        }
+        std::fs::write(dir.join("modules.builtin"), builtin).expect("written");
+    }
+
     fn tree(modules: &[(&str, &str)], builtin: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().expect("a folder");
-        std::fs::create_dir_all(dir.path().join("kernel/deep/er")).expect("folders");
-        for (name, depends) in modules {
-            let path = dir.path().join("kernel/deep/er").join(name);
-            let elf = module(depends);
-            let bytes = match name.ends_with(".xz") {
-                true => xz(&elf),
-                false => elf,
-            };
-            std::fs::write(path, bytes).expect("written");
-        }
-        std::fs::write(dir.path().join("modules.builtin"), builtin).expect("written");
+        fill(dir.path(), modules, builtin);
         dir
     }
 

@@ -5,16 +5,15 @@
 //! complete, and reading it needs neither lock nor network.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::apt::{Apt, AptError, Deb};
 use crate::cache::{Cache, CacheError};
-use crate::kernel::{PayloadError, vmlinux};
 use crate::progress::Progress;
 use crate::sources::{Mirror, NoMirror};
+use crate::unpack::{KernelFiles, UnpackError, extract, kernel_files, write_vmlinux};
 
 /// Changes when a set would be unpacked or chosen differently.
 const RECIPE: u32 = 1;
@@ -72,7 +71,9 @@ pub enum FetchError {
     #[error(transparent)]
     Mirror(#[from] NoMirror),
     /// apt.
-    #[error("{set}: {error}")]
+    #[error(
+        "{set}: {error}; what the cache has needs no network, what it lacks comes from apt's mirror"
+    )]
     Apt {
         /// For which set.
         set: &'static str,
@@ -82,22 +83,9 @@ pub enum FetchError {
     /// The cache.
     #[error(transparent)]
     Cache(#[from] CacheError),
-    /// `dpkg-deb`, or a file.
-    #[error("{}: {why}", path.display())]
-    Unpack {
-        /// What was unpacked or read.
-        path: PathBuf,
-        /// Why it failed.
-        why: String,
-    },
-    /// The kernel's image.
-    #[error("{}: {error}", path.display())]
-    Payload {
-        /// The image.
-        path: PathBuf,
-        /// Why it has no ELF file.
-        error: PayloadError,
-    },
+    /// Unpacking.
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
 }
 
 /// What a set consists of, as it is written down in the cache.
@@ -115,19 +103,6 @@ pub struct Unpacked {
     pub tree: PathBuf,
     /// The package files it came from, which name the versions.
     pub packages: Vec<String>,
-}
-
-/// A kernel, unpacked.
-#[derive(Clone, Debug)]
-pub struct KernelFiles {
-    /// What `uname -r` says in it.
-    pub release: String,
-    /// As the boot loader takes it.
-    pub bzimage: PathBuf,
-    /// The ELF file in it.
-    pub vmlinux: PathBuf,
-    /// Its `lib/modules/RELEASE`.
-    pub modules: PathBuf,
 }
 
 impl Set {
@@ -284,7 +259,7 @@ impl Set {
         }
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |error: std::io::Error| FetchError::Unpack {
+            move |error: std::io::Error| UnpackError::File {
                 path,
                 why: error.to_string(),
             }
@@ -312,7 +287,7 @@ impl Set {
 impl Unpacked {
     /// Its files as a kernel's.
     pub fn kernel(&self) -> Result<KernelFiles, FetchError> {
-        kernel_files(&self.tree)
+        Ok(kernel_files(&self.tree)?)
     }
 
     /// Its files as a busybox's.
@@ -348,68 +323,6 @@ fn packages_of(image: String, beside: Vec<String>) -> Vec<String> {
     let mut packages: Vec<String> = beside.into_iter().filter(same).collect();
     packages.insert(0, image);
     packages
-}
-
-fn extract(deb: &Path, into: &Path) -> Result<(), FetchError> {
-    let output = Command::new("dpkg-deb")
-        .arg("-x")
-        .arg(deb)
-        .arg(into)
-        .output();
-    let why = match output {
-        Ok(output) if output.status.success() => return Ok(()),
-        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-        Err(error) => format!("starting dpkg-deb: {error}"),
-    };
-    Err(FetchError::Unpack {
-        path: deb.to_owned(),
-        why,
-    })
-}
-
-/// Finds a kernel's files; Debian moved them from `/boot` and `/lib` to `/usr/lib/modules`.
-fn kernel_files(tree: &Path) -> Result<KernelFiles, FetchError> {
-    let missing = |why: &str| FetchError::Unpack {
-        path: tree.to_owned(),
-        why: why.to_owned(),
-    };
-    let folders = ["usr/lib/modules", "lib/modules"].map(|folder| tree.join(folder));
-    let modules = folders
-        .iter()
-        .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())
-        .map(|entry| entry.path())
-        .find(|path| path.join("kernel").is_dir())
-        .ok_or_else(|| missing("the kernel's packages have no lib/modules/RELEASE"))?;
-    let release = modules.file_name().and_then(|name| name.to_str());
-    let release = release
-        .ok_or_else(|| missing("a kernel's release that is no text"))?
-        .to_owned();
-    let bzimage = [
-        tree.join(format!("boot/vmlinuz-{release}")),
-        modules.join("vmlinuz"),
-    ]
-    .into_iter()
-    .find(|path| path.is_file())
-    .ok_or_else(|| missing("the kernel's packages have no vmlinuz"))?;
-    Ok(KernelFiles {
-        vmlinux: tree.join("vmlinux"),
-        release,
-        bzimage,
-        modules,
-    })
-}
-
-fn write_vmlinux(files: &KernelFiles) -> Result<(), FetchError> {
-    let failed = |path: &Path, error: std::io::Error| FetchError::Unpack {
-        path: path.to_owned(),
-        why: error.to_string(),
-    };
-    let image = std::fs::read(&files.bzimage).map_err(|error| failed(&files.bzimage, error))?;
-    let elf = vmlinux(&image).map_err(|error| FetchError::Payload {
-        path: files.bzimage.clone(),
-        error,
-    })?;
-    std::fs::write(&files.vmlinux, elf).map_err(|error| failed(&files.vmlinux, error))
 }
 
 #[cfg(test)]
@@ -472,21 +385,5 @@ mod tests {
         manifest.recipe = RECIPE + 1;
         write(&manifest);
         assert!(Set::Busybox.cached(&cache).is_none(), "of another recipe");
-    }
-
-    #[test]
-    fn a_kernel_of_either_layout_is_found() {
-        for (modules, image) in [
-            ("lib/modules/6.1", "boot/vmlinuz-6.1"),
-            ("usr/lib/modules/7.3", "usr/lib/modules/7.3/vmlinuz"),
-        ] {
-            let dir = tempfile::tempdir().expect("a folder");
-            std::fs::create_dir_all(dir.path().join(modules).join("kernel")).expect("a folder");
-            std::fs::create_dir_all(dir.path().join("boot")).expect("a folder");
-            assert!(kernel_files(dir.path()).is_err(), "no image yet");
-            std::fs::write(dir.path().join(image), "").expect("written");
-            let files = kernel_files(dir.path()).expect("found");
-            assert!(modules.ends_with(&files.release), "{files:?}");
-        }
     }
 }

@@ -55,6 +55,7 @@ const SUITES: &[Suite] = &[
         2,
     ),
     scenario("host", &["-p", "stillpoint-tests", "--test", "host"], 1),
+    scenario("rig", &["-p", "stillpoint-tests", "--test", "rig"], 1),
 ];
 
 /// How a suite ended.

@@ -16,15 +16,14 @@ use stillpoint_agent::protocol::Program;
 
 use super::Linux;
 use super::network::beside;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, programs};
 use crate::patience::{PATIENCE, wait_for};
-use crate::releases::root;
 
 const SIGTERM: i32 = 15;
 
 /// The program with all the loads, as it runs on the host.
 pub fn load_program() -> PathBuf {
-    root().join("target/images/load")
+    programs().join("load")
 }
 
 /// A load in the guest.
@@ -135,8 +134,12 @@ impl OnHost {
 
     /// Starts `load ARGS`, which listens, and waits until it says where.
     pub fn listen(daemon: &Daemon, args: &[&str], output: &Path) -> anyhow::Result<(Self, String)> {
-        let load = Self::start(daemon, args, output)?;
+        let mut load = Self::start(daemon, args, output)?;
         let place = wait_for("a load to listen on the host", PATIENCE, || {
+            if let Some(status) = load.child.try_wait()? {
+                let errors = std::fs::read_to_string(output.with_extension("err"))?;
+                bail!("a load on the host ended with {status}: {errors}");
+            }
             let printed = load.printed()?;
             let line = printed.lines().next().map(serde_json::from_str::<Value>);
             let place = line.and_then(Result::ok);

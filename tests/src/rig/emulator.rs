@@ -16,6 +16,25 @@ use stillpoint_images::qemu::Qemu;
 
 use super::order::{RESULTS_DISK, SCRATCH_DISK};
 
+/// What the model has and TCG has not: it would leave them out by itself, with a warning for each.
+const NOT_IN_TCG: &[&str] = &[
+    "pcid",
+    "invpcid",
+    "xsavec",
+    "xsaves",
+    "misalignsse",
+    "osvw",
+    "perfctr-core",
+    "topoext",
+    "fxsr-opt",
+    "amd-ssbd",
+    "amd-stibp",
+    "clzero",
+    "ibpb",
+    "ibrs",
+    "nrip-save",
+];
+
 /// A QEMU to be started.
 #[derive(Debug)]
 pub(super) struct Emulator<'a> {
@@ -87,10 +106,10 @@ impl Emulator<'_> {
             "none",
             "-no-reboot",
         ]);
-        command.args(match nested_kvm() {
-            Ok(()) => ["-accel", "kvm", "-cpu", "host"],
-            Err(_) => ["-accel", "tcg,thread=multi", "-cpu", "EPYC-Milan,+svm,+npt"],
-        });
+        match nested_kvm() {
+            Ok(()) => command.args(["-accel", "kvm", "-cpu", "host"]),
+            Err(_) => command.args(["-accel", "tcg,thread=multi", "-cpu", &tcg_cpu()]),
+        };
         command.args([
             "-smp",
             &self.cpus.to_string(),
@@ -143,6 +162,15 @@ fn stamp() -> (u64, Instant) {
     tightest.map_or((0, Instant::now()), |(width, tsc, now)| {
         (tsc + width / 2, now)
     })
+}
+
+fn tcg_cpu() -> String {
+    let mut cpu = "EPYC-Milan,+svm,+npt".to_owned();
+    for feature in NOT_IN_TCG {
+        cpu.push_str(",-");
+        cpu.push_str(feature);
+    }
+    cpu
 }
 
 /// `panic=-1` restarts at once, and `-no-reboot` makes that QEMU's end.

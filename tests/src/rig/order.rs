@@ -22,9 +22,9 @@ pub const STILL_S: u64 = 10;
 pub struct Order {
     /// The program and its arguments.
     pub command: Vec<String>,
-    /// When all must be over. The host powers itself off some time after that, should nobody be
-    /// left to stop it.
-    pub time_limit_s: u64,
+    /// When all must be over, if it must. The host powers itself off some time after that, should
+    /// nobody be left to stop it.
+    pub time_limit_s: Option<u64>,
 }
 
 /// How the command ended.
@@ -38,7 +38,7 @@ impl Default for Order {
     fn default() -> Self {
         Self {
             command: vec!["true".into()],
-            time_limit_s: 120,
+            time_limit_s: Some(120),
         }
     }
 }

@@ -60,10 +60,13 @@ impl Watched {
         }
     }
 
-    /// The console's last lines.
+    /// The console's last lines; of a kernel that panicked the reason too, which comes before a long
+    /// trace.
     pub(super) fn tail(&self) -> String {
-        let from = self.lines.len().saturating_sub(TAIL);
-        self.lines[from..].join("\n")
+        let (before, last) = self.lines.split_at(self.lines.len().saturating_sub(TAIL));
+        let panic = before.iter().find(|line| line.contains("Kernel panic"));
+        let shown: Vec<&str> = panic.into_iter().chain(last).map(String::as_str).collect();
+        shown.join("\n")
     }
 
     fn line(&mut self, line: String) {
@@ -85,10 +88,10 @@ impl Watched {
 pub(super) fn follow(
     mut command: Command,
     log: &Path,
-    limit: Duration,
+    limit: Option<Duration>,
     live: bool,
 ) -> anyhow::Result<Watched> {
-    let deadline = Instant::now() + limit;
+    let deadline = limit.map(|limit| Instant::now() + limit);
     let errors = File::create(log.with_file_name("qemu.log"))?;
     let log = File::create(log).with_context(|| format!("creating {}", log.display()))?;
     let mut child = command
@@ -101,31 +104,31 @@ pub(super) fn follow(
     let reader =
         std::thread::spawn(move || read(console, log, live, |line| tell.send(line).is_ok()));
     let (seen, ended) = collect(&lines, deadline);
-    if !ended {
+    let end = match limit {
+        Some(limit) if !ended => End::TimeLimit(limit),
+        _ => End::ByItself,
+    };
+    if end != End::ByItself {
         let _ = child.kill();
     }
     child.wait().context("waiting for QEMU")?;
     let _ = reader.join();
-    Ok(seen.over(if ended {
-        End::ByItself
-    } else {
-        End::TimeLimit(limit)
-    }))
+    Ok(seen.over(end))
 }
 
 /// Takes lines until there are no more (true) or the deadline comes.
-fn collect(lines: &Receiver<String>, deadline: Instant) -> (Watched, bool) {
+fn collect(lines: &Receiver<String>, deadline: Option<Instant>) -> (Watched, bool) {
+    // A year is no deadline, and no special case.
+    let deadline = deadline.unwrap_or_else(|| Instant::now() + Duration::from_secs(365 * 86_400));
     let mut seen = Watched::new();
-    loop {
+    while Instant::now() < deadline {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(line) => seen.line(line),
             Err(RecvTimeoutError::Disconnected) => return (seen, true),
-            Err(RecvTimeoutError::Timeout) => return (seen, false),
-        }
-        if Instant::now() > deadline {
-            return (seen, false);
+            Err(RecvTimeoutError::Timeout) => break,
         }
     }
+    (seen, false)
 }
 
 fn read(console: impl Read, mut log: File, live: bool, mut take: impl FnMut(String) -> bool) {
@@ -155,7 +158,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        follow(command, &dir.path().join("console.log"), limit, false).expect("followed")
+        follow(command, &dir.path().join("console.log"), Some(limit), false).expect("followed")
     }
 
     #[test]

@@ -247,6 +247,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_bank_has_one_control() {
+        let banks: Vec<u32> = unlisted().filter(|&i| is_bank_control(i)).collect();
+        assert_eq!(banks.len(), 32);
+        assert_eq!((banks[0], banks[31]), (0x400, 0x47c));
+        assert!(!is_bank_control(0x401) && !is_bank_control(0x480));
+    }
+
+    #[test]
     fn what_writes_guest_memory_waits_and_the_wall_clock_is_last() {
         let saved = vec![
             (WALL_CLOCK, 0x1000),

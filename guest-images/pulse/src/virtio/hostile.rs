@@ -19,6 +19,7 @@ mod net;
 mod registers;
 mod rings;
 mod setup;
+mod verdict;
 mod vsock;
 
 use stillpoint_guest_abi::attack::NAMES;
@@ -29,7 +30,8 @@ use stillpoint_guest_virtio::registers::kind;
 use crate::gaps::Gaps;
 use crate::options;
 use crate::pages::{self, place};
-use bench::{Bench, Verdict};
+use bench::Bench;
+use verdict::Verdict;
 
 /// What may come after an attack.
 #[derive(Clone, Copy, PartialEq, Eq)]

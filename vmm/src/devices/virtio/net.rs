@@ -12,7 +12,7 @@
 //! frames of one flow stay in order, and a guest that asks for fewer queues loses none.
 //!
 //! Nothing is ever in flight. Frames that come while the device stands still wait in the kernel,
-//! where the tap keeps them ([`receive`]).
+//! where the tap keeps them (`receive.rs`).
 //!
 //! What the tap hands out (checksums left open, long frames) belongs to the interface. It is set
 //! when the driver says what it takes, while this process owns the guest, and so it is right for a
@@ -22,7 +22,6 @@ mod control;
 mod link;
 mod offload;
 mod receive;
-mod sys;
 pub mod tap;
 mod transmit;
 
@@ -123,6 +122,8 @@ pub struct Net {
     active: usize,
     /// For each of the tap's queues the frame that had no room, or nothing.
     held: Vec<Vec<u8>>,
+    /// For each of the tap's queues how long its next frame may be, by those before it.
+    expected: Vec<usize>,
     /// Where the end of a frame goes that is longer than the buffers at hand.
     spill: Vec<u8>,
     lost_incoming: Lost,
@@ -159,6 +160,7 @@ impl Net {
             offloads: 0,
             active: 1,
             held: vec![Vec::new(); tap.pairs()],
+            expected: vec![0; tap.pairs()],
             // One more than the longest frame, so that a longer one shows.
             spill: vec![0; MAX_FRAME + 1],
             lost_incoming: Lost::default(),

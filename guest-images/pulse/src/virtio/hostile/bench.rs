@@ -1,4 +1,4 @@
-//! A device on the bench: set up by hand, register by register, and judged afterwards.
+//! A device on the bench: set up by hand, register by register.
 
 use stillpoint_guest_virtio::blk::request;
 use stillpoint_guest_virtio::memory::Area;
@@ -11,35 +11,17 @@ use stillpoint_guest_virtio::vsock;
 use super::super::arena;
 use super::super::device::{Claim, Clock, reset};
 use super::super::window::Window;
-use super::{Attack, Then};
+use super::Then;
 use crate::tsc;
 
 /// Descriptors of each ring.
 pub(super) const SIZE: u16 = 32;
 /// The most queues that are set up.
 const QUEUES: usize = 3;
-/// The descriptors of the request that tells whether a device works, at the table's end.
-const PROBE_HEAD: u16 = SIZE - 3;
 const PIT: usize = 80 << 10;
 const PAGE: usize = 4096;
-/// What no device may overwrite.
-const RED: u8 = 0x5a;
-/// A device that works has answered by then.
-const ANSWER_US: u64 = 2_000_000;
 /// How long an attack is given to show itself.
 const MOMENT_US: u64 = 1000;
-
-/// What a device made of an attack.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Worked,
-    NeedsReset,
-    Silent,
-    Stuck,
-    ResetStuck,
-    Dead,
-    Scribbled,
-}
 
 /// Up to three buffers in a row.
 #[derive(Clone, Copy)]
@@ -116,77 +98,14 @@ impl Bench {
         })
     }
 
-    /// Makes an attack, and says what became of it. None if it was not made.
-    pub(super) fn judge(&mut self, attack: Attack) -> Option<Verdict> {
-        self.red.fill(RED);
-        self.pit.fill(0);
-        if !self.start(u64::MAX) {
-            return Some(Verdict::Dead);
-        }
-        let then = attack(self);
-        let mut verdict = match then {
-            Then::Skipped => return None,
-            Then::Reset => Verdict::Worked,
-            Then::Judge => self.look(Verdict::Stuck),
-            Then::MayBeSilent if self.failed() => Verdict::NeedsReset,
-            Then::MayBeSilent => Verdict::Silent,
-        };
-        if !reset(self.window) {
-            return Some(Verdict::ResetStuck);
-        }
-        if !self.red.is_all(RED) {
-            verdict = Verdict::Scribbled;
-        }
-        if !self.start(u64::MAX) || self.look(Verdict::Dead) != Verdict::Worked {
-            return Some(Verdict::Dead);
-        }
-        Some(verdict)
-    }
-
     /// Whether the device says that it needs a reset.
     pub(super) fn failed(&self) -> bool {
         self.window.read32(offset::STATUS) & status::NEEDS_RESET != 0
     }
 
-    /// Asks something proper of it.
-    fn look(&mut self, otherwise: Verdict) -> Verdict {
-        let chain = self.proper(self.probe);
-        let ring = self.rings[self.target];
-        for (n, buffer) in (0..).zip(chain.all()) {
-            let last = usize::from(n) + 1 == chain.len;
-            let flags = if last { 0 } else { NEXT };
-            let index = PROBE_HEAD + n;
-            Layout::describe(ring.descriptors, index, *buffer, flags, index + 1);
-        }
-        self.offer(PROBE_HEAD);
-        self.show();
-        let mut clock = Clock::new();
-        loop {
-            if self.answered(ring) {
-                return Verdict::Worked;
-            }
-            if self.failed() {
-                return Verdict::NeedsReset;
-            }
-            if clock.tick() > tsc::cycles(ANSWER_US) {
-                return otherwise;
-            }
-        }
-    }
-
-    /// Whether the proper request was answered, and properly.
-    fn answered(&self, ring: Layout) -> bool {
-        let back = (0..SIZE).any(|n| ring.used_entry(n).0 == PROBE_HEAD.into());
-        back && match self.kind {
-            kind::BLK => self.probe.get8(2048) == 0,
-            kind::RNG => !self.probe.part(0, 64).is_all(0),
-            _ => true,
-        }
-    }
-
     /// A request that any device of the kind answers, with its memory at the start of an area:
     /// read sector 0; 64 random bytes; a frame of zeros; a reset of a connection that is none.
-    fn proper(&self, memory: Area) -> Chain {
+    pub(super) fn proper(&self, memory: Area) -> Chain {
         memory.fill(0);
         match self.kind {
             kind::BLK => {
@@ -246,6 +165,11 @@ impl Bench {
     /// Memory of the request.
     pub(super) fn memory(&self) -> Area {
         self.request
+    }
+
+    /// Memory of the request that tells whether the device works.
+    pub(super) fn probe(&self) -> Area {
+        self.probe
     }
 
     /// Memory for tables of descriptors.

@@ -3,7 +3,8 @@
 //! A frame is taken from the tap only when buffers are at hand, and goes straight into them. The
 //! tap's queue in the kernel is the only place where frames wait, and it stays with the interface
 //! when the guest changes its VMM. Exactly one frame for each tap queue can be in between: *held*,
-//! because it turned out longer than all buffers that were there. It travels with the saved state.
+//! because it turned out longer than the buffers at hand, and there were no more. It travels with
+//! the saved state.
 //!
 //! The tap is watched for edges, so frames for which there are no buffers wake nobody a second
 //! time: the driver's next kick does.
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BS;
 
-use super::{HEADER, MAX_FRAME, Net, Turn, is_set, offload};
+use super::{HEADER, Net, Turn, is_set, offload};
 use crate::devices::virtio::queue::{Broken, Chain, Queues, slices, total};
 use crate::memory::Memory;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
@@ -144,7 +145,7 @@ impl Net {
         }
         // Without mergeable buffers a frame has one chain and no more.
         let merge = is_set(self.agreed, VIRTIO_NET_F_MRG_RXBUF);
-        room.fill(self.longest(), self.most_chains(), queue, queues)?;
+        room.fill(self.want(tap), self.most_chains(), queue, queues)?;
         if room.chains.is_empty() {
             return Ok(None);
         }
@@ -159,6 +160,7 @@ impl Net {
                 return Ok(None);
             }
         };
+        self.expect(tap, len);
         if len <= direct {
             room.deliver(len as u64, self.checksums(), queue, queues)?;
         } else if !merge || len == direct + self.spill.len() {
@@ -210,12 +212,21 @@ impl Net {
         Ok(Some(len))
     }
 
-    /// Bytes of the longest frame that is to be expected now.
-    fn longest(&self) -> u64 {
-        if offload::long_frames(self.offloads) {
-            return MAX_FRAME as u64;
+    /// Bytes of buffers to have at hand for the next frame. Where frames can be long they rarely
+    /// all are, and buffers for the longest are some forty to be looked at; so as many as the
+    /// frames before it needed. One that is longer all the same is copied once, see `spill`.
+    fn want(&self, tap: usize) -> u64 {
+        let wire = HEADER as u64 + ETHERNET + u64::from(self.mtu).max(USUAL_MTU);
+        match offload::long_frames(self.offloads) {
+            true => wire.max(self.expected[tap] as u64),
+            false => wire,
         }
-        HEADER as u64 + ETHERNET + u64::from(self.mtu).max(USUAL_MTU)
+    }
+
+    /// Learns from a frame: at once from a longer one, slowly from shorter ones.
+    fn expect(&mut self, tap: usize, len: usize) {
+        let expected = &mut self.expected[tap];
+        *expected = len.max(*expected - expected.saturating_sub(len) / 8);
     }
 
     fn most_chains(&self) -> usize {

@@ -14,7 +14,8 @@ use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BS;
 
 use super::link::{self, Link};
-use super::{HEADER, offload, sys};
+use super::{HEADER, offload};
+use crate::raw;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -141,7 +142,7 @@ impl Tap {
         let mut queues = Vec::with_capacity(pairs.into());
         for _ in 0..pairs {
             let queue = open()?;
-            sys::attach(&queue, name, flags).map_err(|source| match source {
+            raw::tap::attach(&queue, name, flags).map_err(|source| match source {
                 Errno::BUSY => TapError::Taken(tap()),
                 Errno::PERM => TapError::NotOurs {
                     tap: tap(),
@@ -150,7 +151,8 @@ impl Tap {
                 },
                 source => refused("attach to")(source),
             })?;
-            sys::set_header_size(&queue, HEADER as i32).map_err(refused("set the header of"))?;
+            raw::tap::set_header_size(&queue, HEADER as i32)
+                .map_err(refused("set the header of"))?;
             queues.push(queue);
         }
         Ok(Self { queues })
@@ -173,7 +175,7 @@ impl Tap {
 
     /// The interface's MTU, as this process's network namespace knows it.
     pub(super) fn mtu(&self) -> Option<u16> {
-        let name = sys::name(self.queues.first()?).ok()?;
+        let name = raw::tap::name(self.queues.first()?).ok()?;
         let link = link::find(&name).ok()??;
         u16::try_from(link.mtu).ok()
     }
@@ -189,7 +191,7 @@ impl Tap {
     /// Sets what the guest takes. It belongs to the interface, so one of its files will do.
     pub(super) fn set_offload(&self, flags: u32) -> Result<(), Errno> {
         match self.queues.first() {
-            Some(queue) => sys::set_offload(queue, flags),
+            Some(queue) => raw::tap::set_offload(queue, flags),
             None => Ok(()),
         }
     }
@@ -201,21 +203,21 @@ impl Tap {
             let mut header = [0; HEADER];
             // Reading a part of a frame takes all of it away.
             for _ in 0..EMPTY {
-                if sys::read(queue, &nowhere, &mut header).is_err() {
+                if raw::tap::read(queue, &nowhere, &mut header).is_err() {
                     break;
                 }
             }
         }
     }
 
-    /// Takes the next frame of a queue, see [`sys::read`]. `AGAIN`: there is none.
+    /// Takes the next frame of a queue, see [`raw::tap::read`]. `AGAIN`: there is none.
     pub(super) fn read(
         &self,
         queue: usize,
         room: &[VolatileSlice<'_, BS<'_, ()>>],
         spill: &mut [u8],
     ) -> Result<usize, Errno> {
-        sys::read(&self.queues[queue], room, spill)
+        raw::tap::read(&self.queues[queue], room, spill)
     }
 
     /// Sends a frame through a queue. Never waits.
@@ -224,7 +226,7 @@ impl Tap {
         queue: usize,
         frame: &[VolatileSlice<'_, BS<'_, ()>>],
     ) -> Result<usize, Errno> {
-        sys::write(&self.queues[queue], frame)
+        raw::tap::write(&self.queues[queue], frame)
     }
 }
 

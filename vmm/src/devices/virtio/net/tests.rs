@@ -6,7 +6,7 @@ mod offloads;
 mod refusals;
 mod swaps;
 
-use std::net::UdpSocket;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,15 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::tap::Tap;
 use super::{HEADER, Net};
-use crate::devices::virtio::driver::{Driver, FREE, PATIENCE, Ring, buffer};
+use crate::devices::virtio::driver::{Driver, FREE, PATIENCE, Ring, Used, buffer};
 use crate::memory::Memory;
 
 /// The machine's address, as its spec has it.
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x02];
 /// The tap's own address, on the host's side.
 const HOST_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x01];
-const HOST: [u8; 4] = [10, 77, 0, 1];
-const GUEST: [u8; 4] = [10, 77, 0, 2];
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const PORT: u16 = 7077;
 
 /// `VIRTIO_NET_F_MRG_RXBUF`.
@@ -133,22 +133,10 @@ fn swap(driver: Driver) -> Driver {
 }
 
 fn host_socket() -> UdpSocket {
-    let socket = UdpSocket::bind((HOST.into_ip(), PORT)).expect("bind");
+    let socket = UdpSocket::bind((HOST, PORT)).expect("bind");
     socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    socket.connect((GUEST, PORT)).expect("a route to the guest");
     socket
-        .connect((GUEST.into_ip(), PORT))
-        .expect("a route to the guest");
-    socket
-}
-
-trait IntoIp {
-    fn into_ip(self) -> std::net::Ipv4Addr;
-}
-
-impl IntoIp for [u8; 4] {
-    fn into_ip(self) -> std::net::Ipv4Addr {
-        self.into()
-    }
 }
 
 /// A frame that came to the guest.
@@ -228,7 +216,12 @@ impl Receiver {
     }
 
     fn any_frame(&mut self, patience: Duration) -> Option<Frame> {
-        let mut used = self.ring.try_wait(patience)?;
+        let first = self.ring.try_wait(patience)?;
+        Some(self.read(first))
+    }
+
+    /// Reads a frame whose first buffer has come back.
+    fn read(&mut self, mut used: Used) -> Frame {
         let mut header = [0; HEADER];
         let mut bytes = Vec::new();
         let mut buffers = 0;
@@ -253,11 +246,11 @@ impl Receiver {
         if self.refill {
             self.post(buffers as u64);
         }
-        Some(Frame {
+        Frame {
             header,
             bytes,
             buffers,
-        })
+        }
     }
 }
 
@@ -335,8 +328,8 @@ fn ethernet_ip(protocol: u8, len: usize) -> Vec<u8> {
     let mut ip = vec![0x45, 0];
     ip.extend(((20 + len) as u16).to_be_bytes());
     ip.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
-    ip.extend(GUEST);
-    ip.extend(HOST);
+    ip.extend(GUEST.octets());
+    ip.extend(HOST.octets());
     let sum = !sum(&ip);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
     frame.extend(ip);

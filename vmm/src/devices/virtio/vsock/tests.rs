@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::packet::Op;
 use super::*;
 use crate::devices::virtio::driver::{Driver, PATIENCE};
 use guest::Guest;
@@ -72,6 +73,23 @@ impl Place {
             "the guest accepted"
         );
         (stream, program)
+    }
+
+    /// The guest sends until the host's socket, and the room behind it, are full. Gives how much.
+    fn fill(&mut self, stream: &mut guest::Stream) -> usize {
+        let mut sent = 0;
+        loop {
+            let len = stream.credit() as usize;
+            if len > 0 {
+                self.guest.send(stream, &pattern_of(sent..sent + len));
+                sent += len;
+            }
+            self.guest.tell(stream, Op::CreditRequest);
+            stream.hear(&self.guest.hear_op(Op::CreditUpdate));
+            if stream.credit() == 0 {
+                return sent;
+            }
+        }
     }
 
     /// Another VMM takes over; `lose` says which lent files don't arrive.

@@ -104,8 +104,8 @@ fn flows(receivers: &mut [Receiver]) -> Vec<usize> {
     const EACH: usize = 8;
     let sockets: Vec<_> = (0..FLOWS)
         .map(|_| {
-            let socket = UdpSocket::bind((HOST.into_ip(), 0)).expect("bind");
-            socket.connect((GUEST.into_ip(), PORT)).expect("route");
+            let socket = UdpSocket::bind((HOST, 0)).expect("bind");
+            socket.connect((GUEST, PORT)).expect("route");
             socket
         })
         .collect();

@@ -83,6 +83,53 @@ fn a_long_frame_comes_in_as_many_buffers_as_it_needs() {
 }
 
 #[test]
+fn a_driver_that_polls_never_sees_a_part_of_a_frame() {
+    own_network!(
+        "a_driver_that_polls_never_sees_a_part_of_a_frame",
+        &format!("{ONE_TAP}\nip link set t0 mtu 65521")
+    );
+    let driver = boot("t0", 1);
+    let host = host_socket();
+    let (mut receiver, ..) = card(&driver, MERGE | EVENT_IDX);
+    for _ in 0..300 {
+        host.send(&[5; 60_000]).expect("send");
+        let deadline = Instant::now() + PATIENCE;
+        // Without a pause: the first buffer is seen as soon as the device shows it.
+        let first = loop {
+            if let Some(used) = receiver.ring.take() {
+                break used;
+            }
+            assert!(Instant::now() < deadline, "no frame");
+        };
+        assert_eq!(receiver.read(first).buffers, 40);
+    }
+}
+
+#[test]
+fn many_frames_by_one_kick() {
+    own_network!("many_frames_by_one_kick", ONE_TAP);
+    // More than one turn's, fewer than a socket's buffer holds.
+    const MANY: u8 = 200;
+    let driver = boot("t0", 1);
+    let host = host_socket();
+    for features in [0, EVENT_IDX] {
+        let (_receiver, mut sender, _) = card(&driver, features);
+        for number in 0..MANY {
+            let frame = [vec![0; HEADER], datagram(&[number])].concat();
+            let at = sender.base + u64::from(number) * 0x1000;
+            let write = sender.memory.write_slice(&frame, GuestAddress(at));
+            write.expect("in RAM");
+            sender.ring.add(&[buffer(at, frame.len() as u32)], &[]);
+        }
+        sender.ring.kick();
+        for number in 0..MANY {
+            sender.ring.wait();
+            assert_eq!(received(&host).expect("a datagram"), [number]);
+        }
+    }
+}
+
+#[test]
 fn a_frame_too_long_for_its_one_buffer_is_dropped() {
     own_network!(
         "a_frame_too_long_for_its_one_buffer_is_dropped",
@@ -161,6 +208,24 @@ fn a_tap_that_is_down_fails_nothing() {
     assert_eq!(received(&host).expect("a datagram"), b"there");
     host.send(b"and back").expect("send");
     assert_eq!(receiver.frame().payload(), b"and back");
+}
+
+#[test]
+fn a_tap_that_is_gone_fails_nothing() {
+    own_network!("a_tap_that_is_gone_fails_nothing", ONE_TAP);
+    let mut driver = boot("t0", 1);
+    let (mut receiver, mut sender, _) = card(&driver, MERGE);
+    ip("link del t0");
+    for _ in 0..3 {
+        sender.send(&datagram(b"into the void"));
+        assert!(receiver.try_frame(Duration::ZERO).is_none());
+        driver = swap(driver);
+    }
+    assert!(!driver.has_failed());
+    // A driver that begins anew finds offloads that can't be set: it is told, and that is all.
+    driver.start(MERGE);
+    assert!(driver.has_failed());
+    swap(driver);
 }
 
 #[test]

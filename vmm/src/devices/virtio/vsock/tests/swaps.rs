@@ -63,28 +63,11 @@ fn what_the_guest_has_no_buffers_for_is_told_by_the_successor() {
     assert_eq!(read(&mut program, 5), b"hello");
 }
 
-/// Sends until the host's socket and the room behind it are full; gives how much that was.
-fn fill(place: &mut Place, stream: &mut guest::Stream) -> usize {
-    let mut sent = 0;
-    loop {
-        let len = stream.credit() as usize;
-        if len > 0 {
-            place.guest.send(stream, &pattern_of(sent..sent + len));
-            sent += len;
-        }
-        place.guest.tell(stream, Op::CreditRequest);
-        stream.hear(&place.guest.hear_op(Op::CreditUpdate));
-        if stream.credit() == 0 {
-            return sent;
-        }
-    }
-}
-
 #[test]
 fn what_the_host_has_not_taken_travels() {
     let mut place = Place::new();
     let (mut stream, mut program) = place.connected(1);
-    let sent = fill(&mut place, &mut stream);
+    let sent = place.fill(&mut stream);
     let mut place = place.swap().swap();
     assert!(read(&mut program, sent) == pattern_of(0..sent));
     // The guest hears that it may go on.
@@ -99,7 +82,7 @@ fn what_the_host_has_not_taken_travels() {
 fn a_guest_that_left_is_read_to_its_end_after_a_swap() {
     let mut place = Place::new();
     let (mut stream, mut program) = place.connected(1);
-    let sent = fill(&mut place, &mut stream);
+    let sent = place.fill(&mut stream);
     place.guest.shut(&stream, NO_MORE);
     assert_eq!(place.guest.hear_op(Op::Reset).ports(), stream.ports);
     let place = place.swap().swap();

@@ -3,7 +3,6 @@
 //! A frame is read from the tap by the kernel straight into the guest's buffers, and written the
 //! same way. The guest may change those bytes at any time, so no reference of ours ever covers
 //! them: they go by address, as `struct iovec`.
-#![allow(unsafe_code)] // ioctls with structures by address; iovecs over guest RAM.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -11,6 +10,8 @@ use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+
+use super::{errno, last_errno};
 
 /// `IFNAMSIZ`, with the terminating zero.
 const NAME: usize = 16;
@@ -36,7 +37,7 @@ mod nr {
 
 /// Makes an open `/dev/net/tun` a queue of the interface `name`, with `IFF_*` flags. The name must
 /// be shorter than 16 bytes (`MachineSpec::validate`); the rest is cut off.
-pub(super) fn attach(tun: &OwnedFd, name: &str, flags: u16) -> Result<(), Errno> {
+pub fn attach(tun: &OwnedFd, name: &str, flags: u16) -> Result<(), Errno> {
     let mut request = Request {
         name: [0; NAME],
         flags,
@@ -50,7 +51,7 @@ pub(super) fn attach(tun: &OwnedFd, name: &str, flags: u16) -> Result<(), Errno>
 }
 
 /// Name of the interface that a queue belongs to.
-pub(super) fn name(queue: &OwnedFd) -> Result<String, Errno> {
+pub fn name(queue: &OwnedFd) -> Result<String, Errno> {
     let mut request = Request {
         name: [0; NAME],
         flags: 0,
@@ -63,21 +64,21 @@ pub(super) fn name(queue: &OwnedFd) -> Result<String, Errno> {
 }
 
 /// Sets the size of the header before each frame.
-pub(super) fn set_header_size(queue: &OwnedFd, size: i32) -> Result<(), Errno> {
+pub fn set_header_size(queue: &OwnedFd, size: i32) -> Result<(), Errno> {
     // SAFETY: TUNSETVNETHDRSZ reads one int.
     errno(unsafe { ioctl_with_ref(queue, nr::TUNSETVNETHDRSZ(), &size) })
 }
 
 /// Sets what the other side of the interface takes, `TUN_F_*`: frames without checksums, frames
 /// longer than the wire's.
-pub(super) fn set_offload(queue: &OwnedFd, flags: u32) -> Result<(), Errno> {
+pub fn set_offload(queue: &OwnedFd, flags: u32) -> Result<(), Errno> {
     // SAFETY: TUNSETOFFLOAD's argument is the flags themselves; nothing is read by address.
     errno(unsafe { ioctl_with_val(queue, nr::TUNSETOFFLOAD(), flags.into()) })
 }
 
 /// Takes one frame: into `room`, and what does not fit there into `spill`. Gives its length;
 /// what fits in neither is lost, and the length is then that of both together.
-pub(super) fn read<B: BitmapSlice>(
+pub fn read<B: BitmapSlice>(
     queue: &OwnedFd,
     room: &[VolatileSlice<'_, B>],
     spill: &mut [u8],
@@ -95,7 +96,7 @@ pub(super) fn read<B: BitmapSlice>(
 }
 
 /// Hands one frame over.
-pub(super) fn write<B: BitmapSlice>(
+pub fn write<B: BitmapSlice>(
     queue: &OwnedFd,
     frame: &[VolatileSlice<'_, B>],
 ) -> Result<usize, Errno> {
@@ -122,16 +123,4 @@ fn count(parts: &[libc::iovec]) -> Result<libc::c_int, Errno> {
 
 fn length(result: isize) -> Result<usize, Errno> {
     usize::try_from(result).map_err(|_| last_errno())
-}
-
-fn errno(result: i32) -> Result<(), Errno> {
-    if result < 0 {
-        Err(last_errno())
-    } else {
-        Ok(())
-    }
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
