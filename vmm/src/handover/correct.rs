@@ -26,7 +26,7 @@ use crate::machine::Machine;
 /// The guest's vsock on the host, in its directory.
 const SOCKET: &str = "vsock.sock";
 /// How long an agent may take to answer while nothing hangs on it.
-const QUESTION: Duration = Duration::from_millis(500);
+const QUESTION: Duration = Duration::from_secs(1);
 /// How long it may take to correct a clock that is wrong until it has.
 const CORRECTION: Duration = Duration::from_secs(2);
 
