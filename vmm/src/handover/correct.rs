@@ -6,21 +6,23 @@
 //! any more.
 //!
 //! Runs beside the guest, before the freeze and after the entry; never between. Whatever the agent
-//! says or fails to say costs no swap, it only stands in the report.
+//! says or fails to say costs no swap, it only stands in the report. An agent that is too busy to
+//! correct a clock at once is asked again beside everything else, for a minute: asking twice
+//! corrects once.
 
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
-use kvm_bindings::KVM_CLOCK_REALTIME;
+use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE};
 use stillpoint_agent::client::{AskError, Client, dial};
 use stillpoint_agent::protocol::{self, Clocks, Manner};
 use stillpoint_control::clock::{Correction, Policy};
 use stillpoint_control::report::Step;
 use stillpoint_state::sections::Clock;
 
-use crate::clock::{Scale, is_master};
+use crate::clock::{Scale, host_tsc, is_master};
 use crate::machine::Machine;
 
 /// The guest's vsock on the host, in its directory.
@@ -29,6 +31,10 @@ const SOCKET: &str = "vsock.sock";
 const QUESTION: Duration = Duration::from_secs(1);
 /// How long it may take to correct a clock that is wrong until it has.
 const CORRECTION: Duration = Duration::from_secs(2);
+
+/// For how long an agent that did not answer is asked again, and how often.
+const PERSISTENCE: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The guest's wall clock after a swap.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,11 +80,70 @@ pub fn after(machine: &Machine, dir: &Path, pause: Pause<'_>) -> After {
         .and_then(|mut agent| settle(&mut agent, how, pause, |agent| error(agent, machine)));
     match (corrected, how) {
         (Ok(after), _) => after,
-        (Err(problem), Some(how @ (Correction::Step | Correction::Slew))) => After {
-            error_ns: None,
-            steps: vec![failed(how, pause.held, &problem)],
-        },
+        (Err(problem), Some(how @ (Correction::Step | Correction::Slew))) => {
+            persist(machine, dir, how, pause);
+            After {
+                error_ns: None,
+                steps: vec![failed(how, pause.held, &problem)],
+            }
+        }
         (Err(_), _) => After::default(),
+    }
+}
+
+/// Asks again and again, on a thread of its own: this one has the machine to see to.
+fn persist(machine: &Machine, dir: &Path, how: Correction, pause: Pause<'_>) {
+    let (dir, id) = (dir.to_owned(), pause.id.to_owned());
+    let (khz, offset) = (machine.tsc_khz(), machine.tsc_offset().unwrap_or(0));
+    let (held, error_before_ns) = (pause.held, pause.error_before_ns);
+    let attempt = move || -> Result<After, AskError> {
+        let pause = Pause {
+            id: &id,
+            policy: Policy::Hold,
+            held,
+            error_before_ns,
+        };
+        let error = |agent: &mut Agent| {
+            let clocks = agent.clocks()?;
+            Ok(error_of(&clocks, &host_clock(khz), offset))
+        };
+        settle(&mut connect(&dir, CORRECTION)?, Some(how), pause, error)
+    };
+    let thread = std::thread::Builder::new().name("correct".into());
+    let spawned = thread.spawn(move || {
+        let deadline = Instant::now() + PERSISTENCE;
+        while Instant::now() < deadline {
+            std::thread::sleep(AGAIN);
+            if let Ok(After { error_ns, steps }) = attempt() {
+                tracing::info!(
+                    ?steps,
+                    error_ns,
+                    "the guest's wall clock was corrected late"
+                );
+                return;
+            }
+        }
+        tracing::warn!(
+            ?held,
+            "the guest's agent does not answer: its wall clock stays late"
+        );
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "no thread to correct the guest's wall clock by");
+    }
+}
+
+/// The host's wall clock at a TSC, without a machine at hand: right to what two readings take.
+fn host_clock(khz: u32) -> Clock {
+    let before = host_tsc();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let width = host_tsc().saturating_sub(before);
+    Clock {
+        flags: KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC | KVM_CLOCK_TSC_STABLE,
+        realtime: now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(0)),
+        host_tsc: before + width / 2,
+        tsc_khz: khz,
+        ..Clock::default()
     }
 }
 
@@ -100,8 +165,9 @@ fn failed(how: Correction, held: Duration, error: &dyn std::error::Error) -> Ste
         how,
         by_ns: nanos(held),
         problem: Some(format!(
-            "the guest's wall clock is late by the pause that was held, {held:?}: {why}; set it in \
-             the guest, or have it done by ptp_kvm and a daemon that may step"
+            "the guest's wall clock was late by the pause that was held, {held:?}, when this was \
+             written: {why}. Its agent is asked again for a minute; else set it in the guest, or \
+             have it done by ptp_kvm and a daemon that may step"
         )),
     }
 }
@@ -181,7 +247,6 @@ fn error_of(guest: &Clocks, host: &Clock, offset: i64) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_TSC_STABLE};
     use std::io::{BufRead, BufReader, Write};
 
     const HELD: Duration = Duration::from_secs(28);
@@ -278,6 +343,7 @@ mod tests {
         };
         let error = error_of(&clocks, &host, -700).expect("an error");
         assert!((38..=42).contains(&error), "{error}");
+        assert!(host_clock(1_000_000).realtime > 1 << 60, "after 2006");
         let blind = Clock { flags: 0, ..host };
         assert_eq!(error_of(&clocks, &blind, -700), None);
     }

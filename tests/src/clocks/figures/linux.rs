@@ -176,10 +176,14 @@ impl Stage<'_> {
         Ok(vec![Figure::new(
             &self.name(&format!("wall clock over {count} swaps")),
             bound,
-            format!("{own} ns on its TSC, {against} ns against the host; monotonic {monotonic} ns"),
+            format!(
+                "{own} ns on its TSC, {against} ns against the host ({told} told); monotonic \
+                 {monotonic} ns"
+            ),
             [own, against, monotonic]
                 .iter()
-                .all(|ns| ns.abs() <= WALL_NS),
+                .all(|ns| ns.abs() <= WALL_NS)
+                && told * 2 > count,
         )])
     }
 
