@@ -16,7 +16,7 @@ const PHASE: Duration = Duration::from_micros(100);
 /// pulse's periodic timer.
 const PERIOD_US: u64 = 2000;
 /// Ticks looked at for a phase.
-const TICKS: usize = 20;
+const TICKS: usize = 150;
 
 /// The phase of a periodic timer over `count` swaps.
 pub fn periodic(count: usize) -> anyhow::Result<Vec<Figure>> {
