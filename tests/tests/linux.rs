@@ -111,7 +111,10 @@ impl Loads {
             )?,
             guest_load("sends", &send)?,
             guest_load("receives", &[&send[..], &["--reverse"]].concat())?,
-            guest_load("echoes", &with_time(&["echo", "--vsock", "2:7004"]))?,
+            guest_load(
+                "echoes",
+                &with_time(&["echo", "--vsock", "2:7004", "--interval-ms", "10"]),
+            )?,
             guest_load("cpu", &with_time(&["cpu"]))?,
             guest_load("serves", &["echo-serve", "--vsock-port", "7003"])?,
         ];
@@ -121,7 +124,9 @@ impl Loads {
             Ok(printed.contains("listening").then_some(()))
         })?;
         let args = ["echo", "--unix", &socket, "--connect-line", "CONNECT 7003"];
-        let calls = OnHost::start(daemon, &[&args[..], &for_long].concat(), &out("calls"))?;
+        let paced = ["--interval-ms", "10"];
+        let args = [&args[..], &for_long, &paced].concat();
+        let calls = OnHost::start(daemon, &args, &out("calls"))?;
         Ok(Self {
             in_guest,
             on_host: vec![calls, tcp, echo],
@@ -142,13 +147,13 @@ impl Loads {
     /// Has them come to their ends; each report must be good.
     fn finish(self, guest: &Linux<'_>) -> anyhow::Result<Vec<serde_json::Value>> {
         let Self { in_guest, on_host } = self;
-        // Of a stream its sender ends; the servers have no end of their own, and what they saw is
-        // in their clients' reports.
+        // Of a stream its sender ends, which is the host's server for one of them; the servers have
+        // no end of their own, and what they saw is in their clients' reports.
+        for load in in_guest.iter().filter(|load| load.name() != "receives") {
+            load.wind_up(guest)?;
+        }
         for load in &on_host[..2] {
             load.wind_up()?;
-        }
-        for load in &in_guest {
-            load.wind_up(guest)?;
         }
         let (judged, servers): (Vec<_>, Vec<_>) = in_guest
             .into_iter()
@@ -177,11 +182,13 @@ fn swapped_under_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<()
     let loads = Loads::start(&guest, &daemon, dir.path())?;
     let mut pauses = Vec::new();
     for swap in 0..SWAPS {
-        let report = guest.must_move().with_context(|| format!("swap {swap}"))?;
+        let report = guest
+            .must_move()
+            .with_context(|| format!("swap {swap}\n{}", guest.logs()))?;
         pauses.push(report.blackout.host);
         loads.go_on()?;
     }
-    let reports = loads.finish(&guest)?;
+    let reports = loads.finish(&guest).with_context(|| guest.logs())?;
     println!("host blackouts: {pauses:?}");
     for report in &reports {
         println!("{report}");
