@@ -32,8 +32,10 @@ rig-static: ## build what the rig runs inside, linked statically
 	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
 	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
 	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
-	$(STATIC) -p stillpoint -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd rig-init scenario clock)
-	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm rig-init scenario clock) target/static/
+	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario clock)
+	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS) -p stillpoint-tests --test linux --message-format=json \
+		| grep '"name":"linux"' | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} cp -f {} target/static/linux
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario clock) target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
@@ -53,7 +55,7 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 
 .PHONY: programs
 programs: ## build the daemon, the command and the demo
-	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-tests --bins
+	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
 
 .PHONY: clock
 clock: releases rig-static images ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
@@ -63,8 +65,13 @@ clock: releases rig-static images ## measure every promise about clocks, long on
 demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
 	target/release/demo
 
+# Where Debian's packages can't be had, the tests that need them are skipped by name.
+.PHONY: images-if-any
+images-if-any:
+	@$(MAKE) --no-print-directory images || echo "no images of Linux guests: the tests that need them are skipped"
+
 .PHONY: test
-test: releases programs rig-static ## run every test; prints each suite's time
+test: releases programs images-if-any rig-static ## run every test; prints each suite's time
 	target/release/suites
 
 .PHONY: fmt lint

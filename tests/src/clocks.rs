@@ -6,6 +6,7 @@
 
 pub mod figures;
 pub mod page;
+pub mod rigged;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::report::SwapReport;

@@ -218,6 +218,21 @@ impl<'d> Linux<'d> {
         serde_json::from_value(report).context("the swap's report")
     }
 
+    /// The last of what it and its VMMs said, for an error.
+    pub fn logs(&self) -> String {
+        let log = std::fs::read_to_string(self.dir().join("vmm.log")).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        let vmm = lines[lines.len().saturating_sub(60)..].join("\n");
+        let state = self.ended();
+        let daemon = self.daemon.log();
+        let daemon: Vec<_> = daemon.lines().collect();
+        let daemon = daemon[daemon.len().saturating_sub(20)..].join("\n");
+        format!(
+            "whether it ended: {state:?}\nits console:\n{}\nits VMMs:\n{vmm}\nthe daemon:\n{daemon}",
+            self.console_tail()
+        )
+    }
+
     /// The last of what its console showed.
     pub fn console_tail(&self) -> String {
         let log = std::fs::read_to_string(self.dir().join("console.log")).unwrap_or_default();

@@ -6,8 +6,11 @@ use anyhow::ensure;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::Outcome;
 use stillpoint_tests::clocks::figures::{self, must_keep};
+use stillpoint_tests::clocks::rigged::figures_on;
+use stillpoint_tests::linux::images::Kernel;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::releases::Release;
+use stillpoint_tests::rig;
 use stillpoint_tests::swap::Terms;
 use stillpoint_tests::vm::{Recipe, Vm};
 
@@ -46,6 +49,13 @@ fn a_pause_of_seconds() -> anyhow::Result<()> {
 fn hold_is_kept_or_refused_by_name() -> anyhow::Result<()> {
     needs_kvm!();
     must_keep(&figures::hold()?)
+}
+
+/// Linux guests of both kernels, and pulse on a KVM that moves TSCs.
+#[test]
+fn stock_guests_on_an_emulated_host() -> anyhow::Result<()> {
+    stillpoint_tests::needs!(rig::missing);
+    must_keep(&figures_on(Kernel::Bookworm, true, None)?)
 }
 
 /// Whatever the host can do: late for ever is no wall clock.

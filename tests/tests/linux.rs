@@ -85,34 +85,50 @@ fn backports_boots_with_4_vcpus() -> anyhow::Result<()> {
     boots(Kernel::Backports, Form::BzImage, 4)
 }
 
-/// Every load at once: a disk, a stream each way, sockets each way, and every CPU.
+/// How hard a guest works while it is swapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weight {
+    /// A disk, a connection of each kind, all of them paced.
+    Paced,
+    /// The same without a pause, a stream each way, and every CPU.
+    Full,
+}
+
+/// What a guest does while it is swapped: a disk, a TCP connection, sockets each way.
 struct Loads {
     in_guest: Vec<InGuest>,
+    /// The host's caller of the guest, whose report counts; then servers, the last of which sends.
     on_host: Vec<OnHost>,
 }
 
 impl Loads {
-    fn start(guest: &Linux<'_>, daemon: &Daemon, dir: &Path) -> anyhow::Result<Self> {
+    fn start(
+        guest: &Linux<'_>,
+        daemon: &Daemon,
+        dir: &Path,
+        weight: Weight,
+    ) -> anyhow::Result<Self> {
         let out = |name: &str| dir.join(format!("{name}.out"));
+        let guest_load = |name, args: &[&str]| InGuest::start(guest, name, args, &out(name));
+        let pace: &[&str] = match weight {
+            Weight::Paced => &["--seconds", "3600", "--interval-ms", "10"],
+            Weight::Full => &["--seconds", "3600"],
+        };
         let socket = guest.vsock().display().to_string();
         let door = format!("{socket}_7004");
-        let serve = ["tcp", "serve", "--addr", &format!("{HOST}:0")];
-        let (tcp, address) = OnHost::listen(daemon, &serve, &out("tcp-serve"))?;
-        let serve = ["echo-serve", "--unix", &door];
-        let (echo, _) = OnHost::listen(daemon, &serve, &out("echo-serve"))?;
-        let guest_load = |name, args: &[&str]| InGuest::start(guest, name, args, &out(name));
-        let for_long = ["--seconds", "3600"];
-        let with_time = |args: &[&'static str]| [args, &for_long[..]].concat();
-        let send = ["tcp", "send", "--addr", &address, "--seconds", "3600"];
-        let in_guest = vec![
-            guest_load(
-                "disk",
-                &["disk", "--device", "/dev/vda", "--duration", "3600"],
-            )?,
-            guest_load("sends", &send)?,
-            guest_load("receives", &[&send[..], &["--reverse"]].concat())?,
-            guest_load("echoes", &with_time(&["echo", "--vsock", "2:7004"]))?,
-            guest_load("cpu", &with_time(&["cpu"]))?,
+        let unix = ["echo-serve", "--unix", &door];
+        let (unix, _) = OnHost::listen(daemon, &unix, &out("unix"))?;
+        let tcp = ["echo-serve", "--addr", &format!("{HOST}:0")];
+        let (tcp, address) = OnHost::listen(daemon, &tcp, &out("tcp"))?;
+        let disk: &[&str] = match weight {
+            Weight::Paced => &["--threads", "1", "--fsync-every", "4"],
+            Weight::Full => &["--threads", "4"],
+        };
+        let on_vda = ["disk", "--device", "/dev/vda", "--duration", "3600"];
+        let mut in_guest = vec![
+            guest_load("disk", &[&on_vda, disk].concat())?,
+            guest_load("echoes", &[&["echo", "--vsock", "2:7004"], pace].concat())?,
+            guest_load("asks", &[&["echo", "--addr", &address], pace].concat())?,
             guest_load("serves", &["echo-serve", "--vsock-port", "7003"])?,
         ];
         let served = out("serves");
@@ -120,12 +136,22 @@ impl Loads {
             let printed = std::fs::read_to_string(&served)?;
             Ok(printed.contains("listening").then_some(()))
         })?;
-        let args = ["echo", "--unix", &socket, "--connect-line", "CONNECT 7003"];
-        let calls = OnHost::start(daemon, &[&args[..], &for_long].concat(), &out("calls"))?;
-        Ok(Self {
-            in_guest,
-            on_host: vec![calls, tcp, echo],
-        })
+        let call = ["echo", "--unix", &socket, "--connect-line", "CONNECT 7003"];
+        let calls = OnHost::start(daemon, &[&call, pace].concat(), &out("calls"))?;
+        let mut on_host = vec![calls, unix, tcp];
+        if weight == Weight::Full {
+            let streams = ["tcp", "serve", "--addr", &format!("{HOST}:0")];
+            let (streams, address) = OnHost::listen(daemon, &streams, &out("streams"))?;
+            let send = ["tcp", "send", "--addr", &address, "--seconds", "3600"];
+            in_guest.push(guest_load("sends", &send)?);
+            in_guest.push(guest_load(
+                "receives",
+                &[&send[..], &["--reverse"]].concat(),
+            )?);
+            in_guest.push(guest_load("cpu", &["cpu", "--seconds", "3600"])?);
+            on_host.push(streams);
+        }
+        Ok(Self { in_guest, on_host })
     }
 
     /// None has come to an end that nobody asked for.
@@ -142,13 +168,13 @@ impl Loads {
     /// Has them come to their ends; each report must be good.
     fn finish(self, guest: &Linux<'_>) -> anyhow::Result<Vec<serde_json::Value>> {
         let Self { in_guest, on_host } = self;
-        // Of a stream its sender ends; the servers have no end of their own, and what they saw is
-        // in their clients' reports.
-        for load in &on_host[..2] {
-            load.wind_up()?;
-        }
-        for load in &in_guest {
+        // Of a stream its sender ends, which is the host's server for one of them; other servers
+        // have no end of their own, and what they saw is in their clients' reports.
+        for load in in_guest.iter().filter(|load| load.name() != "receives") {
             load.wind_up(guest)?;
+        }
+        for load in on_host.iter().take(1).chain(on_host.get(3)) {
+            load.wind_up()?;
         }
         let (judged, servers): (Vec<_>, Vec<_>) = in_guest
             .into_iter()
@@ -164,7 +190,7 @@ impl Loads {
 
 /// A guest with disk, network and sockets, at work; and all that must still be so after `SWAPS`
 /// swaps of its VMM.
-fn swapped_under_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<()> {
+fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyhow::Result<()> {
     needs!(no_fast_kvm, no_network_namespace);
     let (dir, daemon) = host()?;
     tap(&daemon, TAP, &format!("{HOST}/24"))?;
@@ -174,14 +200,16 @@ fn swapped_under_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<()
         .net(TAP, "10.77.0.2/24");
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
     let booted = guest.health()?;
-    let loads = Loads::start(&guest, &daemon, dir.path())?;
+    let loads = Loads::start(&guest, &daemon, dir.path(), weight)?;
     let mut pauses = Vec::new();
     for swap in 0..SWAPS {
-        let report = guest.must_move().with_context(|| format!("swap {swap}"))?;
+        let report = guest
+            .must_move()
+            .with_context(|| format!("swap {swap}\n{}", guest.logs()))?;
         pauses.push(report.blackout.host);
         loads.go_on()?;
     }
-    let reports = loads.finish(&guest)?;
+    let reports = loads.finish(&guest).with_context(|| guest.logs())?;
     println!("host blackouts: {pauses:?}");
     for report in &reports {
         println!("{report}");
@@ -213,13 +241,23 @@ fn reboots(guest: &Linux<'_>, boot_id: &str) -> anyhow::Result<()> {
 }
 
 #[test]
-fn bookworm_swapped_under_load() -> anyhow::Result<()> {
-    swapped_under_load(Kernel::Bookworm, Form::Vmlinux, 2)
+fn bookworm_swapped_at_work() -> anyhow::Result<()> {
+    swapped_at_work(Kernel::Bookworm, Form::Vmlinux, 2, Weight::Paced)
 }
 
 #[test]
-fn backports_swapped_under_load() -> anyhow::Result<()> {
-    swapped_under_load(Kernel::Backports, Form::Vmlinux, 2)
+fn backports_swapped_at_work() -> anyhow::Result<()> {
+    swapped_at_work(Kernel::Backports, Form::Vmlinux, 2, Weight::Paced)
+}
+
+#[test]
+fn bookworm_swapped_at_full_load() -> anyhow::Result<()> {
+    swapped_at_work(Kernel::Bookworm, Form::Vmlinux, 2, Weight::Full)
+}
+
+#[test]
+fn backports_swapped_at_full_load() -> anyhow::Result<()> {
+    swapped_at_work(Kernel::Backports, Form::Vmlinux, 2, Weight::Full)
 }
 
 /// The power button, pressed by `stillpoint stop`, ends a guest in order; a swap before it or not.

@@ -127,3 +127,38 @@ fn a_host_that_stood_still_is_tried_once_more_and_that_is_said() -> anyhow::Resu
     );
     Ok(())
 }
+
+/// Boots Debian guests of both kernels, as bzImage and vmlinux, with 1, 2 and 4 vCPUs, on a host
+/// with this kernel: the scenarios of `linux.rs`, which a host with hardware KVM runs directly.
+fn linux_boots_on(kernel: Kernel) -> anyhow::Result<()> {
+    let outcome = Rig::new(&format!("linux-on-{}", kernel.name()), kernel)
+        .memory_mib(3072)
+        .programs()?
+        .images(Kernel::Bookworm, &["bzImage", "vmlinux", "initramfs"])
+        .images(Kernel::Backports, &["bzImage", "vmlinux", "initramfs"])
+        .command(&[
+            "env",
+            "STILLPOINT_LINUX=1",
+            "linux",
+            "--test-threads=1",
+            "_boots_",
+        ])
+        .time_limit(Duration::from_secs(600))
+        .run()?;
+    let console = std::fs::read_to_string(&outcome.log)?;
+    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    ensure!(console.contains("6 passed"), "{console}");
+    Ok(())
+}
+
+#[test]
+fn debian_guests_boot_on_a_host_with_6_1() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    linux_boots_on(Kernel::Bookworm)
+}
+
+#[test]
+fn debian_guests_boot_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    linux_boots_on(Kernel::Backports)
+}

@@ -160,7 +160,20 @@ impl Process {
             };
             match event {
                 Event::PowerOff => return Ok(self.power_off()),
-                Event::Reset | Event::VcpuOver { failure: None, .. } => self.reset()?,
+                Event::Reset => {
+                    tracing::info!("the guest resets itself");
+                    self.reset()?;
+                }
+                Event::VcpuOver {
+                    vcpu,
+                    failure: None,
+                } => {
+                    tracing::warn!(
+                        vcpu,
+                        "the guest shut down by a triple fault, which resets it"
+                    );
+                    self.reset()?;
+                }
                 Event::VcpuOver {
                     vcpu,
                     failure: Some(failure),

@@ -55,6 +55,11 @@ const SUITES: &[Suite] = &[
         2,
     ),
     scenario("host", &["-p", "stillpoint-tests", "--test", "host"], 1),
+    scenario("virtio", &["-p", "stillpoint-tests", "--test", "virtio"], 1),
+    scenario("disks", &["-p", "stillpoint-tests", "--test", "disks"], 1),
+    scenario("taps", &["-p", "stillpoint-tests", "--test", "taps"], 1),
+    scenario("clock", &["-p", "stillpoint-tests", "--test", "clock"], 1),
+    scenario("linux", &["-p", "stillpoint-tests", "--test", "linux"], 1),
     scenario("rig", &["-p", "stillpoint-tests", "--test", "rig"], 1),
 ];
 

@@ -49,8 +49,8 @@ const USUAL: &[&str] = &[
 pub fn complaints(lines: &[KernelLine]) -> Vec<String> {
     let usual = |line: &KernelLine| USUAL.iter().any(|usual| line.text.contains(usual));
     let bad = |line: &&KernelLine| {
-        NEVER.iter().any(|never| line.text.contains(never))
-            || (line.level <= WARNING && !usual(line))
+        let never = NEVER.iter().any(|never| line.text.contains(never));
+        (never || line.level <= WARNING) && !usual(line)
     };
     let shown = |line: &KernelLine| format!("<{}> {}", line.level, line.text);
     lines.iter().filter(bad).map(shown).collect()

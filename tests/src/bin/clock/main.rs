@@ -5,7 +5,6 @@
 //! this very program runs with `--in-rig`, and its figures are brought out.
 
 mod on_kvm;
-mod rigged;
 mod table;
 
 use std::io::Write;
@@ -15,10 +14,11 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
-use serde::{Deserialize, Serialize};
 use stillpoint_tests::clocks::figures::{Figure, Verdict};
-use stillpoint_tests::ground;
+use stillpoint_tests::clocks::rigged::{Report, figures_on};
+use stillpoint_tests::linux::images::Kernel;
 use stillpoint_tests::releases::root;
+use stillpoint_tests::{ground, rig};
 
 /// Measures the guest's clock over swaps, and holds it against what is promised.
 #[derive(Clone, Debug, Parser)]
@@ -49,16 +49,6 @@ enum Only {
     Linux,
 }
 
-/// What a run leaves behind.
-#[derive(Debug, Serialize, Deserialize)]
-struct Report {
-    /// The host's.
-    kernel: String,
-    cores: usize,
-    seconds: u64,
-    figures: Vec<Figure>,
-}
-
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(true) => ExitCode::SUCCESS,
@@ -85,7 +75,7 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     }
     if wants(Only::Linux) {
         figures.extend(match (&args.in_rig, ground::no_fast_kvm()) {
-            (None, Some(why)) => rigged::figures(args.quick, &why),
+            (None, Some(why)) => rigged(args.quick, &why),
             (in_rig, _) => on_kvm::linux(args.quick, in_rig.as_deref()),
         });
     }
@@ -100,6 +90,22 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     write_report(&dir.unwrap_or_else(|| root().join("target/clock")), &report)?;
     let broken = |figure: &Figure| figure.verdict == Verdict::Broken;
     Ok(!report.figures.iter().any(broken))
+}
+
+/// On emulated hosts, or a row that says why not. `why` is why it isn't done on this machine itself.
+fn rigged(quick: bool, why: &str) -> Vec<Figure> {
+    if let Some(missing) = rig::missing() {
+        let why = format!("{why}; and {missing}");
+        let name = "everything that takes a Linux guest";
+        return vec![Figure::skipped(name, "", &why)];
+    }
+    let hosts = Kernel::ALL.into_iter();
+    let on = |host: Kernel| {
+        let name = format!("on a host with {}", host.name());
+        eprintln!("{name} ...");
+        or_broken(&name, figures_on(host, quick, None))
+    };
+    hosts.flat_map(on).collect()
 }
 
 fn write_report(dir: &Path, report: &Report) -> anyhow::Result<()> {

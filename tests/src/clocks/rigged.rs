@@ -1,40 +1,40 @@
-//! Figures of Linux guests on emulated hosts: on each host kernel, by this program, run there.
-//! pulse's own come with them, as these hosts' KVM moves a guest's TSC where it is told to.
+//! Figures of Linux guests on emulated hosts: by the program `clock`, run there. pulse's own come with
+//! them if they are wanted, as these hosts' KVM moves a guest's TSC where it is told to.
 
 use std::time::Duration;
 
 use anyhow::Context;
-use stillpoint_tests::clocks::figures::Figure;
-use stillpoint_tests::linux::images::Kernel;
-use stillpoint_tests::rig::{self, Rig};
+use serde::{Deserialize, Serialize};
 
-use crate::{Report, or_broken};
+use super::figures::Figure;
+use crate::linux::images::Kernel;
+use crate::rig::Rig;
 
 /// How long a host may take in all.
 const LIMIT: Duration = Duration::from_secs(3600);
 const QUICK_LIMIT: Duration = Duration::from_secs(1500);
 
-/// Takes them, or says why not. `why` is why they are not taken on this machine itself.
-pub(crate) fn figures(quick: bool, why: &str) -> Vec<Figure> {
-    if let Some(missing) = rig::missing() {
-        let why = format!("{why}; and {missing}");
-        let name = "everything that takes a Linux guest";
-        return vec![Figure::skipped(name, "", &why)];
-    }
-    let hosts = Kernel::ALL.into_iter();
-    hosts
-        .flat_map(|host| {
-            let name = format!("on a host with {}", host.name());
-            eprintln!("{name} ...");
-            or_broken(&name, on(host, quick))
-        })
-        .collect()
+/// What a run of `clock` leaves behind.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// The host's.
+    pub kernel: String,
+    /// CPU cores it had.
+    pub cores: usize,
+    /// What it took.
+    pub seconds: u64,
+    /// What was found.
+    pub figures: Vec<Figure>,
 }
 
-fn on(host: Kernel, quick: bool) -> anyhow::Result<Vec<Figure>> {
+/// Takes all figures, or with `only` one kind, on a host with this kernel.
+pub fn figures_on(host: Kernel, quick: bool, only: Option<&str>) -> anyhow::Result<Vec<Figure>> {
     let mut command = vec!["clock", "--in-rig", host.name(), "--results", "/results"];
     if quick {
         command.push("--quick");
+    }
+    if let Some(only) = only {
+        command.extend(["--only", only]);
     }
     let mut rig = Rig::new(&format!("clock-on-{}", host.name()), host).programs()?;
     for guest in Kernel::ALL {
