@@ -27,7 +27,7 @@ pub fn long_pause(fault: &'static str, least: Duration) -> anyhow::Result<Vec<Fi
         seen.report.reason
     );
     let continued = guest.page(0)?.error_to(&before);
-    guest.vm.is_well()?;
+    guest.is_well()?;
     guest.vm.power_off()?;
     let pause = receipts(&[seen])
         .first()
@@ -58,7 +58,7 @@ pub fn hold() -> anyhow::Result<Vec<Figure>> {
     let before = guest.page(0)?;
     let seen = guest.swap(Release::Faulty("load=slow:500"), &terms)?;
     let after = guest.page(0)?;
-    guest.vm.is_well()?;
+    guest.is_well()?;
     guest.vm.power_off()?;
     let report = &seen.report;
     if report.outcome == Outcome::Kept {

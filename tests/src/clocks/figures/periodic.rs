@@ -52,7 +52,7 @@ pub fn periodic(count: usize) -> anyhow::Result<Vec<Figure>> {
         );
         shifts.push((phase(&guest)? - before) / per_us);
     }
-    guest.vm.is_well()?;
+    guest.is_well()?;
     guest.vm.power_off()?;
     let (shift, noise) = (worst(shifts.into_iter()), worst(quiet.into_iter()));
     let bound = i64::try_from(PHASE.as_micros())? + noise.abs();

@@ -51,12 +51,8 @@ pub fn swaps(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result<Sw
         seen.push(swapped);
         progress(swap + 1);
     }
-    let end = guest.vm.pulse.wait_progress(&[0, 1], 20)?;
-    let mut faults = end.faults();
-    // Those have a figure of their own.
-    faults.retain(|fault| !fault.contains("timers early"));
-    ensure!(faults.is_empty(), "{faults:#?}");
-    guest.vm.pulse.ran_once()?;
+    guest.is_well()?;
+    let end = guest.vm.pulse.look()?;
     let mut figures = of_clock(&seen);
     figures.extend(of_guest(&end, &control, count));
     guest.vm.power_off()?;
