@@ -29,6 +29,7 @@
 //!   takes the guest; in every other case it exits.
 
 pub mod correct;
+mod hold;
 pub mod incoming;
 pub mod lend;
 pub mod measure;

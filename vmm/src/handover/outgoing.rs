@@ -16,10 +16,10 @@ use stillpoint_control::report::{
 };
 
 use super::correct;
+use super::hold;
 use super::lend::Lending;
 use super::{Body, Channel, ChannelError, Files, GiveUp, Offer, Phases, State, out_of_turn};
 use crate::boot::cpuid;
-use crate::clock;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
 use crate::machine::{FreezeError, Machine};
 use crate::vcpu::placement;
@@ -232,7 +232,9 @@ fn prepare(
         what: "preparing the successor",
         source,
     };
-    check_hold(guest, errand)?;
+    if errand.clock == Policy::Hold {
+        hold::check(&guest.machine).map_err(KeptReason::Hold)?;
+    }
     offer(guest, errand, channel, log)?;
     let deadline = began + errand.brownout;
     let adopted = loop {
@@ -247,9 +249,7 @@ fn prepare(
         }
     };
     if errand.clock == Policy::Hold && !adopted.hold {
-        return Err(KeptReason::Hold(
-            "the release to swap to does not know it, so the guest's clocks would jump",
-        ));
+        return Err(KeptReason::Hold(hold::NOT_KNOWN));
     }
     if !guest
         .machine
@@ -266,27 +266,6 @@ fn prepare(
     log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
     log.add("adopt", Side::Successor, false, began.elapsed());
     Ok(())
-}
-
-/// What can be known beforehand of whether a pause can be held. The rest the successor finds out.
-fn check_hold(guest: &Guest, errand: &Errand) -> Result<(), KeptReason> {
-    if errand.clock == Policy::Advance {
-        return Ok(());
-    }
-    let machine = &guest.machine;
-    if machine.spec().correction().is_none() {
-        return Err(KeptReason::Hold(
-            "nothing would correct the guest's wall clock after it (the machine has no vsock for \
-             its agent, and `clock.correction` does not say that the guest sees to it by ptp)",
-        ));
-    }
-    match machine.clock() {
-        Ok(now) if clock::is_master(now.flags) => Ok(()),
-        _ => Err(KeptReason::Hold(
-            "KVM's masterclock is off (the host's clocksource is not the TSC, or the guest's \
-             vCPUs have TSCs of their own)",
-        )),
-    }
 }
 
 fn offer(
