@@ -50,6 +50,13 @@ impl Watched {
         Ok(Self { vm })
     }
 
+    /// What VMM and guest said last.
+    pub fn last_words(&self) -> String {
+        let console = self.vm.console().unwrap_or_default();
+        let tail = |text: &str| text.lines().rev().take(5).collect::<Vec<_>>().join(" < ");
+        format!("VMM: {}; console: {}", tail(&self.vm.log()), tail(&console))
+    }
+
     fn pulse(&self) -> &Pulse {
         &self.vm.pulse
     }

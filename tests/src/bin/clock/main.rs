@@ -68,8 +68,8 @@ fn run(args: &Args) -> anyhow::Result<bool> {
         figures.extend(match ground::no_kvm() {
             Some(why) => vec![Figure::skipped("everything on /dev/kvm", "", &why)],
             None => {
-                let quick = args.quick || args.in_rig.is_some();
-                on_kvm::pulse(quick, args.part.as_deref())
+                let emulated = args.in_rig.is_some();
+                on_kvm::pulse(args.quick || emulated, emulated, args.part.as_deref())
             }
         });
     }
