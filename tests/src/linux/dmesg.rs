@@ -40,6 +40,9 @@ const NEVER: &[&str] = &[
 const USUAL: &[&str] = &[
     // The emulated host's processor is one whose microcode nobody updated.
     "Speculative Return Stack Overflow:",
+    // What newer kernels note at level *info* when the watchdog's question to another CPU took long,
+    // as it does where CPUs are emulated; a clocksource that is doubted is told of otherwise.
+    "clocksource: Watchdog remote CPU",
     // There is none, and the kernel looks for it all the same.
     "PCI: Fatal: No config space access function found",
     "PCI: System does not support PCI",

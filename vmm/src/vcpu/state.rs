@@ -65,10 +65,13 @@ pub fn save(
         .map_err(VcpuError::kvm("save system registers"))?;
     section.sregs = raw::bytes_of(&sregs).to_vec();
     section.xsave = save_xsave(fd)?;
-    // Refused by hosts without XSAVE, whose guests have no XCRs.
+    // Hosts without XSAVE have no XCRs: they refuse, or give none and then refuse to take none back
+    // (arch/x86/kvm/x86.c, `kvm_vcpu_ioctl_x86_set_xcrs`).
     section.xcrs = fd
         .get_xcrs()
-        .map(|x| raw::bytes_of(&x).to_vec())
+        .ok()
+        .filter(|xcrs| xcrs.nr_xcrs > 0)
+        .map(|xcrs| raw::bytes_of(&xcrs).to_vec())
         .unwrap_or_default();
     let debugregs = fd
         .get_debug_regs()

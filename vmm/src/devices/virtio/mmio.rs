@@ -403,8 +403,9 @@ impl VirtioMmio {
             let (found, own) = (from.queues.len(), self.sizes.len());
             return Err(wrong(format!("{found} queues where {own} belong")));
         }
-        if from.driver_features & !self.features != 0 {
-            let beyond = from.driver_features & !self.features;
+        // Before FEATURES_OK the register holds whatever a driver wrote; agreed is nothing yet.
+        let beyond = from.driver_features & !self.features;
+        if from.status & FEATURES_OK != 0 && beyond != 0 {
             return Err(wrong(format!(
                 "its driver uses features {beyond:#x}, which this release does not have"
             )));

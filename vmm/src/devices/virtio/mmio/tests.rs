@@ -332,6 +332,39 @@ fn every_field_changes_the_saved_form() {
     }
 }
 
+/// A hostile driver must not be able to pin its guest to one release: whatever it left in the
+/// registers, a successor of the same release takes it in.
+#[test]
+fn whatever_a_driver_writes_can_be_handed_over() {
+    const REGISTERS: [u64; 15] = [
+        0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4, 0x20,
+    ];
+    let mut random = fastrand::Rng::with_seed(0x5711);
+    for run in 0..2000 {
+        let driver = boot();
+        if random.bool() {
+            driver.start(0);
+        }
+        let mut written = Vec::new();
+        for _ in 0..random.usize(1..24) {
+            let register = REGISTERS[random.usize(..REGISTERS.len())];
+            let value = match random.u8(..4) {
+                0 => random.u32(..16),
+                1 => random.u32(..) & 0xf000,
+                2 => 1 << random.u32(..32),
+                _ => random.u32(..),
+            };
+            driver.write(register, value);
+            written.push(format!("{register:#x} <- {value:#x}"));
+        }
+        driver.stand_still(PATIENCE).expect("rest");
+        let section = saved_section(&driver.device);
+        if let Err(error) = restored(&section) {
+            panic!("run {run}: {error} after {written:?}");
+        }
+    }
+}
+
 #[test]
 fn state_that_can_not_be_is_refused_by_name() {
     let wrong: [fn(&mut Section); 6] = [
