@@ -42,8 +42,8 @@ rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--ker
 	target/release/rig shell --images bookworm --images backports $(RIG)
 
 .PHONY: rig-tests
-rig-tests: rig-static images ## guests on emulated hosts: pulse swapped, Debian booted (not reliable yet)
-	$(CARGO) test -p stillpoint-tests --test rig -- --ignored --test-threads=1
+rig-tests: rig-static images ## guests on emulated hosts: pulse swapped, Debian booted, their clocks (not reliable yet)
+	$(CARGO) test -p stillpoint-tests --test rig --test clock -- --ignored --test-threads=1
 
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between

@@ -289,6 +289,9 @@ pub struct Clocks {
     pub monotonic_raw: Reading,
     /// `CLOCK_BOOTTIME`.
     pub boottime: Reading,
+    /// The host's clock as ptp_kvm gives it; absent where there is no such clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ptp_kvm: Option<Reading>,
 }
 
 /// One reading of a clock.

@@ -14,7 +14,7 @@ use stillpoint_control::report::{ClockReceipt, SwapReport};
 use super::Seen;
 pub use controls::controls;
 pub use latecomers::latecomers;
-pub use linux::{Plan, linux};
+pub use linux::{Part, Plan, linux};
 pub use pauses::{hold, long_pause};
 pub use periodic::periodic;
 pub use swaps::{Swaps, swaps};

@@ -340,6 +340,7 @@ mod tests {
             monotonic: reading,
             monotonic_raw: reading,
             boottime: reading,
+            ptp_kvm: None,
         };
         let error = error_of(&clocks, &host, -700).expect("an error");
         assert!((38..=42).contains(&error), "{error}");

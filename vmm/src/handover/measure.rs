@@ -289,8 +289,8 @@ fn warnings(report: &SwapReport) -> Vec<String> {
             warnings.push("the masterclock was on before the swap and is off now".into());
         }
         warnings.extend(clock.fallback.clone());
-        if clock.pause - clock.held > WATCHDOGS && clock.told_of_pause.contains(&false) {
-            let pause = clock.pause - clock.held;
+        let pause = clock.pause.saturating_sub(clock.held);
+        if pause > WATCHDOGS && clock.told_of_pause.contains(&false) {
             warnings.push(format!(
                 "the guest has no kvmclock by which to tell its watchdogs of a pause of {pause:?}: \
                  they may complain of lockups that are none"

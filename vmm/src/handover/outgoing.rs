@@ -263,8 +263,8 @@ fn prepare(
         return Err(failed(ChannelError::Refused(text)));
     }
     log.format = adopted.format;
-    log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
     log.add("adopt", Side::Successor, false, began.elapsed());
+    log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
     Ok(())
 }
 

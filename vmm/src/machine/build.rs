@@ -92,6 +92,12 @@ pub enum BuildError {
          KVM is hardware"
     )]
     Hold,
+    /// Nor can a clock that was saved without the TSC it goes with.
+    #[error(
+        "clock policy hold: KVM's masterclock went off before the freeze, so how long the pause was \
+         is not known exactly; use the policy advance"
+    )]
+    HoldWithoutMasterclock,
     /// Something of the host's.
     #[error("cannot make the console: {0}")]
     Console(#[from] std::io::Error),
@@ -383,8 +389,7 @@ struct Parts {
 /// guest time goes on from now.
 fn pause_of(clock: &Clock, spec: &MachineSpec) -> Result<Pause, BuildError> {
     if clock.hold && !clock::is_master(clock.flags) {
-        // The TSC that goes with the reading is not known then.
-        return Err(BuildError::Hold);
+        return Err(BuildError::HoldWithoutMasterclock);
     }
     Ok(Pause {
         from_tsc: clock.host_tsc,

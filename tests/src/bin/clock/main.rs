@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
-use stillpoint_tests::clocks::figures::{Figure, Verdict};
-use stillpoint_tests::clocks::rigged::{Report, figures_on};
+use stillpoint_tests::clocks::figures::{Figure, Part, Verdict};
+use stillpoint_tests::clocks::rigged::{Portion, Report, figures_on};
 use stillpoint_tests::linux::images::Kernel;
 use stillpoint_tests::releases::root;
 use stillpoint_tests::{ground, rig};
@@ -33,7 +33,16 @@ struct Args {
     /// latecomers, a long pause, hold, negative controls.
     #[arg(long, value_name = "TEXT")]
     part: Option<String>,
-    /// This is the rig's emulated host; long pauses for guests of this kernel.
+    /// Only Linux guests with this kernel: bookworm, backports.
+    #[arg(long, value_name = "KERNEL")]
+    guest: Option<String>,
+    /// Only this of what Linux guests show.
+    #[arg(long, value_name = "PART")]
+    of_guest: Option<Part>,
+    /// Only hosts with this kernel are emulated.
+    #[arg(long, value_name = "KERNEL")]
+    host: Option<String>,
+    /// This is the rig's emulated host, with this kernel.
     #[arg(long, value_name = "KERNEL")]
     in_rig: Option<String>,
     /// Where the report goes [target/clock].
@@ -75,8 +84,8 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     }
     if wants(Only::Linux) {
         figures.extend(match (&args.in_rig, ground::no_fast_kvm()) {
-            (None, Some(why)) => rigged(args.quick, &why),
-            (in_rig, _) => on_kvm::linux(args.quick, in_rig.as_deref()),
+            (None, Some(why)) => rigged(args, &why),
+            _ => on_kvm::linux(args),
         });
     }
     write!(std::io::stdout(), "{}", table::of(&figures))?;
@@ -92,20 +101,44 @@ fn run(args: &Args) -> anyhow::Result<bool> {
     Ok(!report.figures.iter().any(broken))
 }
 
+impl Args {
+    fn wants_guest(&self, kernel: Kernel) -> bool {
+        let wanted = self.guest.as_deref();
+        wanted.is_none_or(|name| name == kernel.name())
+    }
+
+    fn wants_portion(&self, host: Kernel, portion: Portion) -> bool {
+        let host_is_wanted = self.host.as_deref().is_none_or(|name| name == host.name());
+        host_is_wanted
+            && match portion {
+                Portion::Pulse => self.guest.is_none() && self.of_guest.is_none(),
+                Portion::Linux(guest, part) => {
+                    self.wants_guest(guest) && self.of_guest.is_none_or(|wanted| wanted == part)
+                }
+            }
+    }
+}
+
 /// On emulated hosts, or a row that says why not. `why` is why it isn't done on this machine itself.
-fn rigged(quick: bool, why: &str) -> Vec<Figure> {
+fn rigged(args: &Args, why: &str) -> Vec<Figure> {
     if let Some(missing) = rig::missing() {
         let why = format!("{why}; and {missing}");
         let name = "everything that takes a Linux guest";
         return vec![Figure::skipped(name, "", &why)];
     }
-    let hosts = Kernel::ALL.into_iter();
-    let on = |host: Kernel| {
-        let name = format!("on a host with {}", host.name());
-        eprintln!("{name} ...");
-        or_broken(&name, figures_on(host, quick, None))
-    };
-    hosts.flat_map(on).collect()
+    let mut all = Vec::new();
+    for host in Kernel::ALL {
+        for portion in Portion::all(host) {
+            if args.wants_portion(host, portion) {
+                let name = format!("{portion:?} on a host with {}", host.name());
+                let began = Instant::now();
+                eprintln!("{name} ...");
+                all.extend(or_broken(&name, figures_on(host, portion, args.quick)));
+                eprintln!("{name}: {:.0?}", began.elapsed());
+            }
+        }
+    }
+    all
 }
 
 fn write_report(dir: &Path, report: &Report) -> anyhow::Result<()> {

@@ -5,16 +5,18 @@ use std::time::{Duration, Instant};
 use stillpoint_tests::clocks::figures::{self, Figure, Plan};
 use stillpoint_tests::linux::images::Kernel;
 
-use crate::or_broken;
+use crate::{Args, or_broken};
 
 /// Swaps whose every clock is judged.
 const SWAPS: usize = 1000;
-/// Swaps of a guest with a periodic timer.
-const PERIODIC: usize = 50;
+/// Swaps of a guest with a periodic timer; every tenth swallows ticks.
+const PERIODIC: usize = 1000;
 /// How late the latecomers come.
 const LATE: Duration = Duration::from_secs(20);
 /// Swaps of a Linux guest.
 const LINUX_SWAPS: usize = 20;
+/// In a quick run, or on an emulated host with another kernel than the guest's.
+const FEW: usize = 3;
 /// Its long pauses.
 const PAUSES: usize = 20;
 /// A pause of nearly the longest budget that there is, and a short one for a quick run.
@@ -40,7 +42,9 @@ pub(crate) fn pulse(quick: bool, emulated: bool, wanted: Option<&str>) -> Vec<Fi
         eprintln!("{name}: {:.0?}", began.elapsed());
     };
     take("swaps", &|| swaps(scale(SWAPS), emulated));
-    take("periodic timer", &|| figures::periodic(scale(PERIODIC)));
+    take("periodic timer", &|| {
+        figures::periodic(scale(PERIODIC), tell)
+    });
     take("latecomers", &|| figures::latecomers(late));
     take("a long pause", &|| figures::long_pause(fault, least));
     take("hold", &figures::hold);
@@ -48,37 +52,46 @@ pub(crate) fn pulse(quick: bool, emulated: bool, wanted: Option<&str>) -> Vec<Fi
     all
 }
 
+fn tell(swap: usize) {
+    if swap.is_multiple_of(100) {
+        eprintln!("  {swap} swaps");
+    }
+}
+
 fn swaps(count: usize, emulated: bool) -> anyhow::Result<Vec<Figure>> {
-    let progress = |swap: usize| {
-        if swap.is_multiple_of(100) {
-            eprintln!("  {swap} swaps");
-        }
-    };
-    let mut swaps = figures::swaps(count, progress)?;
+    let mut swaps = figures::swaps(count, tell)?;
     if !emulated {
         swaps.figures.extend(swaps.costs);
     }
     Ok(swaps.figures)
 }
 
-/// Of Linux guests with both kernels. In the rig, long pauses for one of them.
-pub(crate) fn linux(quick: bool, in_rig: Option<&str>) -> Vec<Figure> {
+/// Of Linux guests with both kernels, or those that are wanted.
+pub(crate) fn linux(args: &Args) -> Vec<Figure> {
+    let (quick, in_rig) = (args.quick, args.in_rig.as_deref());
     let fault = match (quick, in_rig) {
         (true, _) => SHORT.0,
         (false, Some(_)) => LONG_IN_RIG,
         (false, None) => LONG.0,
     };
     let mut all = Vec::new();
-    for kernel in Kernel::ALL {
-        let long = in_rig.is_none_or(|name| name == kernel.name());
+    for kernel in Kernel::ALL
+        .into_iter()
+        .filter(|&kernel| args.wants_guest(kernel))
+    {
+        let is_another = in_rig.is_some_and(|host| host != kernel.name());
         let plan = Plan {
-            swaps: if quick { 3 } else { LINUX_SWAPS },
-            pauses: match (long, quick) {
-                (false, _) => 1,
-                (true, true) => 2,
-                (true, false) => PAUSES,
+            part: args.of_guest,
+            swaps: if quick || is_another {
+                FEW
+            } else {
+                LINUX_SWAPS
             },
+            pauses: if quick { 2 } else { PAUSES },
             fault,
+            with_control: !quick,
+            // Of one of them, so that it is seen on and off.
+            steal: kernel == Kernel::Backports,
             may_set_clock: in_rig.is_some(),
         };
         let name = format!("a guest with {}", kernel.name());

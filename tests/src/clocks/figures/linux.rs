@@ -1,14 +1,20 @@
 //! Stock Linux guests: their wall clock, their watchdogs, and what they make of a pause that is held.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`readings`] | a guest's clocks on the line that its TSC draws |
+//! | [`vmclock`] | vmclock and ptp_kvm |
+//! | [`hosts_clock`] | a host whose clock is set and slewed meanwhile |
+//! | [`pauses`] | long pauses, and time stolen |
 
+mod hosts_clock;
+mod pauses;
 mod readings;
+mod vmclock;
 
-use std::path::Path;
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::{ClockReceipt, SwapReport};
 
@@ -23,35 +29,50 @@ use readings::Line;
 const WALL_NS: i64 = 5_000;
 /// How right it is after a correction by the agent, ns.
 const CORRECTED_NS: i64 = 1_000_000;
-/// So that the guest's watchdogs look at least once after a pause (Linux: every 4 s).
-const WATCHDOG_LOOK: Duration = Duration::from_secs(6);
-/// What a watchdog says that was not told.
-const COMPLAINTS: &[&str] = &[
-    "soft lockup",
-    "hard LOCKUP",
-    "rcu: INFO",
-    "self-detected stall",
-    "hung_task",
-    "blocked for more than",
-    "clocksource",
-    "TSC unstable",
-    "workqueue lockup",
-];
-/// What a stock guest of two vCPUs says on a host that is busy, pauses or not: one of them was not
-/// quick enough to be asked.
-const LOAD: &str = "read timed out";
-/// How often the host's clock is set, forth and back.
-const TOGGLE: Duration = Duration::from_millis(200);
+/// A release that takes its time to load.
+const SLOW: Slow = Slow {
+    name: "slow",
+    fault: "load=slow:1500",
+    least: Duration::from_millis(1500),
+};
+/// One that makes a long pause.
+const LONG: &str = "slower";
+/// And one that doesn't tell the guest of it.
+const DEAF: &str = "deaf";
+/// A pause that no watchdog could let pass.
+const LONGEST: &str = "loaded=slow:28000";
+
+/// A release that makes a pause.
+struct Slow {
+    name: &'static str,
+    fault: &'static str,
+    least: Duration,
+}
+
+/// What is to be measured of a guest, which a host of its own may do each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// Swaps, a host's clock that is set meanwhile, a pause that is held, vmclock, ptp_kvm.
+    Swaps,
+    /// Long pauses.
+    Pauses,
+}
 
 /// How much is to be done.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
+    /// What; all of it if `None`.
+    pub part: Option<Part>,
     /// Swaps whose wall clock is judged.
     pub swaps: usize,
     /// Long pauses.
     pub pauses: usize,
     /// What makes a pause long.
     pub fault: &'static str,
+    /// Also a pause of 28 s of which the guest is not told.
+    pub with_control: bool,
+    /// Pauses count as stolen from the guest.
+    pub steal: bool,
     /// The host's clock may be set: it is one that was made for this.
     pub may_set_clock: bool,
 }
@@ -67,22 +88,35 @@ struct Stage<'d> {
 pub fn linux(kernel: Kernel, plan: Plan) -> anyhow::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let daemon = Daemon::start(dir.path())?;
-    for (name, fault) in [("slow", "load=slow:1500"), ("slower", plan.fault)] {
+    let deaf = format!("{LONGEST},spoil=watchdogs");
+    for (name, fault) in [(SLOW.name, SLOW.fault), (LONG, plan.fault), (DEAF, &deaf)] {
         add_faulty(&daemon, name, fault)?;
     }
     let mut recipe = Recipe::new(kernel, Form::Vmlinux, 2);
     recipe.devices.push("--vmclock".into());
+    recipe.devices.extend(plan.steal.then(|| "--steal".into()));
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
     let stage = Stage {
         guest,
         daemon: &daemon,
         kernel: kernel.name(),
     };
-    let mut figures = stage.vmclock()?;
-    figures.extend(stage.swaps(plan.swaps)?);
-    figures.push(stage.host_clock(plan.may_set_clock)?);
-    figures.extend(stage.hold()?);
-    figures.extend(stage.long_pauses(plan.pauses)?);
+    let wants = |part| plan.part.is_none_or(|wanted| wanted == part);
+    let mut figures = vec![stage.boots()?];
+    if wants(Part::Swaps) {
+        figures.extend(stage.vmclock()?);
+        figures.extend(stage.swaps(plan.swaps)?);
+        figures.push(stage.host_clock(plan.may_set_clock)?);
+        figures.push(stage.stolen(plan.steal)?);
+        figures.extend(stage.hold()?);
+        figures.push(stage.ptp_kvm()?);
+    }
+    if wants(Part::Pauses) {
+        figures.extend(stage.long_pauses(plan)?);
+        if plan.with_control {
+            figures.push(stage.untold()?);
+        }
+    }
     Ok(figures)
 }
 
@@ -123,40 +157,6 @@ impl Stage<'_> {
         Ok(ours.context("no release of the tree")?.to_owned())
     }
 
-    /// Sequence and marker of the guest's vmclock; `None` where its kernel has no driver.
-    fn vmclock_page(&self) -> anyhow::Result<Option<(u32, u64)>> {
-        let script = "test -e /dev/vmclock0 && od -An -tu4 -j12 -N4 /dev/vmclock0 && \
-                      od -An -tu8 -j16 -N8 /dev/vmclock0 || true";
-        let said = self.guest.must_run("sh", &["-c", script])?;
-        let mut words = said.split_ascii_whitespace();
-        Ok(match (words.next(), words.next()) {
-            (Some(sequence), Some(marker)) => Some((sequence.parse()?, marker.parse()?)),
-            _ => None,
-        })
-    }
-
-    /// vmclock over a swap, and ptp_kvm.
-    fn vmclock(&self) -> anyhow::Result<Vec<Figure>> {
-        let before = self.vmclock_page()?;
-        self.swap(&self.current()?, Policy::Advance)?;
-        let after = self.vmclock_page()?;
-        let name = self.name("vmclock over a swap");
-        let bound = "sequence on by two, marker the same";
-        let vmclock = match (before, after) {
-            (Some(before), Some(after)) => {
-                let good = after == (before.0.wrapping_add(2), before.1);
-                Figure::new(&name, bound, format!("{before:?}, {after:?}"), good)
-            }
-            _ => Figure::skipped(&name, bound, "this kernel has no driver for it"),
-        };
-        let script = "cat /sys/class/ptp/*/clock_name";
-        let clocks = self.guest.must_run("sh", &["-c", script])?;
-        let found = clocks.trim().replace('\n', ", ");
-        let good = clocks.contains("KVM virtual PTP");
-        let ptp = Figure::new(&self.name("ptp_kvm"), "there", found, good);
-        Ok(vec![vmclock, ptp])
-    }
-
     /// The wall clock over swaps, by the guest alone and against the host.
     fn swaps(&self, count: usize) -> anyhow::Result<Vec<Figure>> {
         let to = self.current()?;
@@ -187,38 +187,11 @@ impl Stage<'_> {
         )])
     }
 
-    /// The host's clock set forth and back by 10 s, and slewed by 500 ppm, all through a pause.
-    fn host_clock(&self, may_set: bool) -> anyhow::Result<Figure> {
-        let name = self.name("host's clock set ±10 s and slewed in a pause");
-        let bound = format!("moves nothing beyond {} µs", WALL_NS / 1000);
-        if !may_set {
-            let why = "only on a host that was made for it: the rig";
-            return Ok(Figure::skipped(&name, &bound, why));
-        }
-        let line = Line::of(&self.guest)?;
-        let report = {
-            let _disturbed = Disturbed::begin()?;
-            self.swap("slow", Policy::Advance)?
-        };
-        let moved = line.moved(&self.guest)?;
-        let receipt = receipt_of(&report)?;
-        let kvmclock = receipt.kvmclock_error_ns.unwrap_or(0);
-        let good = moved.realtime.abs() <= WALL_NS
-            && moved.monotonic.abs() <= WALL_NS
-            && kvmclock.unsigned_abs() <= super::DISCONTINUITY_NS
-            && receipt.pause >= Duration::from_millis(1500);
-        let measured = format!(
-            "wall clock {} ns, monotonic {} ns, kvmclock {kvmclock} ns",
-            moved.realtime, moved.monotonic
-        );
-        Ok(Figure::new(&name, bound, measured, good))
-    }
-
     /// A pause that is held: left out of the clocks, and the wall clock corrected.
     fn hold(&self) -> anyhow::Result<Vec<Figure>> {
         let marker = self.vmclock_page()?.map(|page| page.1);
         let line = Line::of(&self.guest)?;
-        let report = self.swap("slow", Policy::Hold)?;
+        let report = self.swap(SLOW.name, Policy::Hold)?;
         let moved = line.moved(&self.guest)?;
         let receipt = receipt_of(&report)?;
         let held = receipt.held;
@@ -239,7 +212,7 @@ impl Stage<'_> {
                     moved.left_out, moved.monotonic
                 ),
                 moved.monotonic.abs() <= WALL_NS
-                    && held >= Duration::from_millis(1500)
+                    && held >= SLOW.least
                     && (moved.left_out.0..=moved.left_out.1).contains(&held)
                     && counted,
             ),
@@ -251,50 +224,6 @@ impl Stage<'_> {
             ),
         ])
     }
-
-    /// Long pauses, and not a word of a watchdog's.
-    fn long_pauses(&self, count: usize) -> anyhow::Result<Vec<Figure>> {
-        let clocksource =
-            || -> anyhow::Result<String> { Ok(self.guest.health()?.clocksource.current) };
-        let (before, mut longest) = (clocksource()?, Duration::ZERO);
-        let earlier = self.guest.dmesg()?.last().map_or(0, |line| line.seq);
-        let mut changes = Vec::new();
-        for _ in 0..count {
-            let report = self.swap("slower", Policy::Advance)?;
-            let receipt = receipt_of(&report)?;
-            longest = longest.max(receipt.pause);
-            changes.extend(change_of(&report)?);
-            std::thread::sleep(WATCHDOG_LOOK);
-        }
-        let complaints = self.complaints(earlier)?;
-        let after = clocksource()?;
-        let told = changes.len();
-        let change = worst(changes.into_iter());
-        let first = complaints.first().cloned().unwrap_or_default();
-        Ok(vec![
-            Figure::new(
-                &self.name(&format!("{count} pauses of up to {longest:.1?}")),
-                "no complaint, the same clocksource",
-                format!("{} complaints {first}; {before}, {after}", complaints.len()),
-                complaints.is_empty() && before == after,
-            ),
-            Figure::new(
-                &self.name("wall clock over each of them"),
-                format!("changes by at most {} µs", WALL_NS / 1000),
-                format!("{change} ns against the host ({told} told)"),
-                change.abs() <= WALL_NS && told * 2 >= count,
-            ),
-        ])
-    }
-
-    /// What the guest's kernel has logged about lost time since.
-    fn complaints(&self, since: u64) -> anyhow::Result<Vec<String>> {
-        let lines = self.guest.dmesg()?.into_iter();
-        let bad =
-            |text: &str| COMPLAINTS.iter().any(|word| text.contains(word)) && !text.contains(LOAD);
-        let new = lines.filter(|line| line.seq > since && bad(&line.text));
-        Ok(new.map(|line| line.text).collect())
-    }
 }
 
 /// How much further the guest's wall clock is from the host's than before, by its agent; `None` if
@@ -304,59 +233,4 @@ fn change_of(report: &SwapReport) -> anyhow::Result<Option<i64>> {
     let both = wall_clock.error_after_ns.zip(wall_clock.error_before_ns);
     let both = both.filter(|_| wall_clock.of == "agent");
     Ok(both.map(|(after, before)| after - before))
-}
-
-/// A host whose clock is set forth and back, and slewed, as long as this lives.
-struct Disturbed {
-    over: std::sync::Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Disturbed {
-    fn begin() -> anyhow::Result<Self> {
-        slew(500)?;
-        let over = std::sync::Arc::new(AtomicBool::new(false));
-        let seen = std::sync::Arc::clone(&over);
-        let thread = std::thread::spawn(move || {
-            for step in [10, -10].into_iter().cycle() {
-                let is_back = step > 0;
-                if is_back && seen.load(Ordering::Relaxed) {
-                    return;
-                }
-                set_by(step);
-                std::thread::sleep(TOGGLE);
-            }
-        });
-        Ok(Self {
-            over,
-            thread: Some(thread),
-        })
-    }
-}
-
-impl Drop for Disturbed {
-    fn drop(&mut self) {
-        self.over.store(true, Ordering::Relaxed);
-        let _ = self.thread.take().map(std::thread::JoinHandle::join);
-        let _ = slew(0);
-    }
-}
-
-/// Has the host's clock run fast by so many millionths.
-fn slew(ppm: i64) -> anyhow::Result<()> {
-    // adjtimex(2) counts in 2^-16 ppm.
-    let frequency = (ppm << 16).to_string();
-    let done = Command::new(Path::new("busybox"))
-        .args(["adjtimex", "-f", &frequency])
-        .output()
-        .context("busybox adjtimex")?;
-    ensure!(done.status.success(), "busybox adjtimex: {done:?}");
-    Ok(())
-}
-
-fn set_by(seconds: i64) {
-    let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Realtime);
-    let tv_sec = tv_sec + seconds;
-    // Refused only to those who are not root, who have no rig either.
-    let _ = clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec });
 }

@@ -16,10 +16,13 @@ const PHASE: Duration = Duration::from_micros(100);
 /// pulse's periodic timer.
 const PERIOD_US: u64 = 2000;
 /// Ticks looked at for a phase.
-const TICKS: usize = 150;
+const TICKS: usize = 40;
+/// What makes a pause longer than some periods.
+const OVERDUE: &str = "loaded=slow:9";
 
-/// The phase of a periodic timer over `count` swaps.
-pub fn periodic(count: usize) -> anyhow::Result<Vec<Figure>> {
+/// The phase of a periodic timer over `count` swaps, of which every tenth is so long that ticks fall
+/// into it.
+pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result<Vec<Figure>> {
     let mut guest = Watched::up(1, "timers=periodic ram=4M")?;
     let period = guest.page(0)?.cycles(PERIOD_US);
     // Phases lie around the middle of a period then, and never at its edge.
@@ -39,18 +42,26 @@ pub fn periodic(count: usize) -> anyhow::Result<Vec<Figure>> {
     let per_us = guest.page(0)?.cycles(1).cast_signed();
     let mut shifts = Vec::new();
     let mut quiet = Vec::new();
+    let mut before = phase(&guest)?;
     for swap in 0..count {
-        let control = phase(&guest)?;
-        let before = phase(&guest)?;
+        let control = before;
+        before = phase(&guest)?;
         quiet.push((before - control) / per_us);
-        let to = [Release::Compat, Release::Current][swap % 2];
+        let to = match swap % 10 {
+            9 => Release::Faulty(OVERDUE),
+            even if even % 2 == 0 => Release::Compat,
+            _ => Release::Current,
+        };
         let seen = guest.swap(to, &Terms::default())?;
         ensure!(
             seen.report.outcome == Outcome::Moved,
             "{:?}",
             seen.report.reason
         );
-        shifts.push((phase(&guest)? - before) / per_us);
+        let after = phase(&guest)?;
+        shifts.push((after - before) / per_us);
+        before = after;
+        progress(swap + 1);
     }
     guest.is_well()?;
     guest.vm.power_off()?;
