@@ -46,6 +46,12 @@ fn a_pause_of_seconds() -> anyhow::Result<()> {
 }
 
 #[test]
+fn tscs_that_differ_stay_so() -> anyhow::Result<()> {
+    needs_kvm!();
+    must_keep(&figures::apart()?)
+}
+
+#[test]
 fn hold_is_kept_or_refused_by_name() -> anyhow::Result<()> {
     needs_kvm!();
     must_keep(&figures::hold()?)

@@ -1,5 +1,6 @@
 //! Promises about clocks, measured: each with its bound beside it.
 
+mod apart;
 mod controls;
 mod latecomers;
 mod linux;
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::report::{ClockReceipt, SwapReport};
 
 use super::Seen;
+pub use apart::apart;
 pub use controls::controls;
 pub use latecomers::latecomers;
 pub use linux::{Part, Plan, linux};

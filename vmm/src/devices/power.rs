@@ -2,8 +2,9 @@
 //!
 //! The ports are those of [`stillpoint_guest_abi::power`]: one 32-bit register for guests without
 //! ACPI, and the registers that the ACPI tables name. Whoever presses the button sets a bit of the
-//! event register and raises the line (so does who has changed the [vmclock](super::vmclock)); the guest's interrupt routine reads the register, which
-//! clears it, and decides for itself what to do. A press that the guest has not read is saved.
+//! event register and raises the line (so does who has changed the [vmclock](super::vmclock)); the
+//! guest's interrupt routine reads the register, which clears it, and decides for itself what to do.
+//! A press that the guest has not read is saved.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError};

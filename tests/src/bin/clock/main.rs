@@ -30,7 +30,7 @@ struct Args {
     #[arg(long, value_name = "KIND")]
     only: Option<Only>,
     /// Only those of the bare-metal guest whose part has this in its name: swaps, periodic timer,
-    /// latecomers, a long pause, hold, negative controls.
+    /// latecomers, a long pause, differing TSCs, hold, negative controls.
     #[arg(long, value_name = "TEXT")]
     part: Option<String>,
     /// Only Linux guests with this kernel: bookworm, backports.

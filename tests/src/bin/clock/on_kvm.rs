@@ -47,6 +47,7 @@ pub(crate) fn pulse(quick: bool, emulated: bool, wanted: Option<&str>) -> Vec<Fi
     });
     take("latecomers", &|| figures::latecomers(late));
     take("a long pause", &|| figures::long_pause(fault, least));
+    take("differing TSCs", &figures::apart);
     take("hold", &figures::hold);
     take("negative controls", &figures::controls);
     all
