@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod frozen;
+pub mod vcpus;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

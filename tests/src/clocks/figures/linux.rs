@@ -15,6 +15,7 @@ mod vmclock;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use stillpoint_agent::protocol::{Correction, Manner};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::{ClockReceipt, SwapReport};
 
@@ -29,6 +30,9 @@ use readings::Line;
 const WALL_NS: i64 = 5_000;
 /// How right it is after a correction by the agent, ns.
 const CORRECTED_NS: i64 = 1_000_000;
+/// What a clock is slewed by to see that it can be, ns, and how long that takes at the most.
+const SLEWED_NS: i64 = 1_000_000;
+const SLEWING: Duration = Duration::from_secs(5);
 /// A release that takes its time to load.
 const SLOW: Slow = Slow {
     name: "slow",
@@ -110,6 +114,7 @@ pub fn linux(kernel: Kernel, plan: Plan) -> anyhow::Result<Vec<Figure>> {
         figures.push(stage.stolen(plan.steal)?);
         figures.extend(stage.hold()?);
         figures.push(stage.ptp_kvm()?);
+        figures.push(stage.slewed()?);
     }
     if wants(Part::Pauses) {
         figures.extend(stage.long_pauses(plan)?);
@@ -223,6 +228,26 @@ impl Stage<'_> {
                 change.abs() <= CORRECTED_NS && stepped,
             ),
         ])
+    }
+
+    /// The other way to correct a clock: it runs faster for a while.
+    fn slewed(&self) -> anyhow::Result<Figure> {
+        let line = Line::of(&self.guest)?;
+        let corrected = self.guest.agent()?.correct(Correction {
+            id: "slewed".into(),
+            by_ns: SLEWED_NS,
+            how: Manner::Slew,
+        })?;
+        // 500 ppm is a millisecond in two seconds; the kernel begins at its next second.
+        std::thread::sleep(SLEWING);
+        let moved = line.moved(&self.guest)?;
+        let off = moved.realtime - SLEWED_NS;
+        Ok(Figure::new(
+            &self.name("wall clock slewed by the agent"),
+            format!("by 1 ms, within {} µs", WALL_NS / 1000),
+            format!("{} ns, made before: {}", moved.realtime, corrected.again),
+            off.abs() <= WALL_NS && !corrected.again,
+        ))
     }
 }
 

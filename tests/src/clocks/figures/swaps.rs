@@ -9,14 +9,15 @@ use stillpoint_guest_abi::pulse::Report;
 use super::{DISCONTINUITY_NS, Figure, percentile, receipts, worst};
 use crate::clocks::{Seen, Watched};
 use crate::guest::Snapshot;
-use crate::patience::PATIENCE;
 use crate::releases::Release;
 use crate::swap::{CLOCK_BOUND_NS, Terms};
 
 /// CPU time of the loop that sets kvmclock, at the 99th percentile.
 const LOOP_CPU: Duration = Duration::from_micros(200);
-/// TSC-deadline timers looked at before the first swap.
+/// TSC-deadline timers looked at before the first swap, and how long they may take: some seconds, but
+/// on a machine that is busy with other things.
 const CONTROL: u64 = 2000;
+const CONTROL_PATIENCE: Duration = Duration::from_secs(180);
 /// Its tries.
 const TRIES: u32 = 200;
 
@@ -72,7 +73,9 @@ fn undisturbed(guest: &Watched) -> anyhow::Result<Snapshot> {
     guest
         .vm
         .pulse
-        .wait("timers before any swap", PATIENCE, |s| armed(s) >= CONTROL)
+        .wait("timers before any swap", CONTROL_PATIENCE, |s| {
+            armed(s) >= CONTROL
+        })
 }
 
 fn of_clock(seen: &[Seen]) -> Vec<Figure> {
