@@ -38,14 +38,14 @@ impl Stage<'_> {
     pub(super) fn long_pauses(&self, plan: Plan) -> anyhow::Result<Vec<Figure>> {
         let clocksource =
             || -> anyhow::Result<String> { Ok(self.guest.health()?.clocksource.current) };
-        let (before, mut longest) = (clocksource()?, Duration::ZERO);
+        let (before, mut pauses) = (clocksource()?, Vec::new());
         let earlier = self.guest.dmesg()?.last().map_or(0, |line| line.seq);
         let mut changes = Vec::new();
         let count = plan.pauses;
         for _ in 0..count {
             let report = self.swap(LONG, Policy::Advance)?;
             let receipt = receipt_of(&report)?;
-            longest = longest.max(receipt.pause);
+            pauses.push(receipt.pause);
             changes.extend(change_of(&report)?);
             std::thread::sleep(WATCHDOG_LOOK);
         }
@@ -54,12 +54,20 @@ impl Stage<'_> {
         let told = changes.len();
         let change = worst(changes.into_iter());
         let first = complaints.first().cloned().unwrap_or_default();
+        let shortest = pauses.iter().min().copied().unwrap_or_default();
+        let longest = pauses.iter().max().copied().unwrap_or_default();
         Ok(vec![
             Figure::new(
-                &self.name(&format!("{count} pauses of up to {longest:.1?}")),
+                &self.name(&format!(
+                    "{count} pauses of {shortest:.1?} to {longest:.1?}"
+                )),
                 "no complaint, the same clocksource",
-                format!("{} complaints {first}; {before}, {after}", complaints.len()),
-                complaints.is_empty() && before == after,
+                format!(
+                    "{} complaints {first}; {before}, {after}; {} called off for their budget",
+                    complaints.len(),
+                    self.called_off.get()
+                ),
+                complaints.is_empty() && before == after && shortest >= plan.least,
             ),
             Figure::new(
                 &self.name("wall clock over each of them"),
