@@ -5,11 +5,13 @@ use std::time::Duration;
 use anyhow::ensure;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::Outcome;
+use stillpoint_tests::cli::{must_refuse, vmm};
 use stillpoint_tests::clocks::figures::{self, Part, must_keep};
 use stillpoint_tests::clocks::rigged::{Portion, figures_on};
+use stillpoint_tests::ground::ignores_tsc_offsets;
 use stillpoint_tests::linux::images::Kernel;
 use stillpoint_tests::needs_kvm;
-use stillpoint_tests::releases::Release;
+use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::rig;
 use stillpoint_tests::swap::Terms;
 use stillpoint_tests::vm::{Recipe, Vm};
@@ -82,6 +84,26 @@ fn stock_guests_on_an_emulated_host() -> anyhow::Result<()> {
 #[ignore = "guests on the emulated host hang or crash it at times; `make rig-tests`"]
 fn pauses_of_a_stock_guest_on_an_emulated_host() -> anyhow::Result<()> {
     on_an_emulated_host(Portion::Linux(Kernel::Bookworm, Part::Pauses))
+}
+
+/// A machine whose every swap would be refused is not booted either.
+#[test]
+fn a_machine_that_can_not_be_held_is_refused() -> anyhow::Result<()> {
+    needs_kvm!();
+    if !ignores_tsc_offsets()? {
+        eprintln!("SKIPPED a_machine_that_can_not_be_held_is_refused: this KVM moves TSCs");
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let spec = serde_json::json!({
+        "name": "held",
+        "kernel": { "path": releases::pulse()? },
+        "clock": { "policy": "hold", "correction": "ptp" },
+    });
+    let mut command = vmm()?;
+    command.arg("run").args(["--spec", "-"]);
+    command.arg("--dir").arg(dir.path().join("vm"));
+    must_refuse(command, &spec.to_string())?.says(&["policy hold", "ignores TSC offsets"])
 }
 
 /// Whatever the host can do: late for ever is no wall clock.
