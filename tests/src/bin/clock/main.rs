@@ -34,17 +34,17 @@ struct Args {
     #[arg(long, value_name = "TEXT")]
     part: Option<String>,
     /// Only Linux guests with this kernel: bookworm, backports.
-    #[arg(long, value_name = "KERNEL")]
-    guest: Option<String>,
+    #[arg(long, value_name = "KERNEL", value_parser = kernel)]
+    guest: Option<Kernel>,
     /// Only this of what Linux guests show.
     #[arg(long, value_name = "PART")]
     of_guest: Option<Part>,
-    /// Only hosts with this kernel are emulated.
-    #[arg(long, value_name = "KERNEL")]
-    host: Option<String>,
+    /// Only what an emulated host with this kernel shows.
+    #[arg(long, value_name = "KERNEL", value_parser = kernel)]
+    host: Option<Kernel>,
     /// This is the rig's emulated host, with this kernel.
-    #[arg(long, value_name = "KERNEL")]
-    in_rig: Option<String>,
+    #[arg(long, value_name = "KERNEL", value_parser = kernel)]
+    in_rig: Option<Kernel>,
     /// Where the report goes [target/clock].
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,
@@ -56,6 +56,14 @@ enum Only {
     Pulse,
     /// Of Linux guests.
     Linux,
+}
+
+fn kernel(name: &str) -> Result<Kernel, String> {
+    let found = Kernel::ALL.into_iter().find(|kernel| kernel.name() == name);
+    found.ok_or_else(|| {
+        let names = Kernel::ALL.map(Kernel::name);
+        format!("`{name}` is none of {}", names.join(", "))
+    })
 }
 
 fn main() -> ExitCode {
@@ -71,9 +79,8 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<bool> {
     let began = Instant::now();
-    let wants = |kind| args.only.is_none_or(|only| only == kind);
     let mut figures = Vec::new();
-    if wants(Only::Pulse) {
+    if args.wants(Only::Pulse) && args.host.is_none() {
         figures.extend(match ground::no_kvm() {
             Some(why) => vec![Figure::skipped("everything on /dev/kvm", "", &why)],
             None => {
@@ -82,12 +89,12 @@ fn run(args: &Args) -> anyhow::Result<bool> {
             }
         });
     }
-    if wants(Only::Linux) {
-        figures.extend(match (&args.in_rig, ground::no_fast_kvm()) {
-            (None, Some(why)) => rigged(args, &why),
-            _ => on_kvm::linux(args),
-        });
-    }
+    let slow = ground::no_fast_kvm().filter(|_| args.in_rig.is_none());
+    figures.extend(match slow {
+        Some(why) => rigged(args, &why),
+        None if args.wants(Only::Linux) => on_kvm::linux(args),
+        None => Vec::new(),
+    });
     write!(std::io::stdout(), "{}", table::of(&figures))?;
     let report = Report {
         kernel: rustix::system::uname().release().to_string_lossy().into(),
@@ -102,16 +109,24 @@ fn run(args: &Args) -> anyhow::Result<bool> {
 }
 
 impl Args {
+    fn wants(&self, kind: Only) -> bool {
+        self.only.is_none_or(|only| only == kind)
+    }
+
     fn wants_guest(&self, kernel: Kernel) -> bool {
-        let wanted = self.guest.as_deref();
-        wanted.is_none_or(|name| name == kernel.name())
+        self.wants(Only::Linux) && self.guest.is_none_or(|wanted| wanted == kernel)
     }
 
     fn wants_portion(&self, host: Kernel, portion: Portion) -> bool {
-        let host_is_wanted = self.host.as_deref().is_none_or(|name| name == host.name());
-        host_is_wanted
+        let host_is_wanted = self.host.is_none_or(|wanted| wanted == host);
+        // Parts are of what runs on this machine.
+        let is_wanted = host_is_wanted && self.part.is_none();
+        is_wanted
             && match portion {
-                Portion::Pulse => self.guest.is_none() && self.of_guest.is_none(),
+                Portion::Pulse => {
+                    let another = self.guest.is_some() || self.of_guest.is_some();
+                    self.wants(Only::Pulse) && !another
+                }
                 Portion::Linux(guest, part) => {
                     self.wants_guest(guest) && self.of_guest.is_none_or(|wanted| wanted == part)
                 }

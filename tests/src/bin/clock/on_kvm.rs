@@ -69,7 +69,7 @@ fn swaps(count: usize, emulated: bool) -> anyhow::Result<Vec<Figure>> {
 
 /// Of Linux guests with both kernels, or those that are wanted.
 pub(crate) fn linux(args: &Args) -> Vec<Figure> {
-    let (quick, in_rig) = (args.quick, args.in_rig.as_deref());
+    let (quick, in_rig) = (args.quick, args.in_rig);
     let (fault, least) = match (quick, in_rig) {
         (true, _) => SHORT,
         (false, Some(_)) => LONG_IN_RIG,
@@ -80,7 +80,7 @@ pub(crate) fn linux(args: &Args) -> Vec<Figure> {
         .into_iter()
         .filter(|&kernel| args.wants_guest(kernel))
     {
-        let is_another = in_rig.is_some_and(|host| host != kernel.name());
+        let is_another = in_rig.is_some_and(|host| host != kernel);
         let plan = Plan {
             part: args.of_guest,
             swaps: if quick || is_another {
