@@ -41,10 +41,6 @@ rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--ker
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
 	target/release/rig shell --images bookworm --images backports $(RIG)
 
-.PHONY: rig-tests
-rig-tests: rig-static images ## guests on emulated hosts: pulse swapped, Debian booted, their clocks (not reliable yet)
-	$(CARGO) test -p stillpoint-tests --test rig --test clock -- --ignored --test-threads=1
-
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between
 	@mkdir -p $(RELEASES)/compat $(RELEASES)/faulty $(RELEASES)/current

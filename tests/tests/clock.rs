@@ -66,13 +66,11 @@ fn on_an_emulated_host(portion: Portion) -> anyhow::Result<()> {
 
 /// On a KVM that moves a guest's TSC where it is told to.
 #[test]
-#[ignore = "guests on the emulated host hang or crash it at times; `make rig-tests`"]
 fn pulse_on_an_emulated_host() -> anyhow::Result<()> {
     on_an_emulated_host(Portion::Pulse)
 }
 
 #[test]
-#[ignore = "guests on the emulated host hang or crash it at times; `make rig-tests`"]
 fn stock_guests_on_an_emulated_host() -> anyhow::Result<()> {
     for guest in Kernel::ALL {
         on_an_emulated_host(Portion::Linux(guest, Part::Swaps))?;
@@ -81,7 +79,6 @@ fn stock_guests_on_an_emulated_host() -> anyhow::Result<()> {
 }
 
 #[test]
-#[ignore = "guests on the emulated host hang or crash it at times; `make rig-tests`"]
 fn pauses_of_a_stock_guest_on_an_emulated_host() -> anyhow::Result<()> {
     on_an_emulated_host(Portion::Linux(Kernel::Bookworm, Part::Pauses))
 }
