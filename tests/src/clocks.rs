@@ -8,8 +8,8 @@ pub mod figures;
 pub mod page;
 pub mod rigged;
 
-use anyhow::{Context, ensure};
-use stillpoint_control::report::SwapReport;
+use anyhow::{Context, bail, ensure};
+use stillpoint_control::report::{Outcome, SwapReport};
 
 use crate::guest::Pulse;
 use crate::releases::Release;
@@ -22,6 +22,9 @@ const WALL_CLOCK: usize = 12;
 /// What pulse keeps on a vCPU's page before its pvclock structure: the TSC of its latest timer
 /// interrupt (`LOCAL_TIMER_TSC` in traps.s).
 const TIMER_TSC: u64 = 16;
+
+/// How often a swap may be called off before the freeze.
+const TRIES: usize = 3;
 
 /// A pulse guest whose clock is watched.
 #[derive(Debug)]
@@ -103,6 +106,21 @@ impl Watched {
         faults.retain(|fault| !fault.contains("deadline timers early"));
         ensure!(faults.is_empty(), "{faults:#?}");
         self.pulse().ran_once()
+    }
+
+    /// Swaps; the guest must move. A swap that was called off before the freeze is tried again: on a
+    /// busy machine it may take too long to make a successor.
+    pub fn must_move(&mut self, to: Release, terms: &Terms) -> anyhow::Result<Seen> {
+        for _ in 0..TRIES {
+            let seen = self.swap(to, terms)?;
+            let report = &seen.report;
+            if report.outcome == Outcome::Moved {
+                return Ok(seen);
+            }
+            ensure!(report.blackout.host.is_zero(), "{:?}", report.reason);
+            eprintln!("called off, unfrozen: {:?}", report.reason);
+        }
+        bail!("the guest was not moved to {to:?} in {TRIES} tries")
     }
 
     /// Swaps; whether it moved, and what the report says, is the caller's to judge.

@@ -2,9 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::ensure;
-use stillpoint_control::report::Outcome;
-
 use super::{Figure, percentile, worst};
 use crate::clocks::Watched;
 use crate::patience::{PATIENCE, wait_for};
@@ -62,12 +59,7 @@ pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result
             even if even % 2 == 0 => Release::Compat,
             _ => Release::Current,
         };
-        let seen = guest.swap(to, &Terms::default())?;
-        ensure!(
-            seen.report.outcome == Outcome::Moved,
-            "{:?}",
-            seen.report.reason
-        );
+        guest.must_move(to, &Terms::default())?;
         let after = phase(&guest)?;
         shifts.push((after - before) / per_us);
         before = after;
