@@ -31,7 +31,7 @@ fn a_periodic_timer_keeps_its_phase() -> anyhow::Result<()> {
 #[test]
 fn latecomers_step_no_clock() -> anyhow::Result<()> {
     needs_kvm!();
-    must_keep(&figures::latecomers(Duration::from_secs(5))?)
+    must_keep(&figures::latecomers(Duration::from_secs(3))?)
 }
 
 #[test]
@@ -70,14 +70,13 @@ fn pulse_on_an_emulated_host() -> anyhow::Result<()> {
     on_an_emulated_host(Portion::Pulse)
 }
 
+/// Of the kernel that has a driver for vmclock.
 #[test]
-fn stock_guests_on_an_emulated_host() -> anyhow::Result<()> {
-    for guest in Kernel::ALL {
-        on_an_emulated_host(Portion::Linux(guest, Part::Swaps))?;
-    }
-    Ok(())
+fn a_stock_guest_on_an_emulated_host() -> anyhow::Result<()> {
+    on_an_emulated_host(Portion::Linux(Kernel::Backports, Part::Swaps))
 }
 
+/// Of the other, which boots with a vmclock all the same.
 #[test]
 fn pauses_of_a_stock_guest_on_an_emulated_host() -> anyhow::Result<()> {
     on_an_emulated_host(Portion::Linux(Kernel::Bookworm, Part::Pauses))

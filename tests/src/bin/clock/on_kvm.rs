@@ -88,7 +88,7 @@ pub(crate) fn linux(args: &Args) -> Vec<Figure> {
             } else {
                 LINUX_SWAPS
             },
-            pauses: if quick { 2 } else { PAUSES },
+            pauses: if quick { 1 } else { PAUSES },
             fault,
             least,
             with_control: !quick,

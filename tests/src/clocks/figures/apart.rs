@@ -9,8 +9,9 @@ use crate::ground::ignores_tsc_offsets;
 use crate::releases::Release;
 use crate::swap::Terms;
 
-/// What a single setting of kvmclock may miss, ns; it takes microseconds where KVM is emulated.
-const ONCE_NS: u64 = 100_000;
+/// What a single setting of kvmclock may miss, ns: microseconds, but for an emulated KVM on a busy
+/// machine.
+const ONCE_NS: u64 = 1_000_000;
 
 /// A guest that has moved one vCPU's TSC by itself. KVM keeps the masterclock then, but has none for a
 /// machine that is made with offsets that differ (x86.c, `kvm_track_tsc_matching`, to 7.3). Each vCPU
