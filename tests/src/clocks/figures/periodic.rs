@@ -62,15 +62,16 @@ pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result
     }
     guest.is_well()?;
     guest.vm.power_off()?;
+    let bound = i64::try_from(PHASE.as_micros())? + worst(quiet.iter().copied()).abs();
+    let beyond = shifts.iter().filter(|shift| shift.abs() > bound).count();
     let sizes = shifts.iter().map(|shift: &i64| shift.abs()).collect();
     let median = percentile(sizes, 50);
     let (shift, noise) = (worst(shifts.into_iter()), worst(quiet.into_iter()));
-    let bound = i64::try_from(PHASE.as_micros())? + noise.abs();
     Ok(vec![Figure::new(
         &format!("periodic timer's phase, {count} swaps"),
-        format!("moves at most {PHASE:?} and what it does without a swap"),
-        format!("worst {shift} µs, median {median} µs; without a swap {noise} µs"),
-        shift.abs() <= bound,
+        format!("moves at most {PHASE:?} and what it does without a swap, but for one in twenty"),
+        format!("worst {shift} µs, median {median} µs, {beyond} beyond; without a swap {noise} µs"),
+        beyond <= count.div_ceil(20) && median <= bound,
     )])
 }
 
