@@ -35,6 +35,8 @@ const SUITES: &[Suite] = &[
         &["--workspace", "--exclude", "stillpoint", "--lib", "--bins"],
         2,
     ),
+    scenario("word", &["-p", "stillpoint-control", "--test", "word"], 2),
+    scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),
     scenario("swap", &["-p", "stillpoint-tests", "--test", "swap"], 1),
     scenario("modes", &["-p", "stillpoint-tests", "--test", "modes"], 1),
