@@ -61,6 +61,10 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
 
+.PHONY: golden
+golden: releases ## write the golden states that are missing (beside a wire of its own; needs root)
+	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin golden
+
 .PHONY: demo
 demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
 	target/release/demo

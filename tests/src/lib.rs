@@ -8,6 +8,7 @@
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
 //! | [`devices`] | its virtio devices, and what its disks must hold |
+//! | [`furnished`] | a guest with all kinds of devices, all of them at work |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
@@ -21,6 +22,7 @@ pub mod cli;
 pub mod console;
 pub mod daemon;
 pub mod devices;
+pub mod furnished;
 pub mod ground;
 pub mod guest;
 pub mod linux;

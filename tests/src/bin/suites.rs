@@ -35,6 +35,18 @@ const SUITES: &[Suite] = &[
         &["--workspace", "--exclude", "stillpoint", "--lib", "--bins"],
         2,
     ),
+    scenario(
+        "golden",
+        &[
+            "-p",
+            "stillpoint-state",
+            "--test",
+            "golden",
+            "--test",
+            "bounds",
+        ],
+        2,
+    ),
     scenario("word", &["-p", "stillpoint-control", "--test", "word"], 2),
     scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),
