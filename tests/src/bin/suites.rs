@@ -47,6 +47,11 @@ const SUITES: &[Suite] = &[
         ],
         2,
     ),
+    scenario(
+        "fuzz",
+        &["--release", "-p", "stillpoint-fuzz", "--test", "bounded"],
+        1,
+    ),
     scenario("word", &["-p", "stillpoint-control", "--test", "word"], 2),
     scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),

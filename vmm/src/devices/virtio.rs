@@ -21,6 +21,8 @@
 
 pub mod backend;
 pub mod blk;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 pub mod mmio;
 pub mod net;
 pub mod poller;

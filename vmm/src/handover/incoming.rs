@@ -232,6 +232,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let _ = channel.send(Body::Loaded(Loaded { took_ns }), &[]);
     let kicked_tsc = await_word(channel, &prepared.predecessor, &prepared.ownership, epoch)?;
     timing.mark("await");
+    faults::reach(faults::Point::Taken).map_err(AdoptError::Injected)?;
     // The guest is ours. No error from here on may be answered by anything but carrying on or
     // ending: nobody else may run it again.
     let taken_tsc = clock::host_tsc();
@@ -239,6 +240,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // By the vCPUs' own stamps: this thread leaves the cores to them first.
     let entering = clock::duration(entered_tsc.saturating_sub(taken_tsc), machine.tsc_khz());
     timing.marks.push(("enter", entering));
+    faults::reach(faults::Point::Entered).map_err(AdoptError::Injected)?;
     let _ = channel.send(Body::Running(Running {}), &[]);
     let evidence = Evidence {
         kicked_tsc,
