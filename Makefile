@@ -61,6 +61,13 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
 
+.PHONY: faults faults-random
+faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
+	target/release/faults $(if $(ONLY),--only "$(ONLY)")
+
+faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n)
+	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED))
+
 .PHONY: fuzz
 fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a nightly; SECONDS_EACH=n)
 	$(CARGO) run --release --quiet --locked -p stillpoint-fuzz --bin fuzz -- --write-corpus target/fuzz-corpus

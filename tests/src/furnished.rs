@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::spec::{DiskSpec, NetSpec, VsockSpec};
@@ -25,7 +26,7 @@ const SOCKETS: usize = 2;
 /// The vCPU that sends frames where there is a wire, and draws entropy where there is none.
 const THIRD: usize = 3;
 /// Port of the host to which the guest connects.
-const HOST_PORT: u32 = 5000;
+pub const HOST_PORT: u32 = 5000;
 /// What is on its way over a swap.
 const UNDER_WAY: usize = 1000;
 
@@ -72,8 +73,8 @@ impl Furnished {
             release,
             ..recipe
         })?;
-        echo(&vm)?;
-        let call = call(&vm)?;
+        echo(&vm.dir())?;
+        let call = call(&vm.dir())?;
         let guest = Self {
             vm,
             image,
@@ -153,8 +154,8 @@ impl Furnished {
 }
 
 /// A host program that sends back what comes, on every connection.
-fn echo(vm: &Vm) -> anyhow::Result<()> {
-    let listener = UnixListener::bind(vm.dir().join(format!("vsock.sock_{HOST_PORT}")))?;
+pub fn echo(dir: &Path) -> anyhow::Result<()> {
+    let listener = UnixListener::bind(dir.join(format!("vsock.sock_{HOST_PORT}")))?;
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
             std::thread::spawn(move || std::io::copy(&mut &connection, &mut &connection));
@@ -164,8 +165,8 @@ fn echo(vm: &Vm) -> anyhow::Result<()> {
 }
 
 /// A connection to the guest's own echo.
-fn call(vm: &Vm) -> anyhow::Result<BufReader<UnixStream>> {
-    let mut stream = UnixStream::connect(vm.dir().join("vsock.sock"))?;
+pub fn call(dir: &Path) -> anyhow::Result<BufReader<UnixStream>> {
+    let mut stream = UnixStream::connect(dir.join("vsock.sock"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     writeln!(stream, "CONNECT {VSOCK_ECHO_PORT}")?;

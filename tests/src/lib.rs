@@ -9,6 +9,7 @@
 //! | [`guest`] | what pulse writes down, read from the RAM file |
 //! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`furnished`] | a guest with all kinds of devices, all of them at work |
+//! | [`matrix`] | the crash matrix: a fault in every phase, on every side |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`patience`] | waiting for something, with an end to it |
@@ -26,6 +27,7 @@ pub mod furnished;
 pub mod ground;
 pub mod guest;
 pub mod linux;
+pub mod matrix;
 pub mod patience;
 pub mod releases;
 pub mod rig;

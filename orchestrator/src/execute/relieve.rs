@@ -26,17 +26,32 @@ pub(super) fn patience(vm: &VmRecord, swap: &SwapRecord) -> Duration {
     budget.unwrap_or(vm.spec.blackout_budget).min(MAX_BUDGET) + MARGIN
 }
 
-/// Returns when the word has spoken of a sealed guest of a later attempt for that long.
-pub(super) async fn hangs(before: Epoch, ownership: &Ownership, patience: Duration) {
-    let mut since = None;
+/// In what a predecessor that gives no answer hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hangs {
+    /// With its guest sealed.
+    Sealed,
+    /// In its retirement: the successor has the guest.
+    Retiring,
+}
+
+/// Returns when the word has spoken of a sealed guest of a later attempt for that long, or of one
+/// that was taken for longer than a predecessor needs to say so.
+pub(super) async fn hangs(before: Epoch, ownership: &Ownership, patience: Duration) -> Hangs {
+    let (mut sealed, mut taken) = (None, None);
     loop {
         match ownership.read() {
             Ok(Owner::Sealed(epoch) | Owner::GivenUp(epoch)) if epoch > before => {
-                if since.get_or_insert_with(Instant::now).elapsed() >= patience {
-                    return;
+                if sealed.get_or_insert_with(Instant::now).elapsed() >= patience {
+                    return Hangs::Sealed;
                 }
             }
-            _ => since = None,
+            Ok(Owner::Taken(epoch)) if epoch > before => {
+                if taken.get_or_insert_with(Instant::now).elapsed() >= MARGIN {
+                    return Hangs::Retiring;
+                }
+            }
+            _ => sealed = None,
         }
         tokio::time::sleep(PAUSE).await;
     }

@@ -225,8 +225,12 @@ async fn answer(
     loop {
         tokio::select! {
             answer = &mut answer => return answer,
-            () = relieve::hangs(before, &held.ownership, patience) => {
-                relieve::relieve(before, &held.ownership, &held.process, successor).await;
+            hangs = relieve::hangs(before, &held.ownership, patience) => match hangs {
+                relieve::Hangs::Sealed => {
+                    relieve::relieve(before, &held.ownership, &held.process, successor).await;
+                }
+                // The word says what the predecessor would have said.
+                relieve::Hangs::Retiring => return Ok(Handover::Moved),
             }
         }
     }
