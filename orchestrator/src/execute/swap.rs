@@ -179,6 +179,7 @@ async fn hand_over(
         progress,
     };
     match answer(asked, vm, &swap, &held, &successor).await {
+        Ok(Handover::Moved) if !taken(&held, &swap) => settle(host, vm, swap, Some(held)).await,
         Ok(Handover::Moved) => {
             let retiring = Some((held.process, held.ownership));
             moved(host, vm, swap, retiring, successor, Some(start)).await
@@ -205,6 +206,13 @@ async fn hand_over(
             settle(host, vm, swap, Some(held)).await
         }
     }
+}
+
+/// Whether the word says so too: a predecessor that was relieved of its guest knows only that it has
+/// it no more.
+fn taken(held: &Held, swap: &SwapRecord) -> bool {
+    let before = Epoch(swap.epoch_before.unwrap_or(u64::MAX));
+    matches!(held.ownership.read(), Ok(Owner::Taken(epoch)) if epoch > before)
 }
 
 /// The predecessor's answer. One that hangs gives none: it is relieved of the guest, and its

@@ -28,6 +28,10 @@ const DISK: usize = 1;
 const SOCKETS: usize = 2;
 const VCPUS: usize = 3;
 const UNDER_WAY: usize = 1000;
+/// A budget that no busy machine breaks.
+pub(super) const AMPLE: &str = "20s";
+/// One that who hangs breaks soon.
+pub(super) const SHORT: &str = "1s";
 
 /// The host.
 #[derive(Debug)]
@@ -99,7 +103,8 @@ impl Host {
             self.boot(release)?;
         }
         if self.runs != release {
-            let swap = self.daemon.must(&["swap", "vmm", GUEST, "--to", release])?;
+            let args = ["swap", "vmm", GUEST, "--to", release, "--budget", AMPLE];
+            let swap = self.daemon.must(&args)?;
             ensure!(swap["state"] == "moved", "to {release}: {swap:#}");
             self.runs = release.into();
         }
@@ -163,9 +168,11 @@ impl Host {
         Ok(&self.guest()?.word)
     }
 
-    /// Begins a swap.
-    pub(super) fn swap(&self, to: &str) -> anyhow::Result<Child> {
-        let args = ["swap", "vmm", GUEST, "--to", to, "--json"];
+    /// Begins a swap with this budget.
+    pub(super) fn swap(&self, to: &str, budget: &str) -> anyhow::Result<Child> {
+        let args = [
+            "swap", "vmm", GUEST, "--to", to, "--budget", budget, "--json",
+        ];
         let mut command = self.daemon.command(&args);
         Ok(command
             .stdout(Stdio::null())

@@ -8,6 +8,7 @@ use rustix::process::Signal;
 use stillpoint_control::ownership::Owner;
 
 use super::acts::{signal, state};
+use super::host::AMPLE;
 use super::rounds::{self, over};
 use super::{Cell, Host, Whom, expected};
 use crate::patience::{PATIENCE, wait_for};
@@ -77,7 +78,7 @@ fn kill_after(host: &mut Host, whom: Whom, after: Duration) -> anyhow::Result<St
     let predecessor = host.ready("good")?;
     let before = host.record()?["id"].clone();
     let epoch = host.word()?.read()?.epoch();
-    let mut asked = host.swap("good")?;
+    let mut asked = host.swap("good", AMPLE)?;
     let mut successor = None;
     let begun = wait_for("the successor", PATIENCE, || {
         let record = host.record()?;

@@ -7,7 +7,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::process::{Resource, Signal};
 
 use super::acts::{self, Full, HANG, SLOW, signal, state};
-use super::host::{GUEST, fails_at, stops_at};
+use super::host::{AMPLE, GUEST, SHORT, fails_at, stops_at};
 use super::{Act, Cell, Host, Whom, expected};
 use crate::patience::{PATIENCE, wait_for};
 
@@ -65,7 +65,8 @@ pub fn run(host: &mut Host, cell: &Cell) -> anyhow::Result<Verdict> {
     };
     let predecessor = host.ready(&from)?;
     let before = host.record()?["id"].clone();
-    let mut asked = host.swap(&to)?;
+    let budget = if cell.act == Act::Hang { SHORT } else { AMPLE };
+    let mut asked = host.swap(&to, budget)?;
     let outcome = bring_about(host, cell, predecessor, &before);
     // Whoever asked hears the end from a daemon that lives, and none from one that died.
     end(&mut asked);
