@@ -68,6 +68,7 @@ const SUITES: &[Suite] = &[
         1,
     ),
     scenario("faults", &["-p", "stillpoint-tests", "--test", "faults"], 2),
+    scenario("matrix", &["-p", "stillpoint-tests", "--test", "matrix"], 1),
     scenario(
         "bad-input",
         &["-p", "stillpoint-tests", "--test", "bad_input"],
