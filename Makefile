@@ -32,10 +32,10 @@ rig-static: ## build what the rig runs inside, linked statically
 	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
 	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
 	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
-	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario demo)
+	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario demo clock)
 	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS) -p stillpoint-tests --test linux --message-format=json \
 		| grep '"name":"linux"' | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} cp -f {} target/static/linux
-	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario demo) target/static/
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario demo clock) target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
@@ -74,6 +74,10 @@ fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a n
 .PHONY: golden
 golden: releases ## write the golden states that are missing (beside a wire of its own; needs root)
 	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin golden
+
+.PHONY: clock
+clock: releases rig-static images ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
+	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin clock -- $(CLOCK)
 
 .PHONY: demo
 demo: releases programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware

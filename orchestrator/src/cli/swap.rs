@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use hyper::Method;
 use indicatif::ProgressBar;
+use stillpoint_control::clock::Policy;
 
 use super::{Desk, format, http, progress, report, say, say_json};
 use crate::api::NewSwap;
@@ -33,11 +34,20 @@ enum Component {
         /// The longest blackout allowed, such as 500ms [the guest's own].
         #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
         budget: Option<Duration>,
+        /// What the guest's clocks make of the pause: advance (they include it) or hold (they leave
+        /// it out, and its wall clock is corrected afterwards) [the guest's own].
+        #[arg(long, value_name = "POLICY")]
+        clock: Option<Policy>,
     },
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let Component::Vmm { name, to, budget } = args.component;
+    let Component::Vmm {
+        name,
+        to,
+        budget,
+        clock,
+    } = args.component;
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
     let events = desk.api.events().await?;
@@ -45,6 +55,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         component: VMM.into(),
         to: to.clone(),
         budget_ns: budget.map(|budget| u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX)),
+        clock,
     };
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;

@@ -34,6 +34,7 @@ fn swap(state: SwapState) -> SwapRecord {
         step: String::new(),
         reason: None,
         budget_ns: None,
+        clock: None,
         successor: Some(ProcessId {
             pid: 2,
             start_ticks: 3,

@@ -44,6 +44,7 @@ fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
         step: "start".into(),
         reason: None,
         budget_ns: Some(5),
+        clock: Some(stillpoint_control::clock::Policy::Hold),
         successor: None,
         epoch_before: Some(0),
         asked_at_unix_ns: 7,

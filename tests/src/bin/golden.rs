@@ -87,6 +87,7 @@ fn state_of(vm: &Vm, format: u32) -> anyhow::Result<Vec<u8>> {
         to: ReleaseName::default(),
         budget_ns: Some(u64::try_from(Duration::from_secs(20).as_nanos())?),
         brownout: PATIENCE,
+        clock: None,
     };
     let client = vm.client()?;
     std::thread::scope(|scope| {
@@ -108,7 +109,14 @@ fn save(socket: OwnedFd, state: &OwnedFd, format: u32) -> anyhow::Result<Vec<u8>
             Body::Offer(offer) => {
                 let there = offer.formats.contains(&format);
                 ensure!(there, "format {format} is not among {:?}", offer.formats);
-                channel.send(Body::Adopted(Adopted { format, populated }), &[])?;
+                channel.send(
+                    Body::Adopted(Adopted {
+                        format,
+                        populated,
+                        hold: false,
+                    }),
+                    &[],
+                )?;
             }
             Body::Files(_) => {}
             Body::State(saved) => {

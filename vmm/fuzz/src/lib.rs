@@ -180,6 +180,7 @@ fn handover_packets() -> Vec<Vec<u8>> {
         Body::Adopted(Adopted {
             format: 3,
             populated: 1 << 20,
+            hold: true,
         }),
         Body::Files(Files {
             names: vec!["disk0/image".into(), "vsock/conn7".into()],
