@@ -57,6 +57,24 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
 
+.PHONY: faults faults-random
+faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
+	target/release/faults $(if $(ONLY),--only "$(ONLY)")
+
+faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n)
+	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED))
+
+.PHONY: fuzz
+fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a nightly; SECONDS_EACH=n)
+	$(CARGO) run --release --quiet --locked -p stillpoint-fuzz --bin fuzz -- --write-corpus target/fuzz-corpus
+	for target in saved_state handover control machine_spec agent rings packets; do \
+		$(CARGO) +nightly fuzz run --fuzz-dir vmm/fuzz/libfuzzer --target-dir target/fuzz $$target target/fuzz-corpus/$$target \
+			-- -max_total_time=$(or $(SECONDS_EACH),600) -max_len=65536 -print_final_stats=1 || exit 1; done
+
+.PHONY: golden
+golden: releases ## write the golden states that are missing (beside a wire of its own; needs root)
+	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin golden
+
 .PHONY: clock
 clock: releases rig-static images ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
 	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin clock -- $(CLOCK)

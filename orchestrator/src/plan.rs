@@ -169,6 +169,27 @@ pub fn settle(
             Verdict::Wait
         }
         Owner::Sealed(_) | Owner::GivenUp(_) => Verdict::Crashed,
+        // The predecessor never runs it again; the successor takes it when that one is dead.
+        Owner::Revoked(_) if successor_alive => Verdict::Wait,
+        Owner::Revoked(_) => Verdict::Crashed,
+    }
+}
+
+/// The attempt in which the guest is to be revoked from a predecessor that holds it, sealed, for
+/// longer than any budget: it hangs, for a deadline of its own would have ended that. Only where
+/// the successor lives to take it; a predecessor whose successor is dead had better wake up.
+pub fn revoke(
+    before: Epoch,
+    word: Owner,
+    predecessor_alive: bool,
+    successor_alive: bool,
+) -> Option<Epoch> {
+    match word {
+        // Revoked too: a daemon that died between this and the kill.
+        Owner::Sealed(epoch) | Owner::GivenUp(epoch) | Owner::Revoked(epoch) => {
+            (epoch > before && predecessor_alive && successor_alive).then_some(epoch)
+        }
+        Owner::Held(_) | Owner::Taken(_) => None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Carries out one step: start, stop, swap, settle. Records before it acts, and what came of it
 //! afterwards.
 
+mod relieve;
 mod settle;
 mod start;
 mod stop;

@@ -35,6 +35,25 @@ const SUITES: &[Suite] = &[
         &["--workspace", "--exclude", "stillpoint", "--lib", "--bins"],
         2,
     ),
+    scenario(
+        "golden",
+        &[
+            "-p",
+            "stillpoint-state",
+            "--test",
+            "golden",
+            "--test",
+            "bounds",
+        ],
+        2,
+    ),
+    scenario(
+        "fuzz",
+        &["--release", "-p", "stillpoint-fuzz", "--test", "bounded"],
+        1,
+    ),
+    scenario("word", &["-p", "stillpoint-control", "--test", "word"], 2),
+    scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),
     scenario("swap", &["-p", "stillpoint-tests", "--test", "swap"], 1),
     scenario("modes", &["-p", "stillpoint-tests", "--test", "modes"], 1),
@@ -49,6 +68,7 @@ const SUITES: &[Suite] = &[
         1,
     ),
     scenario("faults", &["-p", "stillpoint-tests", "--test", "faults"], 2),
+    scenario("matrix", &["-p", "stillpoint-tests", "--test", "matrix"], 1),
     scenario(
         "bad-input",
         &["-p", "stillpoint-tests", "--test", "bad_input"],
