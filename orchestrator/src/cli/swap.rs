@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 
 use super::{Desk, format, http, progress, report, say, say_json};
 use crate::api::NewSwap;
-use crate::model::{Code, Event, Problem, SwapId, SwapRecord, SwapState, VMM};
+use crate::model::{Code, Event, PauseState, Problem, SwapId, SwapRecord, SwapState, VMM};
 
 /// How long to wait for an event before looking at the record itself.
 const LOOK: Duration = Duration::from_secs(1);
@@ -33,18 +33,33 @@ enum Component {
         /// The longest blackout allowed, such as 500ms [the guest's own].
         #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
         budget: Option<Duration>,
+        /// How long before the pause the guest hears of it, such as 15min; it may approve sooner [the
+        /// guest's own, if it listens].
+        #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+        notice: Option<Duration>,
+        /// Pause the guest without notice, for this reason, which is recorded.
+        #[arg(long, value_name = "REASON", conflicts_with = "notice")]
+        no_notice: Option<String>,
     },
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let Component::Vmm { name, to, budget } = args.component;
+    let Component::Vmm {
+        name,
+        to,
+        budget,
+        notice,
+        no_notice,
+    } = args.component;
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
     let events = desk.api.events().await?;
     let new = NewSwap {
         component: VMM.into(),
         to: to.clone(),
-        budget_ns: budget.map(|budget| u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX)),
+        budget_ns: budget.map(format::whole_ns),
+        notice_ns: notice.map(format::whole_ns),
+        no_notice,
     };
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;
@@ -103,6 +118,20 @@ fn tell(event: &Event, id: &SwapId, bar: &ProgressBar) -> bool {
                 "  {:<12} {}",
                 phase.name,
                 format::time(phase.duration)
+            ));
+            false
+        }
+        Event::Notice {
+            swap,
+            notice,
+            state: PauseState::Scheduled,
+            not_before_unix_s,
+            approved: false,
+            ..
+        } if swap == id => {
+            bar.println(format!(
+                "  announced as event {notice}: starts {} unless it is approved or cancelled",
+                format::until(*not_before_unix_s)
             ));
             false
         }

@@ -96,6 +96,12 @@ pub struct SwapRecord {
     pub reason: Option<String>,
     /// The longest blackout allowed, ns; the VM's own budget when absent.
     pub budget_ns: Option<u64>,
+    /// How long before the pause the guest hears of it, ns; the VM's own notice when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice_ns: Option<u64>,
+    /// Why the guest gets no notice, if an operator chose so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_notice: Option<String>,
     /// The successor's process, once there is one.
     pub successor: Option<ProcessId>,
     /// Epoch of the ownership word before the handover was asked for.

@@ -11,7 +11,10 @@ const APPLICATION_ID: i64 = 0x5354_5054;
 /// A daemon that is just ending gets this long to let go.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-const STEPS: &[M<'static>] = &[M::up(include_str!("schema-1.sql"))];
+const STEPS: &[M<'static>] = &[
+    M::up(include_str!("schema-1.sql")),
+    M::up(include_str!("schema-3.sql")),
+];
 const MIGRATIONS: Migrations<'static> = Migrations::from_slice(STEPS);
 
 /// Why a store was not opened. The file is as it was.
