@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_time("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(parse_time("250us"), Ok(Duration::from_micros(250)));
-        for bad in ["", "5", "-1s", "1h", "s", "1e400s"] {
+        for bad in ["", "5", "-1s", "1d", "s", "1e400s"] {
             parse_time(bad).expect_err(bad);
         }
     }

@@ -21,7 +21,7 @@ use crate::model::{EventId, Group, Measured, PauseId, SwapRecord, VmName, VmReco
 use crate::store::StoreError;
 
 /// The notice of a VM whose owner said nothing.
-pub const DEFAULT_NOTICE: Duration = Duration::from_secs(15 * 60);
+const DEFAULT_NOTICE: Duration = Duration::from_secs(15 * 60);
 /// How long an event stays after its pause, where somebody listens: those who look once a second
 /// see it once more.
 const LINGER: Duration = Duration::from_secs(2);

@@ -3,13 +3,20 @@
 //!
 //! A VM whose way can't be set up runs all the same, and the log says why.
 
+mod room;
+mod tap;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
 
+use self::room::{Room, WireError};
+use self::tap::Wire;
 use super::instance::Facts;
 use super::notices::Notices;
 use super::serve::Service;
@@ -26,7 +33,14 @@ pub struct Ways(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     notices: Notices,
-    open: Mutex<HashMap<VmName, Way>>,
+    places: Mutex<Places>,
+}
+
+#[derive(Debug, Default)]
+struct Places {
+    open: HashMap<VmName, Way>,
+    /// Made for the first VM that has a tap.
+    room: Option<Room>,
 }
 
 /// The open ways of one VM. They are closed when it is dropped.
@@ -34,6 +48,7 @@ struct Shared {
 struct Way {
     listening: Vec<AbortHandle>,
     socket: Option<PathBuf>,
+    wires: Option<(Room, Vec<Wire>)>,
 }
 
 impl Drop for Way {
@@ -45,6 +60,9 @@ impl Drop for Way {
             // Its directory may be gone already.
             let _ = std::fs::remove_file(socket);
         }
+        if let Some((room, wires)) = self.wires.take() {
+            on_host(&room, move || wires.iter().for_each(Wire::remove));
+        }
     }
 }
 
@@ -53,14 +71,14 @@ impl Ways {
     pub fn new(notices: Notices) -> Self {
         Self(Arc::new(Shared {
             notices,
-            open: Mutex::default(),
+            places: Mutex::default(),
         }))
     }
 
     /// Opens the ways of a VM that runs. Those that are open stay.
     pub fn open(&self, vm: &VmRecord, dir: &VmDir) {
-        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if open.contains_key(&vm.name) {
+        let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if places.open.contains_key(&vm.name) {
             return;
         }
         let service = Service::new(Facts::of(vm), self.0.notices.clone());
@@ -77,14 +95,92 @@ impl Ways {
                 }
             }
         }
-        open.insert(vm.name.clone(), way);
+        if !vm.spec.nets.is_empty() {
+            match room(&mut places.room) {
+                Ok(room) => wires(&mut way, room, vm, &service),
+                Err(error) => no_way(&vm.name, &error),
+            }
+        }
+        places.open.insert(vm.name.clone(), way);
     }
 
     /// Closes the ways of a VM that is over.
     pub fn close(&self, vm: &VmName) {
-        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.remove(vm);
+        let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.open.remove(vm);
     }
+}
+
+fn no_way(vm: &VmName, error: &WireError) {
+    tracing::warn!(%vm, "no way to its metadata by its tap: {error}");
+}
+
+fn room(room: &mut Option<Room>) -> Result<Room, WireError> {
+    if let Some(room) = room {
+        return Ok(room.clone());
+    }
+    let new = Room::open()?;
+    *room = Some(new.clone());
+    Ok(new)
+}
+
+/// Does it on a thread of the host's network, after what the room was told before, and before what
+/// it is told later: what is set up is not taken down by an order that was given earlier.
+fn on_host(room: &Room, job: impl FnOnce() + Send + 'static) {
+    let host = std::thread::Builder::new().name("wires".into());
+    let (begin, begun) = std::sync::mpsc::channel::<()>();
+    let spawned = host.spawn(move || {
+        if begun.recv().is_ok() {
+            job();
+        }
+    });
+    match spawned {
+        Ok(thread) => room.run(move || {
+            let _ = begin.send(());
+            let _ = thread.join();
+        }),
+        Err(error) => tracing::error!("guests' wires stay as they are: {error}"),
+    }
+}
+
+/// Sets up a wire from each of the VM's taps, and serves it.
+fn wires(way: &mut Way, room: Room, vm: &VmRecord, service: &Arc<Service>) {
+    let mut made = Vec::new();
+    for net in &vm.spec.nets {
+        let wire = match Wire::of(&net.tap) {
+            Ok(wire) => wire,
+            Err(error) => {
+                no_way(&vm.name, &error);
+                continue;
+            }
+        };
+        let (listener, listening) = oneshot::channel::<TcpListener>();
+        let (in_room, on_tap) = (wire.clone(), wire.clone());
+        let (runtime, name) = (Handle::current(), vm.name.clone());
+        room.run(move || {
+            let _runtime = runtime.enter();
+            match in_room.make().and_then(|()| in_room.listen()) {
+                // Nobody waits for it: the VM is over already.
+                Ok(new) => drop(listener.send(new)),
+                Err(error) => no_way(&name, &error),
+            }
+        });
+        let name = vm.name.clone();
+        on_host(&room, move || {
+            if let Err(error) = on_tap.lead() {
+                no_way(&name, &error);
+            }
+        });
+        let service = service.clone();
+        let serving = tokio::spawn(async move {
+            if let Ok(listener) = listening.await {
+                service.listen_tcp(listener).await;
+            }
+        });
+        way.listening.push(serving.abort_handle());
+        made.push(wire);
+    }
+    way.wires = Some((room, made));
 }
 
 /// Where the VMM connects for a guest that connects to port 80 of the host.
