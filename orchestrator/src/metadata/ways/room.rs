@@ -24,7 +24,7 @@ const SETTINGS: [(&str, &str); 6] = [
 
 /// Why something of the host's network could not be set up.
 #[derive(Debug, thiserror::Error)]
-pub enum WireError {
+pub(super) enum WireError {
     /// A program did not do as it was told.
     #[error("`{command}` failed: {said}")]
     Command {
