@@ -167,23 +167,24 @@ impl Loads {
 
     /// Has them come to their ends; each report must be good.
     fn finish(self, guest: &Linux<'_>) -> anyhow::Result<Vec<serde_json::Value>> {
-        let Self { in_guest, on_host } = self;
-        // Of a stream its sender ends, which is the host's server for one of them; other servers
-        // have no end of their own, and what they saw is in their clients' reports.
-        for load in in_guest.iter().filter(|load| load.name() != "receives") {
-            load.wind_up(guest)?;
-        }
+        let Self {
+            in_guest,
+            mut on_host,
+        } = self;
+        // Before their peers in the guest: of a stream its sender ends, which is the host's server
+        // for one of them; other servers have no end of their own, and what they saw is in their
+        // clients' reports.
         for load in on_host.iter().take(1).chain(on_host.get(3)) {
             load.wind_up()?;
         }
-        let (judged, servers): (Vec<_>, Vec<_>) = in_guest
-            .into_iter()
-            .partition(|load| load.name() != "serves");
-        let reports = judged.into_iter().map(InGuest::finish);
-        let mut reports = reports.collect::<anyhow::Result<Vec<_>>>()?;
-        let calls = on_host.into_iter().next().context("the host's caller")?;
-        reports.push(calls.finish()?);
-        drop(servers);
+        let mut reports = vec![on_host.remove(0).finish()?];
+        for load in in_guest.iter().filter(|load| load.name() != "receives") {
+            load.wind_up(guest)?;
+        }
+        let judged = in_guest.into_iter().filter(|load| load.name() != "serves");
+        for load in judged {
+            reports.push(load.finish()?);
+        }
         Ok(reports)
     }
 }
