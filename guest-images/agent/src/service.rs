@@ -4,11 +4,13 @@
 //! it can occupy is bounded: connections, programs, probes, bytes (`protocol`).
 
 mod clocks;
+pub(crate) mod events;
 mod gaps;
 mod hooks;
 mod jobs;
 mod kernel;
 mod program;
+pub(crate) mod relay;
 mod tend;
 mod tsc;
 
