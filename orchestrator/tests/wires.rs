@@ -2,164 +2,18 @@
 //! veth pair, which stands for its tap, and asks with `curl`.
 
 mod daemon;
+mod wire;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use daemon::{Daemon, until};
+use daemon::until;
 use serde_json::Value;
-
-/// Set in the process that has namespaces of its own.
-const INSIDE: &str = "STILLPOINT_TEST_WIRES";
-const NAME: &str =
-    "http://169.254.169.254/metadata/instance/compute/name?api-version=2021-12-13&format=text";
-
-/// Runs the test `name` once more in namespaces of its own. Gives whether this is that process; in
-/// the other one the test is done by then, or skipped.
-fn is_inside(name: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    if let Some(reason) = missing() {
-        // Past the capture of the test's output: it is counted.
-        use std::io::Write;
-        let line = format!("SKIPPED {name}: {reason}\n");
-        let _ = std::io::stderr().write_all(line.as_bytes());
-        return false;
-    }
-    let output = Command::new("unshare")
-        .args(["-n", "-m", "sh", "-c"])
-        .arg("mount -t tmpfs none /run && mount -t sysfs none /sys && exec \"$@\"")
-        .arg("sh")
-        .arg(std::env::current_exe().expect("this test"))
-        .args(["--exact", name, "--nocapture"])
-        .env(INSIDE, "1")
-        .output()
-        .expect("unshare");
-    let said = String::from_utf8_lossy(&output.stdout);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{said}\n{error}"
-    );
-    false
-}
-
-/// Why it can't be tested here.
-fn missing() -> Option<String> {
-    let try_it = "mount -t tmpfs none /run && ip netns add a && ip link add t0 type veth peer name u0 \
-        && ip link add m0 link u0 type macvlan mode passthru && tc qdisc add dev t0 clsact && tc filter \
-        add dev t0 ingress protocol ip pref 1 u32 match ip dst 1.2.3.4/32 action mirred egress redirect \
-        dev u0 && command -v curl";
-    let tried = Command::new("unshare")
-        .args(["-n", "-m", "sh", "-c", try_it])
-        .output();
-    match tried {
-        Ok(output) if output.status.success() => None,
-        Ok(output) => Some(format!(
-            "no taps to lead elsewhere, or no curl: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        )),
-        Err(error) => Some(format!("unshare: {error}")),
-    }
-}
-
-fn sh(script: &str) -> String {
-    let output = Command::new("sh")
-        .args(["-ec", script])
-        .output()
-        .expect("sh");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{script}: {error}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// A guest's namespace, with `eth0` at the other end of `tN`.
-fn guest(number: u32, address: &str, mac: &str) {
-    sh(&format!(
-        "ip netns add g{number}
-         ip link add t{number} type veth peer name eth0 netns g{number}
-         ip link set t{number} addrgenmode none
-         ip link set t{number} up
-         ip -n g{number} link set lo up
-         ip -n g{number} link set eth0 address {mac} up
-         ip -n g{number} address add {address}/24 dev eth0"
-    ));
-}
-
-/// What a guest is answered; `None` if it is not.
-fn curl(guest: u32, url: &str) -> Option<String> {
-    let output = Command::new("ip")
-        .args([
-            "netns",
-            "exec",
-            &format!("g{guest}"),
-            "curl",
-            "-sS",
-            "-m",
-            "3",
-            "-f",
-        ])
-        .args(["-H", "Metadata: true", url])
-        .output()
-        .expect("ip");
-    output
-        .status
-        .success()
-        .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn until_served(guest: u32, name: &str) {
-    until(&format!("g{guest} is served as {name}"), || {
-        curl(guest, NAME).as_deref() == Some(name)
-    });
-}
-
-/// Everything of this host's network that we could have changed.
-fn network() -> String {
-    sh(
-        "ip -d link; ip address; ip route show table all; ip rule; sysctl -a 2>/dev/null | grep -E \
-        'rp_filter|arp_|forwarding|proxy' || true; for dev in $(ls /sys/class/net); do \
-        tc qdisc show dev $dev; tc filter show dev $dev ingress; tc filter show dev $dev egress; done",
-    )
-}
-
-/// Waits until all is as it was.
-fn until_as_before(before: &str) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    loop {
-        let now = network();
-        if now == before {
-            return;
-        }
-        if std::time::Instant::now() > deadline {
-            let lines = |a: &str, b: &str| -> Vec<String> {
-                a.lines()
-                    .filter(|line| !b.contains(line))
-                    .map(str::to_owned)
-                    .collect()
-            };
-            panic!(
-                "more: {:#?}\nless: {:#?}",
-                lines(&now, before),
-                lines(before, &now)
-            );
-        }
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-}
-
-fn run(daemon: &Daemon, name: &str, tap: &str) {
-    daemon
-        .run_with(name, "good", &["--net", &format!("tap={tap}")])
-        .good();
-}
-
-fn daemon() -> Daemon {
-    let daemon = Daemon::start();
-    daemon.add("good", None);
-    daemon.add("next", None);
-    daemon
-}
+use wire::{NAME, curl, daemon, guest, is_inside, network, run, sh, until_as_before, until_served};
 
 const ONE_ADDRESS: (&str, &str) = ("10.0.0.2", "52:54:00:00:00:02");
 
@@ -325,4 +179,130 @@ fn a_daemon_that_starts_anew_serves_the_same_wires() {
         daemon.ask(&["stop", name, "--now"]).good();
     }
     until_as_before(&before);
+}
+
+/// Set in the process that floods.
+const FLOOD: &str = "STILLPOINT_TEST_FLOOD";
+const FLOOD_TIME: Duration = Duration::from_secs(6);
+
+/// Everything a hostile guest can think of, at once; how many requests it sent.
+fn flood() -> u64 {
+    let end = Instant::now() + FLOOD_TIME;
+    let sent = Arc::new(AtomicU64::new(0));
+    let one =
+        "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\nMetadata: true\r\n\r\n";
+    let kinds: [Vec<u8>; 4] = [
+        one.repeat(500).into_bytes(),
+        // A body that never comes; a head that never ends; nothing.
+        b"POST /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\nMetadata: true\r\nContent-Length: 9999999\r\n\r\n{".to_vec(),
+        format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(1 << 20)).into_bytes(),
+        Vec::new(),
+    ];
+    let threads: Vec<_> = (0..40)
+        .map(|number| {
+            // Most of them ask, the others sit.
+            let bytes = kinds[if number % 2 == 0 { 0 } else { number / 2 % 4 }].clone();
+            let sent = sent.clone();
+            std::thread::spawn(move || {
+                while Instant::now() < end {
+                    let address = ([169, 254, 169, 254], 80).into();
+                    let patience = Duration::from_millis(500);
+                    let Ok(mut stream) = TcpStream::connect_timeout(&address, patience) else {
+                        continue;
+                    };
+                    let _ = stream.set_write_timeout(Some(patience));
+                    let _ = stream.set_read_timeout(Some(patience));
+                    while Instant::now() < end && stream.write_all(&bytes).is_ok() {
+                        if bytes.len() < 1000 {
+                            // Sits on its connection.
+                            let _ = stream.read(&mut [0]);
+                            continue;
+                        }
+                        sent.fetch_add(500, Ordering::Relaxed);
+                    }
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        let _ = thread.join();
+    }
+    sent.load(Ordering::Relaxed)
+}
+
+fn resident_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .expect("VmRSS");
+    line.trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .expect("a number")
+}
+
+#[test]
+fn a_guest_that_floods_harms_nobody_else() {
+    if std::env::var_os(FLOOD).is_some() {
+        println!("flood: {}", flood());
+        return;
+    }
+    if !is_inside("a_guest_that_floods_harms_nobody_else") {
+        return;
+    }
+    for number in [1, 2] {
+        guest(number, ONE_ADDRESS.0, ONE_ADDRESS.1);
+        sh(&format!(
+            "ip -n g{number} route add 169.254.169.254 dev eth0"
+        ));
+    }
+    let daemon = daemon();
+    run(&daemon, "one", "t1");
+    run(&daemon, "two", "t2");
+    until_served(1, "one");
+    until_served(2, "two");
+    let before = resident_kib(daemon.pid());
+    let flooding = Command::new("ip")
+        .args(["netns", "exec", "g1"])
+        .arg(std::env::current_exe().expect("this test"))
+        .args([
+            "--exact",
+            "a_guest_that_floods_harms_nobody_else",
+            "--nocapture",
+        ])
+        .env(FLOOD, "1")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("the flood");
+    let end = Instant::now() + FLOOD_TIME;
+    let (mut served, mut most, mut slowest) = (0, 0, Duration::ZERO);
+    while Instant::now() < end {
+        let asked = Instant::now();
+        assert_eq!(
+            curl(2, NAME).as_deref(),
+            Some("two"),
+            "the other guest is served"
+        );
+        slowest = slowest.max(asked.elapsed());
+        served += 1;
+        daemon.show("one");
+        most = most.max(resident_kib(daemon.pid()));
+        // Within the other guest's own rate.
+        std::thread::sleep(Duration::from_millis(220).saturating_sub(asked.elapsed()));
+    }
+    let output = flooding.wait_with_output().expect("the flood's end");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let sent = said.lines().find_map(|line| line.split("flood: ").nth(1));
+    let sent: u64 = sent.expect("a count").trim().parse().expect("a number");
+    println!(
+        "{sent} requests; the other guest asked {served} times, {slowest:?} at most; {before} KiB before, {most} KiB at most"
+    );
+    assert!(sent >= 10_000, "{sent} are no flood");
+    assert!(
+        served >= 5 && slowest < Duration::from_secs(3),
+        "{served} {slowest:?}"
+    );
+    assert!(most < before + 8 * 1024, "{before} KiB became {most} KiB");
+    until_served(1, "one");
 }
