@@ -1,29 +1,46 @@
-//! How often a VM may ask: five times in any second. What is refused does not count.
+//! How often a VM may ask: five answers in any second, and some more questions that have none here.
+//!
+//! Software that finds out where it runs asks the services of several clouds at once, at this one
+//! address. What does not exist here must not cost it the answer that does.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Requests in any second.
-const REQUESTS: usize = 5;
+/// Answers in any second.
+const ANSWERS: usize = 5;
+/// Requests in any second, whatever they are.
+const REQUESTS: usize = 25;
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The last requests of one VM.
+/// The last requests of one VM. What is refused does not count.
 #[derive(Clone, Debug, Default)]
-pub struct Rate(VecDeque<Instant>);
+pub struct Rate {
+    answers: VecDeque<Instant>,
+    requests: VecDeque<Instant>,
+}
 
 impl Rate {
-    /// Whether one more may be answered now.
+    /// Whether one more request may be looked at now.
     pub fn allows(&mut self, now: Instant) -> bool {
-        if self.0.len() >= REQUESTS {
-            let oldest = self.0.front().copied();
-            if oldest.is_some_and(|at| now.saturating_duration_since(at) < SECOND) {
-                return false;
-            }
-            self.0.pop_front();
-        }
-        self.0.push_back(now);
-        true
+        one_more(&mut self.requests, REQUESTS, now)
     }
+
+    /// Whether one more may be answered now.
+    pub fn answers(&mut self, now: Instant) -> bool {
+        one_more(&mut self.answers, ANSWERS, now)
+    }
+}
+
+fn one_more(last: &mut VecDeque<Instant>, most: usize, now: Instant) -> bool {
+    if last.len() >= most {
+        let oldest = last.front().copied();
+        if oldest.is_some_and(|at| now.saturating_duration_since(at) < SECOND) {
+            return false;
+        }
+        last.pop_front();
+    }
+    last.push_back(now);
+    true
 }
 
 #[cfg(test)]
@@ -35,16 +52,18 @@ mod tests {
         let mut rate = Rate::default();
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        assert!((0..5).all(|n| rate.allows(at(n * 10))));
-        assert!(!rate.allows(at(50)));
-        assert!(!rate.allows(at(999)));
-        assert!(rate.allows(at(1000)));
+        assert!((0..5).all(|n| rate.answers(at(n * 10))));
+        assert!(!rate.answers(at(50)));
+        assert!(!rate.answers(at(999)));
+        assert!(rate.answers(at(1000)));
         assert!(
-            !rate.allows(at(1005)),
+            !rate.answers(at(1005)),
             "the second is 10 ms after the first"
         );
-        assert!(rate.allows(at(1010)));
-        let whole: usize = (1020..61_020).filter(|ms| rate.allows(at(*ms))).count();
+        assert!(rate.answers(at(1010)));
+        let whole: usize = (1020..61_020).filter(|ms| rate.answers(at(*ms))).count();
         assert!((299..=301).contains(&whole), "{whole} in a minute");
+        assert!((0..25).all(|_| rate.allows(at(90_000))));
+        assert!(!rate.allows(at(90_000)), "the 26th of any kind");
     }
 }

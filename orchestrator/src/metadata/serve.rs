@@ -131,37 +131,42 @@ impl Service {
             let answer = Answer::error(400, "Bad request. The body is too long, or too slow");
             return Ok(response(answer, true));
         };
-        Ok(response(self.reply(&parts, &body).await, false))
+        match asked::judge(&parts, &body) {
+            Err(why) => Ok(response(answer::refused(&why), false)),
+            Ok(_) if !self.rate.lock().await.answers(Instant::now()) => {
+                Ok(response(answer::too_many(), true))
+            }
+            Ok(asked) => Ok(response(self.reply(asked).await, false)),
+        }
     }
 
-    /// The answer to a request that has arrived.
-    async fn reply(&self, parts: &Parts, body: &[u8]) -> Answer {
+    /// The answer to what is asked for.
+    async fn reply(&self, asked: Asked) -> Answer {
         let facts = &self.facts;
-        match asked::judge(parts, body) {
-            Err(why) => answer::refused(&why),
-            Ok(Asked::Versions) => answer::versions(),
-            Ok(Asked::Instance {
+        match asked {
+            Asked::Versions => answer::versions(),
+            Asked::Instance {
                 path,
                 version,
                 format,
-            }) => answer::instance(facts, &path, version, format),
-            Ok(Asked::Pauses) => {
+            } => answer::instance(facts, &path, version, format),
+            Asked::Pauses => {
                 self.notices
                     .read(|board| answer::pauses(board, facts))
                     .await
             }
-            Ok(Asked::Events {
+            Asked::Events {
                 version,
                 if_none_match,
                 wait,
-            }) => {
+            } => {
                 self.notices.listen(facts).await;
                 if let Some((last, longest)) = wait {
                     self.wait_for_other(last, longest).await;
                 }
                 self.events(version, &if_none_match).await
             }
-            Ok(Asked::Approve(events)) => {
+            Asked::Approve(events) => {
                 self.notices.listen(facts).await;
                 self.approve(events).await
             }

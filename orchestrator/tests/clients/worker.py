@@ -17,8 +17,10 @@ async def main():
         worker = await Worker(scheduler.address, dashboard_address=None, nthreads=1)
         watch = plugin.AzurePreemptibleWorkerPlugin(termination_events=["Freeze"])
         await worker.plugin_add(watch, name="watch")
+        while watch.not_before is None and not watch.terminating:
+            await asyncio.sleep(0.1)
+        print("announced for", watch.not_before, flush=True)
         await asyncio.wait_for(worker.finished(), 60)
-        print("saw a time:", watch.not_before is not None)
         print("closed gracefully" if watch.terminating else "closed by something else")
 
 
