@@ -113,9 +113,8 @@ impl Service {
             .max_headers(64)
             .serve_connection(TokioIo::new(stream), answer);
         // An error is the guest's: it hung up, or spoke no HTTP.
-        match tokio::time::timeout(LIFETIME, connection).await {
-            Ok(Err(error)) => tracing::debug!(vm = %self.facts.name, "a connection: {error}"),
-            Ok(Ok(())) | Err(_) => {}
+        if let Ok(Err(error)) = tokio::time::timeout(LIFETIME, connection).await {
+            tracing::debug!(vm = %self.facts.name, "a connection: {error}");
         }
     }
 
