@@ -196,6 +196,13 @@ fn swaps_that_can_not_be_are_refused_and_the_guest_goes_on() {
         .ask(&["swap", "vmm", "web", "--to", "1", "--budget", "31s"])
         .bad();
     assert_eq!(code, "bad_request");
+    let (code, message) = daemon
+        .ask(&["swap", "vmm", "web", "--to", "1", "--clock", "hold"])
+        .bad();
+    assert!(
+        code == "bad_request" && message.contains("`clock`") && message.contains("vsock"),
+        "{message}"
+    );
     assert_eq!(daemon.vmm_pid("web"), pid);
     assert_eq!(
         daemon.ask(&["report"]).good(),

@@ -20,7 +20,7 @@ pub fn no_fast_kvm() -> Option<String> {
     if let Some(reason) = no_kvm() {
         return Some(reason);
     }
-    if std::env::var_os("STILLPOINT_LINUX").is_some() {
+    if is_emulated_host() {
         return None;
     }
     match kernel_speed() {
@@ -30,17 +30,27 @@ pub fn no_fast_kvm() -> Option<String> {
     }
 }
 
-/// How fast this KVM runs a guest's kernel, as `stillpoint-vmm doctor` finds: whether it is as
-/// hardware does, and in words.
-pub fn kernel_speed() -> anyhow::Result<(bool, String)> {
+/// Whether this KVM leaves a guest's TSC where the host's is, whatever it is told.
+pub fn ignores_tsc_offsets() -> anyhow::Result<bool> {
+    Ok(doctor("TSC offset")?["status"] != "ok")
+}
+
+/// A finding of `stillpoint-vmm doctor`.
+fn doctor(check: &str) -> anyhow::Result<serde_json::Value> {
     let output = Command::new(Release::Current.binary()?)
         .args(["doctor", "--json"])
         .output()?;
     let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)?;
-    let speed = findings
-        .iter()
-        .find(|finding| finding["check"] == "guest kernel speed")
-        .context("`stillpoint-vmm doctor` does not tell the guest kernel's speed")?;
+    let mut findings = findings.into_iter();
+    findings
+        .find(|finding| finding["check"] == check)
+        .with_context(|| format!("`stillpoint-vmm doctor` does not tell of the {check}"))
+}
+
+/// How fast this KVM runs a guest's kernel, as `stillpoint-vmm doctor` finds: whether it is as
+/// hardware does, and in words.
+pub fn kernel_speed() -> anyhow::Result<(bool, String)> {
+    let speed = doctor("guest kernel speed")?;
     let found = speed["found"].as_str().unwrap_or_default().to_owned();
     Ok((speed["status"] == "ok", found))
 }
@@ -102,4 +112,9 @@ macro_rules! needs_kvm {
 /// CPU cores this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Whether this is an emulated host of the rig, which says so to what it runs.
+pub fn is_emulated_host() -> bool {
+    std::env::var_os("STILLPOINT_LINUX").is_some()
 }

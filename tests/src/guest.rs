@@ -62,6 +62,21 @@ impl Pulse {
             && word(table + GLOBALS_OFFSET) == Some(GLOBALS_MAGIC)
     }
 
+    /// Guest RAM below 3 GiB, at a guest-physical address.
+    pub fn physical<const N: usize>(&self, at: u64) -> anyhow::Result<[u8; N]> {
+        let mut bytes = [0; N];
+        let n = rustix::io::pread(&self.ram, &mut bytes, at)?;
+        ensure!(n == N, "guest RAM ends at {at:#x}");
+        Ok(bytes)
+    }
+
+    /// Writes there, as the guest's own kernel would.
+    pub fn poke(&self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        let n = rustix::io::pwrite(&self.ram, bytes, at)?;
+        ensure!(n == bytes.len(), "guest RAM ends at {at:#x}");
+        Ok(())
+    }
+
     fn bytes(&self, at: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
         let n = rustix::io::pread(&self.ram, &mut *buffer, self.table.wrapping_add(at))?;
         ensure!(

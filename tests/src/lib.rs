@@ -10,6 +10,7 @@
 //! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
+//! | [`clocks`] | a guest's clock, timers and flags, read from its RAM; and the figures of `make clock` |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
@@ -18,6 +19,7 @@
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
 pub mod cli;
+pub mod clocks;
 pub mod console;
 pub mod daemon;
 pub mod devices;

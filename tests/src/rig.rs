@@ -6,7 +6,8 @@
 //!
 //! Where this machine's KVM is hardware and nests, the host runs on it. Elsewhere QEMU translates
 //! (TCG, with AMD's SVM and nested paging), slowly; and on a busy machine such a host may get no time
-//! at all. One that says so, or never got to its init, is started once more, and that is said.
+//! at all. One that says so, or never got to its init, is started once more, and that is said. So is one
+//! that died without an answer, where a test wants it: no program of ours can kill a kernel.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -18,7 +19,7 @@
 //! | [`results`] | what comes out |
 //!
 //! Everything of a run is in `target/rig/NAME/`: `console.log`, `qemu.log`, `results/`, and `first/`
-//! with the log of a run that stood still.
+//! with the log of a first run that stood still or died.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -55,6 +56,7 @@ pub struct Rig {
     with_qemu: bool,
     order: Order,
     live: bool,
+    again_if_it_dies: bool,
 }
 
 /// What came of a command on an emulated host.
@@ -66,7 +68,7 @@ pub struct Outcome {
     pub results: PathBuf,
     /// All that the host's console said.
     pub log: PathBuf,
-    /// Whether a first host stood still, and this is the second's.
+    /// Whether a first host stood still or died, and this is the second's.
     pub retried: bool,
 }
 
@@ -91,6 +93,7 @@ impl Rig {
             with_qemu: false,
             order: Order::default(),
             live: std::env::var_os("STILLPOINT_RIG_LIVE").is_some(),
+            again_if_it_dies: false,
         }
     }
 
@@ -180,6 +183,14 @@ impl Rig {
         self
     }
 
+    /// Started once more also if the host's kernel panics or its processors reset, which is the
+    /// emulator's doing and no program's. What the command itself answers is never asked for again.
+    #[must_use]
+    pub fn again_if_it_dies(mut self) -> Self {
+        self.again_if_it_dies = true;
+        self
+    }
+
     /// Whether its console is shown as it comes.
     #[must_use]
     pub fn live(mut self, live: bool) -> Self {
@@ -200,11 +211,17 @@ impl Rig {
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         let watched = self.once(&found, &dir)?;
-        if !(watched.stalled && self.answer(&dir).is_err()) {
+        let died = self.again_if_it_dies && watched.end == End::ByItself;
+        if !((watched.stalled || died) && self.answer(&dir).is_err()) {
             return self.outcome(&dir, &watched, false);
         }
+        let how = if watched.stalled {
+            "stood still"
+        } else {
+            "died"
+        };
         eprintln!(
-            "rig {}: the emulated host stood still ({}); trying once more",
+            "rig {}: the emulated host {how} ({}); trying once more",
             self.name, watched.phase
         );
         let first = dir.join("first");
@@ -308,7 +325,7 @@ impl Rig {
                 self.name,
                 watched.phase,
                 if retried {
-                    " (the second try: the first stood still)"
+                    " (the second try: the first stood still or died)"
                 } else {
                     ""
                 },

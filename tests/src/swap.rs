@@ -8,6 +8,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::MemfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::{Client, ClientError};
+use stillpoint_control::clock::Policy;
 use stillpoint_control::message::{GuestState, Handover, Request};
 use stillpoint_control::report::{Outcome, Phase, ReleaseName, SwapReport};
 
@@ -30,6 +31,8 @@ pub struct Terms {
     pub budget: Duration,
     /// The longest preparation.
     pub brownout: Duration,
+    /// What the guest's clocks make of the pause; the machine's own policy if `None`.
+    pub clock: Option<Policy>,
 }
 
 impl Default for Terms {
@@ -38,6 +41,7 @@ impl Default for Terms {
         Self {
             budget: Duration::from_secs(20),
             brownout: PATIENCE,
+            clock: None,
         }
     }
 }
@@ -86,6 +90,7 @@ impl Successor {
             },
             budget_ns: Some(u64::try_from(terms.budget.as_nanos())?),
             brownout: terms.brownout,
+            clock: terms.clock,
         })
     }
 

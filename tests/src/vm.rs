@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::client::Client;
+use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
 
@@ -34,6 +35,8 @@ pub struct Recipe {
     pub manner: Manner,
     /// Its virtio devices.
     pub devices: Devices,
+    /// Its clock.
+    pub clock: ClockSpec,
 }
 
 impl Recipe {
@@ -48,6 +51,7 @@ impl Recipe {
             kernel: None,
             manner: Manner::default(),
             devices: Devices::default(),
+            clock: ClockSpec::default(),
         }
     }
 
@@ -68,6 +72,7 @@ impl Recipe {
             nets: self.devices.nets.clone(),
             vsock: self.devices.vsock,
             rng: self.devices.rng,
+            clock: self.clock.clone(),
             blackout_budget: Duration::from_secs(5),
         }
     }

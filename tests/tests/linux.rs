@@ -190,8 +190,8 @@ fn the_power_button_ends_a_guest_in_order() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The host's file system fills up under an image, has room again, and then the image is cut off: the
-/// guest gets I/O errors, and only where the disk fails; it is swapped meanwhile.
+/// The host's file system fills up under an image and has room again; the image is removed, then cut off:
+/// the guest gets I/O errors, and only where the disk fails; it is swapped meanwhile.
 #[test]
 fn a_disk_that_goes_bad_is_the_guests_io_error() -> anyhow::Result<()> {
     needs!(no_fast_kvm, no_network_namespace);
@@ -226,18 +226,19 @@ fn a_disk_that_goes_bad_is_the_guests_io_error() -> anyhow::Result<()> {
         Ok((told()? > more).then_some(()))
     })
     .with_context(|| guest.logs())?;
-    let before = errors()?;
-    std::fs::File::options()
-        .write(true)
-        .open(&image)?
-        .set_len(0)?;
-    wait_for("what is gone to be missed", BOOT, || {
-        Ok((errors()? > before).then_some(()))
-    })
-    .with_context(|| guest.logs())?;
-    guest.must_move().context("without an image's contents")?;
     load.wind_up(&guest)?;
     ensure!(load.finish().is_err(), "it was told of no error");
+    let read = ["if=/dev/vda", "of=/dev/null", "bs=1M", "iflag=direct"];
+    let removed = std::fs::File::options().write(true).open(&image)?;
+    std::fs::remove_file(&image)?;
+    guest.must_move().context("with a removed image")?;
+    guest
+        .must_run("dd", &read)
+        .context("its file lives as long as somebody holds it")?;
+    removed.set_len(0)?;
+    ensure!(guest.must_run("dd", &read).is_err(), "read what is gone");
+    let kept = guest.must_move().expect_err("a disk that is not whole");
+    ensure!(format!("{kept:#}").contains("cut it off"), "{kept:#}");
     guest.health()?;
     guest.agent()?.shutdown(Shutdown::Poweroff)?;
     guest.wait_off()

@@ -12,6 +12,7 @@ pub mod power;
 pub mod probe;
 pub mod serial;
 pub mod virtio;
+pub mod vmclock;
 
 use std::time::Instant;
 

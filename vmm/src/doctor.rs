@@ -158,10 +158,7 @@ fn machine(kvm: &Kvm) -> Vec<Finding> {
         format!("made in {took:.1?}"),
         "",
     )];
-    let probe = 1_000_000;
-    let offsets = raw::has_tsc_offset(&vcpu)
-        && raw::set_tsc_offset(&vcpu, probe).is_ok()
-        && raw::tsc_offset(&vcpu) == Ok(probe);
+    let offsets = raw::moves_tsc(&vcpu);
     findings.push(finding(
         "TSC offset",
         offsets,

@@ -18,8 +18,30 @@ pub enum Point {
     Sealed,
 }
 
+/// A measure for the guest's clock that a build for tests can be made to leave out: the checks must
+/// then fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spoilt {
+    /// kvmclock is set once, and not in a loop (`spoil=loop`).
+    Loop,
+    /// kvmclock is set a microsecond off its line (`spoil=clock`).
+    Clock,
+    /// TSC offsets are a thousand cycles off (`spoil=offset`).
+    Offset,
+    /// The guest is not told that it stood still (`spoil=watchdogs`).
+    Watchdogs,
+    /// The masterclock updates that making vCPUs asks for are left to wait (`spoil=latecomers`).
+    Latecomers,
+}
+
 #[cfg(not(feature = "fault-injection"))]
 mod imp {
+    /// Never.
+    #[inline]
+    pub fn is_spoilt(_: super::Spoilt) -> bool {
+        false
+    }
+
     /// Does nothing, and costs nothing.
     #[inline]
     pub fn reach(_: super::Point) -> Result<(), &'static str> {
@@ -29,10 +51,11 @@ mod imp {
 
 #[cfg(feature = "fault-injection")]
 mod imp {
-    use super::Point;
+    use super::{Point, Spoilt};
     use std::sync::OnceLock;
     use std::time::Duration;
 
+    static SPOILT: OnceLock<Spoilt> = OnceLock::new();
     static ARMED: OnceLock<(Point, Action)> = OnceLock::new();
 
     #[derive(Clone, Copy, Debug)]
@@ -44,10 +67,33 @@ mod imp {
         Slow(Duration),
     }
 
-    /// Arms one fault, written `point=crash`, `=hang`, `=fail`, `=panic` or `=slow:MILLISECONDS`.
+    /// Whether this measure is left out.
+    pub fn is_spoilt(what: Spoilt) -> bool {
+        SPOILT.get() == Some(&what)
+    }
+
+    /// Arms faults, a comma between them: one written `point=crash`, `=hang`, `=fail`, `=panic` or
+    /// `=slow:MILLISECONDS`, and one `spoil=MEASURE`.
     pub fn arm(text: &str) -> Result<(), String> {
+        text.split(',').try_for_each(arm_one)
+    }
+
+    fn arm_one(text: &str) -> Result<(), String> {
         let bad = || format!("`{text}` is no fault; write for example load=crash or take=slow:50");
         let (point, action) = text.split_once('=').ok_or_else(bad)?;
+        if point == "spoil" {
+            let measure = match action {
+                "loop" => Spoilt::Loop,
+                "clock" => Spoilt::Clock,
+                "offset" => Spoilt::Offset,
+                "watchdogs" => Spoilt::Watchdogs,
+                "latecomers" => Spoilt::Latecomers,
+                _ => return Err(bad()),
+            };
+            return SPOILT
+                .set(measure)
+                .map_err(|_| "only one measure can be spoilt at a time".to_owned());
+        }
         let point = match point {
             "adopt" => Point::Adopt,
             "load" => Point::Load,
@@ -94,4 +140,4 @@ mod imp {
 
 #[cfg(feature = "fault-injection")]
 pub use imp::arm;
-pub use imp::reach;
+pub use imp::{is_spoilt, reach};

@@ -28,6 +28,8 @@
 //! * successor: when the predecessor's pidfd says that it is dead and the state was sealed, it
 //!   takes the guest; in every other case it exits.
 
+pub mod correct;
+mod hold;
 pub mod incoming;
 pub mod lend;
 pub mod measure;
@@ -82,6 +84,9 @@ pub struct Offer {
     /// Files of devices that follow in packets of [`Files`], before anything else is said.
     #[prost(uint32, tag = "11")]
     pub files: u32,
+    /// The guest's clocks are to leave out the pause. A successor that can't have it so refuses.
+    #[prost(bool, tag = "12")]
+    pub hold: bool,
 }
 
 /// Files of devices travel beside it, one for each name.
@@ -104,6 +109,9 @@ pub struct Adopted {
     /// Bytes of guest RAM it has populated.
     #[prost(uint64, tag = "2")]
     pub populated: u64,
+    /// It knows of `Offer::hold`, and its host can do it.
+    #[prost(bool, tag = "3")]
+    pub hold: bool,
 }
 
 /// The state lies in the memfd, sealed. Console viewers' sockets travel beside it.

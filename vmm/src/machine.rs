@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod frozen;
+pub mod vcpus;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -11,8 +12,9 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
+use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
-use stillpoint_state::sections::VIRTIO_FORMAT;
+use stillpoint_state::sections::{Clock, VIRTIO_FORMAT};
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
@@ -22,11 +24,12 @@ use crate::devices::power::Power;
 use crate::devices::probe::Probe;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::mmio::VirtioMmio;
+use crate::devices::vmclock::VmClock;
 use crate::devices::{Busy, Device};
 use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
 use crate::memory::GuestRam;
-use crate::vcpu::{VcpuSet, VcpusError};
+use crate::vcpu::{Entered, VcpuSet, VcpusError};
 use crate::{clock, irq, release};
 
 /// How long the parts of a machine that ends may take to come to rest.
@@ -80,6 +83,7 @@ pub struct Machine {
     serial: Arc<SerialPort>,
     power: Arc<Power>,
     probe: Arc<Probe>,
+    vmclock: Option<Arc<VmClock>>,
     bus: Arc<Bus>,
     vm: VmFd,
     ram: Arc<GuestRam>,
@@ -113,6 +117,11 @@ impl Machine {
     /// TSC offset of vCPU 0 when it was made: a guest may have changed it since.
     pub fn tsc_offset(&self) -> Option<i64> {
         self.tsc_offset
+    }
+
+    /// Its kvmclock as it is now.
+    pub fn clock(&self) -> Result<Clock, kvm_ioctls::Error> {
+        clock::save(&self.vm, self.tsc_khz, Policy::Advance)
     }
 
     /// How many vCPUs it has.
@@ -153,13 +162,22 @@ impl Machine {
     }
 
     /// Formats of saved state that carry all there is of this machine, preferred first.
-    pub fn formats(&self) -> Vec<u32> {
-        let least = match self.virtio.is_empty() {
-            true => 0,
-            false => VIRTIO_FORMAT,
-        };
+    /// `policy` is the pause's.
+    pub fn formats(&self, policy: Policy) -> Vec<u32> {
+        // Releases of before format 3 would read over `hold`, and the guest's clocks would jump.
+        let old = self.virtio.is_empty() && self.vmclock.is_none() && policy == Policy::Advance;
+        let least = if old { 0 } else { VIRTIO_FORMAT };
         let formats = release::FORMATS.iter().copied();
         formats.filter(|&format| format >= least).collect()
+    }
+
+    /// Has the guest hear of a swap, in which its TSC was disturbed or not. It is ours, and stands
+    /// still.
+    pub fn tell_of_swap(&self, disturbed: bool) {
+        // The page is in RAM, which every machine has.
+        if let Some(Ok(())) = self.vmclock.as_ref().map(|c| c.note_swap(disturbed)) {
+            self.power.tell_of_clock();
+        }
     }
 
     /// Connects the console to the outside. A machine runs without; output waits in memory.
@@ -173,9 +191,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs a machine that was built and has not run: devices first, then the vCPUs. Gives the
-    /// host TSC at which the last vCPU was let in. The guest must be ours.
-    pub fn enter(&self, patience: Duration) -> Result<u64, VcpusError> {
+    /// Runs a machine that was built and has not run: devices first, then the vCPUs. The guest must
+    /// be ours.
+    pub fn enter(&self, patience: Duration) -> Result<Entered, VcpusError> {
         for device in &self.devices {
             device.resume();
         }
@@ -245,12 +263,12 @@ impl Machine {
     }
 
     /// Saves everything. It stands still.
-    fn save(&self, format: u32, deadline: Instant) -> Result<Saved, FreezeError> {
+    fn save(&self, format: u32, policy: Policy, deadline: Instant) -> Result<Saved, FreezeError> {
         let mut saved = Saved::with_capacity(64 << 10);
         let patience = deadline.saturating_duration_since(Instant::now());
         let vcpus = self.vcpus.save(format, patience)?;
         // The clock next to the vCPUs, so that their timers and it are of one moment.
-        let clock = clock::save(&self.vm, self.tsc_khz).map_err(FreezeError::Clock)?;
+        let clock = clock::save(&self.vm, self.tsc_khz, policy).map_err(FreezeError::Clock)?;
         saved.put("", &clock)?;
         for (id, (section, version)) in vcpus.iter().enumerate() {
             saved.put_version(&id.to_string(), section, *version)?;

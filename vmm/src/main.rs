@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use rustix::process::{Resource, getrlimit, setrlimit};
+use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::message::Ready;
 use stillpoint_control::secret::{self, Secret};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec, parse_size};
@@ -240,6 +241,7 @@ fn from_flags(run: &Run) -> anyhow::Result<MachineSpec> {
         nets: Vec::new(),
         vsock: None,
         rng: false,
+        clock: ClockSpec::default(),
         blackout_budget: stillpoint_control::spec::DEFAULT_BUDGET,
     };
     spec.validate()?;

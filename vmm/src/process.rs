@@ -135,7 +135,9 @@ impl Process {
         process.guest.machine.release_cpus();
         let told = incoming::hear_predecessor(&mut channel);
         let us = process.desk.release();
-        let report = measure::report(&evidence, &process.guest.machine, told, &swap, us);
+        let dir = Path::new(&process.dir);
+        let swap = measure::Swap { id: &swap, us, dir };
+        let report = measure::report(&evidence, &process.guest.machine, told, swap);
         process.desk.set_report(report);
         Ok(process)
     }
@@ -311,7 +313,7 @@ impl Process {
             to,
             budget_ns,
             brownout,
-            ..
+            clock,
         } = job.request
         else {
             return Err("not a handover".into());
@@ -343,6 +345,7 @@ impl Process {
             doors,
             budget,
             brownout,
+            clock: clock.unwrap_or(self.guest.machine.spec().clock.policy),
             secret: self.desk.secret_bytes(),
             swaps: self.desk.swaps(),
             dir: self.dir.clone(),

@@ -130,6 +130,18 @@ pub fn set_tsc_offset(vcpu: &VcpuFd, offset: i64) -> Result<(), Errno> {
     errno(unsafe { ioctl_with_ref(vcpu, nr::KVM_SET_DEVICE_ATTR(), &attr) })
 }
 
+/// Whether this KVM really moves the guest's TSC: tried on a vCPU that has not run, and undone.
+pub fn moves_tsc(vcpu: &VcpuFd) -> bool {
+    let moved = |offset: i64| {
+        let other = offset.wrapping_sub(1 << 20);
+        set_tsc_offset(vcpu, other)?;
+        let now = tsc_offset(vcpu)?;
+        set_tsc_offset(vcpu, offset)?;
+        Ok::<_, Errno>(now == other)
+    };
+    has_tsc_offset(vcpu) && tsc_offset(vcpu).and_then(moved).unwrap_or(false)
+}
+
 fn errno(ret: i32) -> Result<(), Errno> {
     if ret < 0 { Err(last_errno()) } else { Ok(()) }
 }

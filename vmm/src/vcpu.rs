@@ -40,7 +40,7 @@ use crate::memory::Memory;
 use error::VcpuError;
 use orders::{Answer, Gone, Order, SPIN, wait_for};
 use placement::Home;
-use state::LoadedVcpu;
+use state::{LoadedVcpu, Pause};
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
 const HEAD_START: Duration = Duration::from_millis(1);
@@ -104,6 +104,15 @@ impl From<Gone> for VcpusError {
     fn from(Gone: Gone) -> Self {
         Self::Died
     }
+}
+
+/// How the vCPUs were let in.
+#[derive(Clone, Debug, Default)]
+pub struct Entered {
+    /// Host TSC at the last of them.
+    pub tsc: u64,
+    /// For each: whether its guest will hear that it stood still.
+    pub told: Vec<bool>,
 }
 
 /// What every vCPU thread shares.
@@ -279,9 +288,9 @@ impl VcpuSet {
     }
 
     /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
-    pub fn load(&self, sections: Vec<VcpuSection>) -> Result<(), VcpusError> {
+    pub fn load(&self, sections: Vec<VcpuSection>, pause: Pause) -> Result<(), VcpusError> {
         let mut sections = sections.into_iter();
-        self.tell(|_| Order::Load(Box::new(sections.next().unwrap_or_default())))
+        self.tell(|_| Order::Load(Box::new(sections.next().unwrap_or_default()), pause))
     }
 
     /// Waits till every vCPU has loaded.
@@ -299,9 +308,8 @@ impl VcpuSet {
         )
     }
 
-    /// The guest is ours: every vCPU loads what may write guest memory, and runs. Gives the host
-    /// TSC at which the last was let in.
-    pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<u64, VcpusError> {
+    /// The guest is ours: every vCPU loads what may write guest memory, and runs.
+    pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<Entered, VcpusError> {
         self.tell(|_| Order::Enter(Arc::clone(bus)))?;
         // Their answers would wake this thread on the very cores they are about to use.
         std::thread::sleep(HEAD_START);
@@ -316,7 +324,10 @@ impl VcpuSet {
                 _ => None,
             },
         )?;
-        Ok(entries.into_iter().max().unwrap_or_default())
+        Ok(Entered {
+            tsc: entries.iter().map(|entry| entry.tsc).max().unwrap_or(0),
+            told: entries.iter().map(|entry| entry.told).collect(),
+        })
     }
 }
 
@@ -333,3 +344,6 @@ impl Drop for VcpuSet {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

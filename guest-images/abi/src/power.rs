@@ -37,3 +37,5 @@ pub const SLEEP_TYPE_OFF: u8 = 5;
 pub const ACPI_RESET: u8 = 1;
 /// Bit of [`EVENTS`]: the power button was pressed.
 pub const BUTTON_PRESSED: u8 = 1 << 0;
+/// Bit of [`EVENTS`]: the page of the vmclock device has changed.
+pub const CLOCK_CHANGED: u8 = 1 << 1;

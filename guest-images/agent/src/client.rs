@@ -11,8 +11,8 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 
 use crate::protocol::{
-    Answer, Clocks, Dmesg, Done, Ended, Exit, Gaps, GapsSpec, Health, Hooks, Output, Problem,
-    Program, Progress, Request, Shutdown, Started,
+    Answer, Clocks, Corrected, Correction, Dmesg, Done, Ended, Exit, Gaps, GapsSpec, Health, Hooks,
+    Output, Problem, Program, Progress, Request, Shutdown, Started,
 };
 use crate::wire::{Line, Lines, write_line};
 
@@ -154,6 +154,11 @@ impl<S: Read + Write> Client<S> {
     /// How the clocks stand.
     pub fn clocks(&mut self) -> Result<Clocks, AskError> {
         self.ask(&Request::Clocks)
+    }
+
+    /// Moves the guest's wall clock.
+    pub fn correct(&mut self, correction: Correction) -> Result<Corrected, AskError> {
+        self.ask(&Request::Correct(correction))
     }
 
     /// Starts a probe for gaps.

@@ -57,6 +57,8 @@ pub enum Request {
     },
     /// How the clocks stand to each other. Answer: [`Clocks`].
     Clocks,
+    /// Move `CLOCK_REALTIME` by what a pause has made it late. Answer: [`Corrected`].
+    Correct(Correction),
     /// Start a probe for gaps in what the CPUs run. Answer: [`Started`].
     GapsStart(GapsSpec),
     /// What a probe for gaps found; ends it if it still runs. Answer: [`Gaps`].
@@ -287,6 +289,9 @@ pub struct Clocks {
     pub monotonic_raw: Reading,
     /// `CLOCK_BOOTTIME`.
     pub boottime: Reading,
+    /// The host's clock as ptp_kvm gives it; absent where there is no such clock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ptp_kvm: Option<Reading>,
 }
 
 /// One reading of a clock.
@@ -298,6 +303,37 @@ pub struct Reading {
     pub tsc_before: u64,
     /// The TSC just after.
     pub tsc_after: u64,
+}
+
+/// A correction of `CLOCK_REALTIME`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Correction {
+    /// Its name: one that was made is not made again.
+    pub id: String,
+    /// By how much the clock is to go forward; backward if negative.
+    pub by_ns: i64,
+    /// How.
+    pub how: Manner,
+}
+
+/// The ways to correct a clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Manner {
+    /// At once.
+    Step,
+    /// By letting it run faster or slower, by 500 ppm, until it is right. Programs see no jump.
+    Slew,
+    /// A way of a later release; refused.
+    #[serde(other)]
+    Other,
+}
+
+/// A correction was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Corrected {
+    /// It had been made before, and nothing was done now.
+    pub again: bool,
 }
 
 /// A probe for gaps: a thread on each CPU looks at `CLOCK_MONOTONIC` again and again, and

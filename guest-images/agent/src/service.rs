@@ -4,6 +4,7 @@
 //! it can occupy is bounded: connections, programs, probes, bytes (`protocol`).
 
 mod clocks;
+mod correct;
 pub(crate) mod events;
 mod gaps;
 mod hooks;
@@ -34,6 +35,7 @@ use stillpoint_agent::protocol::{
 use stillpoint_agent::wire::{self, Lines};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
+use correct::Corrections;
 use gaps::Probe;
 use jobs::Jobs;
 use program::{Full, Job};
@@ -111,6 +113,7 @@ struct Service {
     connections: AtomicUsize,
     programs: Jobs<Arc<Job>>,
     probes: Jobs<Probe>,
+    corrections: Corrections,
 }
 
 impl Service {
@@ -121,6 +124,7 @@ impl Service {
             connections: AtomicUsize::new(0),
             programs: Jobs::new("programs", MAX_JOBS),
             probes: Jobs::new("probes", MAX_PROBES),
+            corrections: Corrections::default(),
         }
     }
 
@@ -181,6 +185,10 @@ impl Service {
                 shaped(kernel::dmesg(after, max_level).map_err(|error| failed(&error))?)
             }
             Request::Clocks => shaped(clocks::read()),
+            Request::Correct(correction) => {
+                let made = self.corrections.make(&correction);
+                shaped(made.map_err(|error| failed(&error))?)
+            }
             Request::GapsStart(spec) => {
                 let place = self.probes.reserve()?;
                 let probe = Probe::start(spec).map_err(|error| failed(&error))?;

@@ -58,6 +58,8 @@ pub(crate) struct Options {
     /// `devN=`: the virtio device of vCPU N, counted from 0; without it, the first of the kind
     /// that is free.
     pub(crate) slots: [Option<usize>; MAX_VCPUS],
+    /// `tscN=`: cycles by which vCPU N moves its TSC before anything else.
+    pub(crate) skews: [u64; MAX_VCPUS],
     /// `wait=`.
     pub(crate) waits: Waits,
     /// `queue=`: descriptors in each ring.
@@ -95,6 +97,7 @@ const DEFAULT: Options = Options {
     duty: 100,
     gap_us: 100,
     slots: [None; MAX_VCPUS],
+    skews: [0; MAX_VCPUS],
     waits: Waits::Interrupt,
     queue: 64,
     blocks: 1024,
@@ -158,6 +161,9 @@ pub(crate) fn parse(line: &str, cpus: usize) -> Options {
         }
         if let (Some(vcpu), Ok(slot)) = (vcpu("dev"), value.parse()) {
             options.slots[vcpu] = Some(slot);
+        }
+        if let Some(vcpu) = vcpu("tsc") {
+            options.skews[vcpu] = number(value, 0);
         }
     }
     options.cpus = options.cpus.clamp(1, MAX_VCPUS);

@@ -18,6 +18,14 @@ pub(crate) fn read() -> u64 {
     }
 }
 
+/// Moves this vCPU's TSC, as firmware or another operating system may have done to one of them.
+pub(crate) fn move_by(cycles: u64) {
+    const IA32_TSC_ADJUST: u32 = 0x3b;
+    if cycles != 0 {
+        gate::wrmsr(IA32_TSC_ADJUST, cycles);
+    }
+}
+
 /// Cycles in `us` microseconds.
 pub(crate) fn cycles(us: u64) -> u64 {
     us * KHZ.load(Relaxed) / 1000

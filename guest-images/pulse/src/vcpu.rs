@@ -70,6 +70,7 @@ impl Vcpu {
     /// Readies this vCPU; vCPU 0 brings up the others.
     pub(crate) fn new(index: usize) -> Self {
         let (local, report) = (local::of(index), pages::report(index));
+        tsc::move_by(options::get().skews[index]);
         apic::init();
         let kvmclock = clock::enable(local, report);
         let globals = pages::globals();

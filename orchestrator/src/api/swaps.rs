@@ -4,7 +4,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
-use stillpoint_control::spec::MAX_BUDGET;
+use stillpoint_control::clock::Policy;
+use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
 use utoipa::ToSchema;
 
 use super::Desk;
@@ -28,6 +29,9 @@ pub struct NewSwap {
     /// The longest blackout allowed, ns; the VM's own budget when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub budget_ns: Option<u64>,
+    /// What the guest's clocks make of the pause; the VM's own policy when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Policy>,
     /// How long before the pause the guest hears of it, ns; the VM's own notice when absent. It is
     /// given also where nobody listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -79,6 +83,7 @@ impl Desk {
     async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
         let vm = self.vm(name).await?;
         check_request(&new)?;
+        check_hold(&new, &vm.spec)?;
         if !vm.state.is_active() || vm.wanted == Wanted::Stopped {
             let message = format!(
                 "`{name}` is {}: there is no process to swap; the next `stillpoint run` starts \
@@ -115,6 +120,7 @@ impl Desk {
             step: "recorded".into(),
             reason: None,
             budget_ns: new.budget_ns,
+            clock: new.clock,
             notice_ns: new.notice_ns,
             no_notice: new.no_notice,
             successor: None,
@@ -158,6 +164,20 @@ fn check_request(new: &NewSwap) -> Result<(), Problem> {
         )),
         _ => Ok(()),
     }
+}
+
+/// A clock that is held is late afterwards: without anything to correct it that is refused.
+fn check_hold(new: &NewSwap, spec: &MachineSpec) -> Result<(), Problem> {
+    if new.clock != Some(Policy::Hold) || spec.correction().is_some() {
+        return Ok(());
+    }
+    let name = &spec.name;
+    let message = format!(
+        "field `clock`: hold leaves the wall clock of `{name}` late by the pause, and nothing would \
+         correct it: the machine has no vsock for its agent, and its spec does not say that the \
+         guest sees to it by ptp; use advance"
+    );
+    Err(Problem::new(Code::BadRequest, message))
 }
 
 /// Ids sort by time, and are short enough to type.

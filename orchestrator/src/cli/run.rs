@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use hyper::Method;
+use stillpoint_control::clock::{ClockSpec, Correction, Policy};
 use stillpoint_control::spec::{
     DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, VsockSpec,
     parse_size,
@@ -22,7 +23,7 @@ pub(super) struct Args {
     name: Option<String>,
     /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
     /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
-    /// vsock.cid, rng, blackout_budget_ns.
+    /// vsock.cid, rng, clock.{policy,correction,steal,vmclock}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
     spec: Option<PathBuf>,
     /// An ELF (PVH note, or 64-bit entry) or a bzImage.
@@ -61,6 +62,20 @@ pub(super) struct Args {
     /// The longest blackout a swap may take, such as 500ms [1s].
     #[arg(long, value_name = "TIME", conflicts_with = "spec", value_parser = format::parse_time)]
     budget: Option<Duration>,
+    /// What the guest's clocks make of a pause: advance (they include it) or hold (they leave it
+    /// out, and its wall clock is corrected afterwards) [advance].
+    #[arg(long, value_name = "POLICY", conflicts_with = "spec")]
+    clock: Option<Policy>,
+    /// Who corrects the wall clock after hold: step or slew (the guest's agent, by vsock), or ptp
+    /// (the guest itself) [step, where there is a vsock].
+    #[arg(long, value_name = "HOW", conflicts_with = "spec", value_enum)]
+    correction: Option<CorrectionArg>,
+    /// Count a pause as time stolen from the guest's vCPUs.
+    #[arg(long, conflicts_with = "spec")]
+    steal: bool,
+    /// Give the guest a vmclock device, which tells it of every swap.
+    #[arg(long, conflicts_with = "spec")]
+    vmclock: bool,
     /// The availability set it belongs to: its members see and approve each other's events.
     #[arg(long = "set", value_name = "NAME")]
     availability_set: Option<String>,
@@ -101,6 +116,26 @@ impl From<PagesArg> for Pages {
             PagesArg::Thp => Self::Thp,
             PagesArg::Hugetlb2m => Self::Hugetlb2m,
             PagesArg::Hugetlb1g => Self::Hugetlb1g,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum CorrectionArg {
+    /// The agent sets it, at once.
+    Step,
+    /// The agent has it run faster until it is right.
+    Slew,
+    /// The guest sees to it, by ptp_kvm.
+    Ptp,
+}
+
+impl From<CorrectionArg> for Correction {
+    fn from(correction: CorrectionArg) -> Self {
+        match correction {
+            CorrectionArg::Step => Self::Step,
+            CorrectionArg::Slew => Self::Slew,
+            CorrectionArg::Ptp => Self::Ptp,
         }
     }
 }
@@ -212,6 +247,12 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
         },
         disks: args.disks,
         nets: args.nets,
+        clock: ClockSpec {
+            policy: args.clock.unwrap_or_default(),
+            correction: args.correction.map(Correction::from),
+            steal: args.steal,
+            vmclock: args.vmclock,
+        },
         blackout_budget: args.budget.unwrap_or(DEFAULT_BUDGET),
     };
     spec.validate().map_err(bad)?;

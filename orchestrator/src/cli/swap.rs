@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use hyper::Method;
 use indicatif::ProgressBar;
+use stillpoint_control::clock::Policy;
 
 use super::{Desk, format, http, progress, report, say, say_json};
 use crate::api::NewSwap;
@@ -33,6 +34,10 @@ enum Component {
         /// The longest blackout allowed, such as 500ms [the guest's own].
         #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
         budget: Option<Duration>,
+        /// What the guest's clocks make of the pause: advance (they include it) or hold (they leave
+        /// it out, and its wall clock is corrected afterwards) [the guest's own].
+        #[arg(long, value_name = "POLICY")]
+        clock: Option<Policy>,
         /// How long before the pause the guest hears of it, such as 15min; it may approve sooner [the
         /// guest's own, if it listens].
         #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
@@ -48,6 +53,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         name,
         to,
         budget,
+        clock,
         notice,
         no_notice,
     } = args.component;
@@ -60,6 +66,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         budget_ns: budget.map(format::whole_ns),
         notice_ns: notice.map(format::whole_ns),
         no_notice,
+        clock,
     };
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;

@@ -172,6 +172,7 @@ async fn hand_over(
             to: swap.to.clone(),
             budget_ns: swap.budget_ns,
             brownout: BROWNOUT,
+            clock: swap.clock,
         },
         longest: BROWNOUT + budget.min(MAX_BUDGET),
         channel,

@@ -1,6 +1,7 @@
 //! Swaps: one component of one VM, from one release to another.
 
 use serde::{Deserialize, Serialize};
+use stillpoint_control::clock::Policy;
 use stillpoint_control::message::ProcessId;
 use stillpoint_control::report::{Outcome, ReleaseName, SwapReport};
 use utoipa::ToSchema;
@@ -96,6 +97,9 @@ pub struct SwapRecord {
     pub reason: Option<String>,
     /// The longest blackout allowed, ns; the VM's own budget when absent.
     pub budget_ns: Option<u64>,
+    /// What the guest's clocks make of the pause; the VM's own policy when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Policy>,
     /// How long before the pause the guest hears of it, ns; the VM's own notice when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice_ns: Option<u64>,

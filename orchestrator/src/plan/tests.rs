@@ -35,6 +35,7 @@ fn swap(state: SwapState) -> SwapRecord {
         step: String::new(),
         reason: None,
         budget_ns: None,
+        clock: None,
         notice_ns: None,
         no_notice: None,
         successor: Some(ProcessId {

@@ -52,6 +52,17 @@ pub(super) fn from_word<T: DeserializeOwned>(
     serde_json::from_value(text.into()).map_err(|e| wrong(column, e))
 }
 
+/// As [`from_word`], where there may be none.
+pub(super) fn from_word_option<T: DeserializeOwned>(
+    row: &rusqlite::Row<'_>,
+    column: usize,
+) -> rusqlite::Result<Option<T>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| serde_json::from_value(text.into()))
+        .transpose()
+        .map_err(|e| wrong(column, e))
+}
+
 /// SQLite's integers are signed; our counters and times stay far below 2^63.
 pub(super) fn signed(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)

@@ -3,8 +3,8 @@
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::rows::{
-    from_json, from_json_option, from_word, json, json_option, signed, unsigned, unsigned_option,
-    word,
+    from_json, from_json_option, from_word, from_word_option, json, json_option, signed, unsigned,
+    unsigned_option, word,
 };
 use super::vms::{Observed, write_observed};
 use super::{Store, StoreError};
@@ -12,7 +12,7 @@ use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
-     notice_ns, no_notice FROM swaps";
+     clock, notice_ns, no_notice FROM swaps";
 const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
@@ -31,8 +31,9 @@ fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
         asked_at_unix_ns: unsigned(row, 11)?,
         ended_at_unix_ns: unsigned_option(row, 12)?,
         report: from_json_option(row, 13)?,
-        notice_ns: unsigned_option(row, 14)?,
-        no_notice: row.get(15)?,
+        clock: from_word_option(row, 14)?,
+        notice_ns: unsigned_option(row, 15)?,
+        no_notice: row.get(16)?,
     })
 }
 
@@ -40,8 +41,8 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
     tx.execute(
         "INSERT OR REPLACE INTO swaps (id, vm, component, from_json, to_json, state, step, \
          reason, budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, \
-         report_json, notice_ns, no_notice) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-         ?11, ?12, ?13, ?14, ?15, ?16)",
+         report_json, clock, notice_ns, no_notice) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
         params![
             swap.id.0,
             swap.vm.as_str(),
@@ -57,6 +58,7 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
             signed(swap.asked_at_unix_ns),
             swap.ended_at_unix_ns.map(signed),
             json_option(swap.report.as_ref())?,
+            swap.clock.as_ref().map(word).transpose()?,
             swap.notice_ns.map(signed),
             swap.no_notice,
         ],

@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`spec`] | [`spec::MachineSpec`]: what a machine is, as its owner wrote it; validated once |
+//! | [`clock`] | what a pause is to the guest's clocks |
 //! | [`message`] | requests and replies on the control socket |
 //! | [`frame`] | one message and its file descriptors as one packet |
 //! | [`client`] | a blocking client of the control socket |
@@ -16,6 +17,7 @@
 //! the daemon made.
 
 pub mod client;
+pub mod clock;
 pub mod frame;
 pub mod message;
 pub mod nanos;

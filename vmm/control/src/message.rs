@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Policy;
 use crate::ownership::Epoch;
 use crate::report::{Phase, ReleaseName, SwapReport};
 use crate::spec::MachineSpec;
@@ -49,6 +50,9 @@ pub enum Request {
         /// The longest the preparation may take while the guest runs.
         #[serde(rename = "brownout_ns", with = "crate::nanos")]
         brownout: Duration,
+        /// What the guest's clocks make of the pause; the VM's own policy when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        clock: Option<Policy>,
     },
     /// The report of the last swap that this process came out of, as successor or as a
     /// predecessor that kept its guest. Answered by [`Reply::Report`].

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::{Correction, Policy};
+
 /// A release, as it names itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -101,14 +103,24 @@ impl Blackout {
     }
 }
 
-/// What became of the guest's clock.
+/// What became of the guest's clock: the receipt of a swap.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ClockReceipt {
-    /// `advance`: the guest's clocks include the pause.
-    pub policy: String,
-    /// For each vCPU: TSC offset read back in the successor less the predecessor's, cycles. Empty
-    /// where the kernel tells none.
+    /// What the guest's clocks make of the pause.
+    pub policy: Policy,
+    /// From the reading of the clock in the predecessor to the first entry, the last vCPU's, in
+    /// the successor.
+    #[serde(rename = "pause_ns", with = "crate::nanos", default)]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub pause: Duration,
+    /// How much of it the guest's clocks left out; 0 for `advance`.
+    #[serde(rename = "held_ns", with = "crate::nanos", default)]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub held: Duration,
+    /// For each vCPU: TSC offset read back in the successor less the one it was to have (the
+    /// predecessor's, and for `hold` the pause before that), cycles. Empty where the kernel tells
+    /// none.
     #[serde(default)]
     pub tsc_offset_delta: Vec<i64>,
     /// What the guest's own pvclock page says now less what the page of before would have said
@@ -119,16 +131,57 @@ pub struct ClockReceipt {
     pub loop_error_ns: Option<i64>,
     /// Tries of the calibrated loop.
     pub tries: u32,
-    /// What the loop cost.
+    /// What the loop took.
     #[serde(rename = "loop_ns", with = "crate::nanos", default)]
     #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub loop_time: Duration,
+    /// What it cost its thread in CPU time: a thread that loses its core takes longer and costs
+    /// the same.
+    #[serde(rename = "loop_cpu_ns", with = "crate::nanos", default)]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub loop_cpu: Duration,
     /// Whether KVM's masterclock was on before the swap.
     pub masterclock_before: bool,
     /// Whether it is on after it.
     pub masterclock_after: bool,
+    /// For each vCPU: whether its guest is told, by its kvmclock, that it stood still, so that its
+    /// watchdogs keep quiet. One without a kvmclock can't be.
+    #[serde(default)]
+    pub told_of_pause: Vec<bool>,
+    /// The guest's wall clock less the host's, before and after.
+    #[serde(default)]
+    pub wall_clock: WallClock,
+    /// What was done about wall-clock time in the guest afterwards.
+    #[serde(default)]
+    pub steps: Vec<Step>,
     /// How the clock was carried when the exact way was not open, and why.
     pub fallback: Option<String>,
+}
+
+/// The guest's wall clock less the host's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WallClock {
+    /// Which of the guest's wall clocks: `agent`, what its `CLOCK_REALTIME` says; `kvmclock`, what
+    /// a guest reads that asks KVM's clock (Linux does at its boot). Empty if neither was there.
+    pub of: String,
+    /// Before the swap, ns.
+    pub error_before_ns: Option<i64>,
+    /// After it, and after what `steps` did, ns.
+    pub error_after_ns: Option<i64>,
+}
+
+/// A correction of wall-clock time in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Step {
+    /// How.
+    pub how: Correction,
+    /// By how much, ns.
+    pub by_ns: i64,
+    /// Why it was not done; absent if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// The report of one swap.

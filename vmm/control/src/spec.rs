@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::{ClockSpec, Correction, Policy, is_default};
+
 /// The most vCPUs of a machine: 8-bit APIC ids, 255 being the broadcast.
 pub const MAX_VCPUS: u8 = 254;
 /// The least RAM: below this no kernel we load finds room.
@@ -55,6 +57,9 @@ pub struct MachineSpec {
     /// Whether there is an entropy device.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rng: bool,
+    /// Its clock.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub clock: ClockSpec,
     /// The longest blackout a swap of this machine may take, ns; at most [`MAX_BUDGET`].
     #[serde(
         rename = "blackout_budget_ns",
@@ -263,6 +268,7 @@ impl MachineSpec {
             ));
         }
         self.validate_devices()?;
+        self.validate_clock()?;
         if self.blackout_budget.is_zero() || self.blackout_budget > MAX_BUDGET {
             let given = self.blackout_budget;
             return Err(field(
@@ -329,6 +335,27 @@ impl MachineSpec {
             )),
             _ => Ok(()),
         }
+    }
+
+    fn validate_clock(&self) -> Result<(), SpecError> {
+        let clock = &self.clock;
+        let by_agent = matches!(clock.correction, Some(Correction::Step | Correction::Slew));
+        if by_agent && self.vsock.is_none() {
+            let text = "the guest's agent is reached by vsock; give the machine a `vsock`, or \
+                        leave the correction to `ptp`";
+            return Err(field("clock.correction", text));
+        }
+        if clock.policy == Policy::Hold && self.correction().is_none() {
+            let text = "hold leaves the guest's wall clock late by the pause; give the machine a \
+                        `vsock` for its agent to correct it, or set `clock.correction` to `ptp`";
+            return Err(field("clock.policy", text));
+        }
+        Ok(())
+    }
+
+    /// How wall-clock time is corrected after a pause that was held; `None` if nothing would.
+    pub fn correction(&self) -> Option<Correction> {
+        self.clock.corrects(self.vsock.is_some())
     }
 
     fn validate_memory(&self) -> Result<(), SpecError> {
@@ -475,6 +502,7 @@ mod tests {
             nets: Vec::new(),
             vsock: None,
             rng: false,
+            clock: ClockSpec::default(),
             blackout_budget: DEFAULT_BUDGET,
         }
     }
@@ -543,6 +571,23 @@ mod tests {
             parse_mac("52:54:00:12:34:56"),
             Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56])
         );
+    }
+
+    #[test]
+    fn a_clock_that_is_held_is_corrected() {
+        let hold = |s: &mut MachineSpec| s.clock.policy = Policy::Hold;
+        assert!(refused(hold).contains("`clock.policy`"));
+        let by = |correction| move |s: &mut MachineSpec| s.clock.correction = Some(correction);
+        assert!(refused(by(Correction::Step)).contains("`clock.correction`"));
+        assert!(refused(by(Correction::Slew)).contains("`clock.correction`"));
+        let mut spec = spec();
+        hold(&mut spec);
+        by(Correction::Ptp)(&mut spec);
+        spec.validate().expect("the guest sees to it");
+        spec.clock.correction = None;
+        spec.vsock = Some(VsockSpec { cid: 3 });
+        spec.validate().expect("the agent sees to it");
+        assert_eq!(spec.correction(), Some(Correction::Step));
     }
 
     #[test]

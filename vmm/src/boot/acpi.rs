@@ -24,13 +24,15 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::reset;
 use crate::devices::virtio::slot::Place;
+use crate::devices::vmclock;
 use crate::memory::Memory;
 
 /// Where the root pointer lies, and the tables behind it: where a PC's firmware has its own, and
 /// where a kernel that is told of no address searches (ACPI 6.5, 5.2.5.1).
 pub const RSDP: GuestAddress = GuestAddress(0xe_0000);
 /// End of the room for tables.
-const END: u64 = reset::VECTOR.0;
+const END: u64 = vmclock::PAGE.0;
+const _: () = assert!(END + vmclock::PAGE_SIZE as u64 <= reset::VECTOR.0);
 
 const OEM: [u8; 6] = *b"STILLP";
 const OEM_TABLE: [u8; 8] = *b"STILLPNT";
@@ -52,6 +54,8 @@ pub struct Platform {
     pub vcpus: u8,
     /// virtio-mmio devices in the order in which the guest shall find them.
     pub virtio: Vec<Place>,
+    /// There is a vmclock device.
+    pub vmclock: bool,
 }
 
 /// Writes the tables; gives the address of the root pointer.
@@ -150,6 +154,7 @@ mod tests {
         Platform {
             vcpus,
             virtio: (0..virtio).map(Place::nth).collect(),
+            vmclock: virtio == 18,
         }
     }
 

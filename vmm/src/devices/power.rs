@@ -2,16 +2,17 @@
 //!
 //! The ports are those of [`stillpoint_guest_abi::power`]: one 32-bit register for guests without
 //! ACPI, and the registers that the ACPI tables name. Whoever presses the button sets a bit of the
-//! event register and raises the line; the guest's interrupt routine reads the register, which
-//! clears it, and decides for itself what to do. A press that the guest has not read is saved.
+//! event register and raises the line (so does who has changed the [vmclock](super::vmclock)); the
+//! guest's interrupt routine reads the register, which clears it, and decides for itself what to do.
+//! A press that the guest has not read is saved.
 
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use stillpoint_guest_abi::power::{
-    ACPI_RESET, BUTTON_PRESSED, CONTROL, EVENTS, POWER_OFF, RESET, RESET_REGISTER, SLEEP_CONTROL,
-    SLEEP_ENABLE, SLEEP_TYPE_OFF, SLEEP_TYPE_SHIFT,
+    ACPI_RESET, BUTTON_PRESSED, CLOCK_CHANGED, CONTROL, EVENTS, POWER_OFF, RESET, RESET_REGISTER,
+    SLEEP_CONTROL, SLEEP_ENABLE, SLEEP_TYPE_OFF, SLEEP_TYPE_SHIFT,
 };
 use stillpoint_state::{Saved, Section, StateError, Unclaimed, sections};
 
@@ -81,8 +82,17 @@ impl Power {
     /// Presses the power button. While frozen it only takes note; the guest hears of it when the
     /// device is resumed, here or in a successor that is made from what is saved later.
     pub fn press_button(&self) {
+        self.notify(BUTTON_PRESSED);
+    }
+
+    /// Tells the guest, in the same manner, that its vmclock's page has changed.
+    pub fn tell_of_clock(&self) {
+        self.notify(CLOCK_CHANGED);
+    }
+
+    fn notify(&self, event: u8) {
         let mut inner = self.inner();
-        inner.pending |= BUTTON_PRESSED;
+        inner.pending |= event;
         if !inner.frozen {
             inner.tell();
         }
@@ -240,6 +250,16 @@ mod tests {
         assert_eq!(events_of(&power), 0);
         power.resume();
         assert_eq!(raised(&power), 0, "it was read");
+    }
+
+    #[test]
+    fn a_changed_clock_is_no_press() {
+        let (power, _seen) = power();
+        power.tell_of_clock();
+        assert_eq!(raised(&power), 1);
+        assert!(!power.is_press_pending());
+        power.press_button();
+        assert_eq!(events_of(&power), BUTTON_PRESSED | CLOCK_CHANGED);
     }
 
     #[test]

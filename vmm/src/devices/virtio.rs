@@ -14,6 +14,7 @@
 //! | [`queue`] | rings and chains of buffers: judged once, then used |
 //! | [`slot`] | a device's place in a machine: window, line, kicks, thread |
 //! | [`backend`] | what a device is made of on the host: opened at a boot, handed over at a swap |
+//! | `complaints` | what goes to the log, however often a guest gives cause |
 //! | one for each kind | [`blk`], [`net`], [`rng`], [`vsock`] |
 //!
 //! A kind never runs on a vCPU's thread, and what may take long, such as disk I/O, not on the
@@ -21,6 +22,7 @@
 
 pub mod backend;
 pub mod blk;
+mod complaints;
 pub mod mmio;
 pub mod net;
 pub mod poller;

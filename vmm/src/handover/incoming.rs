@@ -22,13 +22,15 @@ use super::{
     Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, out_of_turn,
 };
 use crate::boot::cpuid;
-use crate::clock::Page;
+use crate::clock::page::Page;
+use crate::clock::wall::WallClock;
 use crate::console;
 use crate::devices::virtio::backend;
 use crate::doors::Doors;
 use crate::event::Event;
-use crate::machine::build::{Blank, BuildError, Loaded as LoadedMachine, Promise};
+use crate::machine::build::{Blank, BuildError, Loaded as LoadedMachine};
 use crate::machine::frozen::Guest;
+use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
@@ -161,6 +163,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         cpuid: Some(cpuid::from_bytes(&offer.cpuid)?),
         tsc_khz: Some(offer.tsc_khz),
         tsc_offset: offer.tsc_offset,
+        hold: offer.hold,
     };
     let mut files = await_files(channel, offer.files)?;
     let plugs = backend::adopt(&spec, Path::new(&offer.dir), &mut files);
@@ -171,8 +174,13 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     timing.mark("populate");
     let ownership = Ownership::map(ownership)?;
     faults::reach(faults::Point::Adopt).map_err(AdoptError::Injected)?;
+    let adopted = Adopted {
+        format,
+        populated,
+        hold: offer.hold,
+    };
     channel
-        .send(Body::Adopted(Adopted { format, populated }), &[])
+        .send(Body::Adopted(adopted), &[])
         .map_err(|source| AdoptError::Channel {
             what: "ear",
             source,
@@ -222,6 +230,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
         .blank
         .load(unclaimed, &mut prepared.files, OFFER_PATIENCE)?;
     let pages = pages_before(&machine, &loaded);
+    let wall = wall_before(&machine, &loaded);
     timing.mark("load");
     faults::reach(faults::Point::Loaded).map_err(AdoptError::Injected)?;
     let took_ns = timing.marks.iter().map(|(_, d)| d.as_nanos()).sum::<u128>() as u64;
@@ -232,16 +241,18 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // The guest is ours. No error from here on may be answered by anything but carrying on or
     // ending: nobody else may run it again.
     let taken_tsc = clock::host_tsc();
-    let entered_tsc = machine.enter(ENTER_PATIENCE)?;
+    machine.tell_of_swap(loaded.has_disturbed_tsc());
+    let entered = machine.enter(ENTER_PATIENCE)?;
     // By the vCPUs' own stamps: this thread leaves the cores to them first.
-    let entering = clock::duration(entered_tsc.saturating_sub(taken_tsc), machine.tsc_khz());
+    let entering = clock::duration(entered.tsc.saturating_sub(taken_tsc), machine.tsc_khz());
     timing.marks.push(("enter", entering));
     let _ = channel.send(Body::Running(Running {}), &[]);
     let evidence = Evidence {
         kicked_tsc,
-        entered_tsc,
+        entered,
         loaded,
         pages,
+        wall,
         brownout: std::mem::take(&mut prepared.timing.marks),
         blackout: timing.marks,
     };
@@ -358,6 +369,14 @@ fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> 
             .flatten()
     };
     loaded.system_time.iter().map(page).collect()
+}
+
+/// The guest's wall clock structure, likewise.
+fn wall_before(machine: &Machine, loaded: &LoadedMachine) -> Option<WallClock> {
+    let at = vm_memory::GuestAddress(loaded.wall_clock);
+    (loaded.wall_clock != 0)
+        .then(|| WallClock::read(machine.ram().map(), at))
+        .flatten()
 }
 
 /// Waits until the guest is ours to take, and takes it. Gives the host TSC of the kick, 0 if the

@@ -3,17 +3,25 @@
 //!
 //! Runs beside the guest, when nothing is urgent any more.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use stillpoint_control::clock::Policy;
 use stillpoint_control::report::{
     Blackout, ClockReceipt, Outcome, Phase, ReleaseName, Side, SwapReport,
+    WallClock as WallClockReceipt,
 };
+use stillpoint_state::sections::Clock;
 use vm_memory::GuestAddress;
 
-use crate::clock::{self, Page};
+use super::correct;
+use crate::clock;
+use crate::clock::page::Page;
+use crate::clock::wall::WallClock;
 use crate::devices::probe;
 use crate::machine::Machine;
 use crate::machine::build::Loaded;
+use crate::vcpu::Entered;
 
 /// How long a guest may take to log the gap it saw, and KVM to write the clock pages.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -21,22 +29,38 @@ const PATIENCE: Duration = Duration::from_millis(300);
 const GLANCE: Duration = Duration::from_millis(2);
 /// The clock's hard bound, ns; beyond it the report warns.
 const CLOCK_BOUND_NS: u64 = 50;
+/// Of a pause of this length a guest's watchdogs may complain if nobody told them (Linux: 20 s for
+/// a soft lockup, kernel/watchdog.c; 21 s for an RCU stall).
+const WATCHDOGS: Duration = Duration::from_secs(20);
 
 /// What was seen while the guest stood still.
 #[derive(Clone, Debug)]
 pub struct Evidence {
     /// Host TSC at the kick; 0 if the predecessor died before it could say.
     pub kicked_tsc: u64,
-    /// Host TSC when the last vCPU was let in.
-    pub entered_tsc: u64,
+    /// How the vCPUs were let in.
+    pub entered: Entered,
     /// What loading showed.
     pub loaded: Loaded,
     /// Each vCPU's clock page of before.
     pub pages: Vec<Option<Page>>,
+    /// The wall clock structure of before.
+    pub wall: Option<WallClock>,
     /// Phases before the freeze.
     pub brownout: Vec<(&'static str, Duration)>,
     /// Phases within the blackout.
     pub blackout: Vec<(&'static str, Duration)>,
+}
+
+/// Which swap it was.
+#[derive(Clone, Copy, Debug)]
+pub struct Swap<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// The successor's release.
+    pub us: &'a ReleaseName,
+    /// The guest's directory.
+    pub dir: &'a Path,
 }
 
 /// Makes the report. `told` is the predecessor's part, if it came.
@@ -44,20 +68,39 @@ pub fn report(
     evidence: &Evidence,
     machine: &Machine,
     told: Option<SwapReport>,
-    swap: &str,
-    us: &ReleaseName,
+    swap: Swap<'_>,
 ) -> SwapReport {
-    let mut report = told.unwrap_or_else(|| unheard(machine, swap));
+    let Swap { id, us, dir } = swap;
+    let mut report = told.unwrap_or_else(|| unheard(machine, id));
     report.to = us.clone();
     report.outcome = Outcome::Moved;
     report.phases = phases(evidence, std::mem::take(&mut report.phases));
     let khz = machine.tsc_khz();
     if evidence.kicked_tsc != 0 {
-        let cycles = evidence.entered_tsc.saturating_sub(evidence.kicked_tsc);
+        let cycles = evidence.entered.tsc.saturating_sub(evidence.kicked_tsc);
         report.blackout.host = clock::duration(cycles, khz);
     }
     report.blackout.guest_ns = guest_gaps(evidence, machine);
-    report.clock = Some(receipt(evidence, machine));
+    let before = report.clock.take().unwrap_or_default().wall_clock;
+    let mut receipt = receipt(evidence, machine);
+    // First: until it is done, the guest's wall clock is late.
+    let pause = correct::Pause {
+        id,
+        policy: receipt.policy,
+        held: receipt.held,
+        error_before_ns: before.error_before_ns,
+    };
+    let after = correct::after(machine, dir, pause);
+    receipt.steps = after.steps;
+    receipt.wall_clock = match after.error_ns {
+        Some(error) => WallClockReceipt {
+            of: "agent".into(),
+            error_before_ns: before.error_before_ns,
+            error_after_ns: Some(error),
+        },
+        None => by_kvmclock(evidence, machine),
+    };
+    report.clock = Some(receipt);
     report.warnings = warnings(&report);
     report
 }
@@ -112,8 +155,9 @@ fn guest_gaps(evidence: &Evidence, machine: &Machine) -> Vec<Option<u64>> {
         return vec![None; count];
     };
     let offset = machine.tsc_offset().unwrap_or(0);
-    let guest = |tsc: u64| tsc.wrapping_add_signed(offset);
-    let window = guest(evidence.kicked_tsc)..guest(evidence.entered_tsc);
+    let before = evidence.loaded.tsc_offset_before.unwrap_or(0);
+    let window = evidence.kicked_tsc.wrapping_add_signed(before)
+        ..evidence.entered.tsc.wrapping_add_signed(offset);
     let khz = machine.tsc_khz();
     let gap = |vcpu: u8| {
         let cycles = probe::gap_over(machine.ram().map(), table, vcpu, window.clone())?;
@@ -149,8 +193,15 @@ fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
     } else {
         None
     };
+    let khz = machine.tsc_khz();
+    let pause = evidence.entered.tsc.saturating_sub(loaded.pause.from_tsc);
     ClockReceipt {
-        policy: "advance".into(),
+        policy: match loaded.saved_clock.hold {
+            true => Policy::Hold,
+            false => Policy::Advance,
+        },
+        pause: clock::duration(pause, khz),
+        held: clock::duration(loaded.pause.held, khz),
         tsc_offset_delta: deltas
             .iter()
             .copied()
@@ -160,9 +211,33 @@ fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
         loop_error_ns: loaded.clock.error_ns,
         tries: loaded.clock.tries,
         loop_time: loaded.clock.took,
+        loop_cpu: loaded.clock.cpu,
         masterclock_before: before,
         masterclock_after: loaded.clock.master,
+        told_of_pause: evidence.entered.told.clone(),
+        wall_clock: WallClockReceipt::default(),
+        steps: Vec::new(),
         fallback: fallback.map(str::to_owned),
+    }
+}
+
+/// The wall clock that KVM keeps for the guest, against the host's: at one TSC each, KVM's own.
+fn by_kvmclock(evidence: &Evidence, machine: &Machine) -> WallClockReceipt {
+    let error = |wall: Option<WallClock>, clock: &Clock| {
+        let guest = wall?.epoch_ns()?.checked_add(clock.clock)?;
+        (clock.realtime != 0).then(|| guest.wrapping_sub(clock.realtime).cast_signed())
+    };
+    let loaded = &evidence.loaded;
+    let Some(before) = error(evidence.wall, &loaded.saved_clock) else {
+        return WallClockReceipt::default();
+    };
+    let at = GuestAddress(loaded.wall_clock);
+    let now = machine.clock().ok();
+    let wall = WallClock::read(machine.ram().map(), at);
+    WallClockReceipt {
+        of: "kvmclock".into(),
+        error_before_ns: Some(before),
+        error_after_ns: now.and_then(|now| error(wall, &now)),
     }
 }
 
@@ -214,6 +289,15 @@ fn warnings(report: &SwapReport) -> Vec<String> {
             warnings.push("the masterclock was on before the swap and is off now".into());
         }
         warnings.extend(clock.fallback.clone());
+        let pause = clock.pause.saturating_sub(clock.held);
+        if pause > WATCHDOGS && clock.told_of_pause.contains(&false) {
+            warnings.push(format!(
+                "the guest has no kvmclock by which to tell its watchdogs of a pause of {pause:?}: \
+                 they may complain of lockups that are none"
+            ));
+        }
+        let problems = clock.steps.iter().filter_map(|step| step.problem.clone());
+        warnings.extend(problems);
     }
     warnings
 }

@@ -7,11 +7,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::SealFlags;
+use stillpoint_control::clock::Policy;
 use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::message::Handover;
 use stillpoint_control::ownership::Owner;
-use stillpoint_control::report::{Blackout, Outcome, Phase, ReleaseName, Side, SwapReport};
+use stillpoint_control::report::{
+    Blackout, ClockReceipt, Outcome, Phase, ReleaseName, Side, SwapReport, WallClock,
+};
 
+use super::correct;
+use super::hold;
 use super::lend::Lending;
 use super::{Body, Channel, ChannelError, Files, GiveUp, Offer, Phases, State, out_of_turn};
 use crate::boot::cpuid;
@@ -47,6 +52,8 @@ pub struct Errand {
     pub budget: Duration,
     /// The longest preparation.
     pub brownout: Duration,
+    /// What the guest's clocks make of the pause.
+    pub clock: Policy,
     /// The VM's secret.
     pub secret: Vec<u8>,
     /// Swaps lived through.
@@ -93,6 +100,9 @@ pub enum KeptReason {
     /// The guest ended, or wants to begin anew.
     #[error("the guest switched itself off or reset while the swap was prepared")]
     GuestEnded,
+    /// The clock's policy can't be kept.
+    #[error("clock policy hold: {0}; use the policy advance")]
+    Hold(&'static str),
     /// Our own fds.
     #[error("cannot hand over a file descriptor: {0}")]
     Fds(std::io::Error),
@@ -106,6 +116,8 @@ struct Log {
     state_bytes: u64,
     blackout: Duration,
     lending: Lending,
+    /// The guest's wall clock less the host's, as its agent says.
+    wall_error_ns: Option<i64>,
 }
 
 impl Log {
@@ -134,6 +146,7 @@ pub fn hand_over(
         state_bytes: 0,
         blackout: Duration::ZERO,
         lending: Lending::default(),
+        wall_error_ns: None,
     };
     let prepared = prepare(guest, errand, channel, &mut log, &mut ended);
     if let Some(phase) = log.phases.first() {
@@ -142,7 +155,8 @@ pub fn hand_over(
     let result = prepared.and_then(|()| blackout(guest, errand, channel, &mut log, &mut ended));
     match result {
         Ok(()) => {
-            let report = report(guest, errand, &log, Outcome::Moved, None);
+            let mut report = report(guest, errand, &log, Outcome::Moved, None);
+            report.clock = Some(clock_before(&log));
             if let Ok(report) = serde_json::to_string(&report) {
                 let _ = channel.send(Body::Phases(Phases { report }), &[]);
             }
@@ -159,6 +173,17 @@ pub fn hand_over(
                 report: Box::new(report),
             }
         }
+    }
+}
+
+/// Our part of the receipt.
+fn clock_before(log: &Log) -> ClockReceipt {
+    ClockReceipt {
+        wall_clock: WallClock {
+            error_before_ns: log.wall_error_ns,
+            ..WallClock::default()
+        },
+        ..ClockReceipt::default()
     }
 }
 
@@ -207,6 +232,9 @@ fn prepare(
         what: "preparing the successor",
         source,
     };
+    if errand.clock == Policy::Hold {
+        hold::check(&guest.machine).map_err(KeptReason::Hold)?;
+    }
     offer(guest, errand, channel, log)?;
     let deadline = began + errand.brownout;
     let adopted = loop {
@@ -220,7 +248,14 @@ fn prepare(
             return Err(KeptReason::GuestEnded);
         }
     };
-    if !guest.machine.formats().contains(&adopted.format) {
+    if errand.clock == Policy::Hold && !adopted.hold {
+        return Err(KeptReason::Hold(hold::NOT_KNOWN));
+    }
+    if !guest
+        .machine
+        .formats(errand.clock)
+        .contains(&adopted.format)
+    {
         let text = format!(
             "it asks for state format {}, which we don't write",
             adopted.format
@@ -229,6 +264,7 @@ fn prepare(
     }
     log.format = adopted.format;
     log.add("adopt", Side::Successor, false, began.elapsed());
+    log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
     Ok(())
 }
 
@@ -247,12 +283,13 @@ fn offer(
         epoch: guest.owner.epoch().next().0,
         cpuid: cpuid::to_bytes(machine.cpuid()),
         tsc_khz: machine.tsc_khz(),
-        formats: machine.formats(),
+        formats: machine.formats(errand.clock),
         files: u32::try_from(files.count()).unwrap_or(u32::MAX),
         secret: errand.secret.clone(),
         swaps: errand.swaps,
         dir: errand.dir.clone(),
         tsc_offset: machine.tsc_offset(),
+        hold: errand.clock == Policy::Hold,
     };
     let us = rustix::process::getpid();
     let pidfd = rustix::process::pidfd_open(us, rustix::process::PidfdFlags::empty())
@@ -370,7 +407,7 @@ fn save(
     channel: &Channel,
     log: &mut Log,
 ) -> Result<(), KeptReason> {
-    let bytes = frozen.save(log.format)?;
+    let bytes = frozen.save(log.format, errand.clock)?;
     log.state_bytes = bytes.len() as u64;
     write_sealed(&errand.state, &bytes).map_err(KeptReason::State)?;
     // Before the seal: a successor that finds us dead, and the state sealed, has them all.

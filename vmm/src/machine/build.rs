@@ -13,18 +13,20 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap};
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::{power as power_abi, probe as probe_abi};
 use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::Machine;
+use super::vcpus::{self, Promise};
 use crate::boot::acpi::Platform;
 use crate::boot::{self, BootError, Images, cpuid};
 use crate::bus::{Bus, Space};
-use crate::clock::Alignment;
+use crate::clock::align::{self, Alignment};
 use crate::console::buffer::Buffer;
 use crate::devices::Device;
 use crate::devices::power::{BUTTON_GSI, Power};
@@ -33,11 +35,12 @@ use crate::devices::serial::{COM1, COM1_GSI, SerialPort};
 use crate::devices::virtio::backend::{Backend, BackendError, Plug};
 use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::slot::{Place, Slot};
+use crate::devices::vmclock::VmClock;
 use crate::event::Event;
 use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
 use crate::memory::{self, GuestRam, MemoryError};
-use crate::vcpu::state::LoadedVcpu;
+use crate::vcpu::state::{LoadedVcpu, Pause};
 use crate::vcpu::{Surroundings, VcpuSet, VcpusError, msrs};
 use crate::{clock, irq, raw};
 
@@ -83,6 +86,19 @@ pub enum BuildError {
     /// What a device is made of.
     #[error(transparent)]
     Backend(#[from] BackendError),
+    /// The clock's policy can't be kept here.
+    #[error(
+        "clock policy hold: this host's KVM ignores TSC offsets (its guests read the host's TSC), \
+         so a guest's clocks can't leave out a pause; use the policy advance, or a host whose \
+         KVM is hardware"
+    )]
+    Hold,
+    /// Nor can a clock that was saved without the TSC it goes with.
+    #[error(
+        "clock policy hold: KVM's masterclock went off before the freeze, so how long the pause was \
+         is not known exactly; use the policy advance"
+    )]
+    HoldWithoutMasterclock,
     /// Something of the host's.
     #[error("cannot make the console: {0}")]
     Console(#[from] std::io::Error),
@@ -97,19 +113,8 @@ fn kvm_remedy(error: &kvm_ioctls::Error) -> &'static str {
     }
 }
 
-fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
+pub(super) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BuildError {
     move |source| BuildError::Kvm { what, source }
-}
-
-/// What a machine's guest was promised at its boot and keeps for its life.
-#[derive(Clone, Debug, Default)]
-pub struct Promise {
-    /// CPUID entries; made from the host's for a cold boot.
-    pub cpuid: Option<Vec<kvm_cpuid_entry2>>,
-    /// TSC frequency, kHz.
-    pub tsc_khz: Option<u32>,
-    /// TSC offset of vCPU 0, cycles.
-    pub tsc_offset: Option<i64>,
 }
 
 /// A machine without a guest.
@@ -145,10 +150,24 @@ pub struct Loaded {
     pub clock: Alignment,
     /// The clock as it was saved.
     pub saved_clock: Clock,
+    /// The pause, as far as it goes into the guest's clocks.
+    pub pause: Pause,
+    /// TSC offset of vCPU 0 before it.
+    pub tsc_offset_before: Option<i64>,
     /// `MSR_KVM_SYSTEM_TIME` of each vCPU: where its pvclock page is.
     pub system_time: Vec<u64>,
+    /// `MSR_KVM_WALL_CLOCK`: where the wall clock structure is; 0 if there is none.
+    pub wall_clock: u64,
     /// Console viewers whose sockets come beside the state.
     pub viewers: usize,
+}
+
+impl Loaded {
+    /// Whether the guest's TSC did not run on as if nothing had been.
+    pub fn has_disturbed_tsc(&self) -> bool {
+        let exact = |vcpu: &LoadedVcpu| vcpu.tsc_offset_delta == Some(0);
+        self.pause.held != 0 || !self.vcpus.iter().all(exact)
+    }
 }
 
 impl Blank {
@@ -171,9 +190,9 @@ impl Blank {
             .map_err(kvm("set the identity map"))?;
         irq::create(&vm)?;
         if !promise.cpuid.as_deref().is_some_and(cpuid::has_counters) {
-            withhold_counters(&vm);
+            vcpus::withhold_counters(&vm);
         }
-        let (vcpus, cpuid, tsc_khz) = make_vcpus(&kvm_fd, &vm, spec, promise)?;
+        let (vcpus, cpuid, tsc_khz) = vcpus::make(&kvm_fd, &vm, spec, promise)?;
         prepare(&vcpus)?;
         let tsc_offset = vcpus.first().and_then(|first| raw::tsc_offset(first).ok());
         let lines = Lines {
@@ -218,6 +237,7 @@ impl Blank {
             power,
             probe,
             virtio,
+            vmclock,
         } = make(Wiring {
             lines: self.lines,
             buffer: &self.buffer,
@@ -245,6 +265,7 @@ impl Blank {
             Arc::clone(&power) as _,
             Arc::clone(&probe) as _,
         ];
+        devices.extend(vmclock.iter().map(|clock| Arc::clone(clock) as _));
         for device in &virtio {
             let registers = Arc::clone(device) as Arc<dyn Device>;
             let base = device.place().base.into();
@@ -260,6 +281,7 @@ impl Blank {
             serial,
             power,
             probe,
+            vmclock,
             bus: Arc::new(bus),
             vm: self.vm,
             ram: self.ram,
@@ -280,29 +302,38 @@ impl Blank {
     ) -> Result<(Machine, Loaded), BuildError> {
         self.vcpus.stand_by()?;
         let count = self.vcpus.count();
+        let saved_clock: Clock = state.take("")?;
+        let pause = pause_of(&saved_clock, &self.spec)?;
         let sections: Vec<Vcpu> = (0..count)
             .map(|id| state.take(&id.to_string()))
             .collect::<Result<_, _>>()?;
         let system_time = sections
             .iter()
-            .map(system_time_of)
+            .map(|section| msr_of(section, msrs::SYSTEM_TIME))
             .collect::<Result<_, _>>()?;
+        let wall_clock = sections.first().map(|s| msr_of(s, msrs::WALL_CLOCK));
+        let wall_clock = wall_clock.transpose()?.unwrap_or(0);
         // The guest may have moved its TSC since the predecessor's machine was made.
-        self.tsc_offset = sections.first().and_then(|first| first.tsc_offset);
-        self.vcpus.load(sections)?;
+        let tsc_offset_before = sections.first().and_then(|first| first.tsc_offset);
+        let held = pause.held.cast_signed();
+        self.tsc_offset = tsc_offset_before.map(|offset| offset.wrapping_sub(held));
+        self.vcpus.load(sections, pause)?;
         irq::load(&self.vm, &state.take::<Irqchip>("")?)?;
-        let saved_clock: Clock = state.take("")?;
         let viewers = self.buffer.load(&mut state)?;
         let vcpus = self.vcpus.loaded(patience)?;
-        let clock = clock::align(&self.vm, &saved_clock).map_err(kvm("set the clock"))?;
+        let clock =
+            align::align(&self.vm, &saved_clock, pause.held).map_err(kvm("set the clock"))?;
+        let (has_vmclock, ram) = (self.spec.clock.vmclock, Arc::clone(&self.ram));
         let machine = self.with_devices(|wiring| {
             let Lines { serial, power } = wiring.lines;
             let output = wiring.buffer.output();
+            let vmclock = has_vmclock.then(|| VmClock::restore(ram.map(), &mut state));
             let virtio = wiring.slots.into_iter().map(|(slot, backend)| {
                 let kind = backend.restore(slot.name(), &mut state, late)?;
                 VirtioMmio::restore(slot, kind, &mut state).map(Arc::new)
             });
             Ok(Parts {
+                vmclock: vmclock.transpose()?.map(Arc::new),
                 virtio: virtio.collect::<Result<_, _>>()?,
                 serial: Arc::new(SerialPort::restore(serial, output, &mut state)?),
                 power: Arc::new(Power::restore(power, wiring.events, &mut state)?),
@@ -316,7 +347,10 @@ impl Blank {
                 vcpus,
                 clock,
                 saved_clock,
+                pause,
+                tsc_offset_before,
                 system_time,
+                wall_clock,
                 viewers,
             },
         ))
@@ -336,68 +370,28 @@ struct Parts {
     power: Arc<Power>,
     probe: Arc<Probe>,
     virtio: Vec<Arc<VirtioMmio>>,
+    vmclock: Option<Arc<VmClock>>,
 }
 
-fn system_time_of(section: &Vcpu) -> Result<u64, StateError> {
-    let found = section
-        .msrs()?
-        .into_iter()
-        .find(|(index, _)| *index == msrs::SYSTEM_TIME);
+/// The pause behind a saved clock, as far as it goes into the guest's clocks. For one that is held,
+/// guest time goes on from now.
+fn pause_of(clock: &Clock, spec: &MachineSpec) -> Result<Pause, BuildError> {
+    if clock.hold && !clock::is_master(clock.flags) {
+        return Err(BuildError::HoldWithoutMasterclock);
+    }
+    Ok(Pause {
+        from_tsc: clock.host_tsc,
+        held: match clock.hold {
+            true => clock::host_tsc().saturating_sub(clock.host_tsc),
+            false => 0,
+        },
+        steal: spec.clock.steal,
+    })
+}
+
+fn msr_of(section: &Vcpu, msr: u32) -> Result<u64, StateError> {
+    let found = section.msrs()?.into_iter().find(|(index, _)| *index == msr);
     Ok(found.map_or(0, |(_, value)| value))
-}
-
-/// Has KVM refuse performance counters that CPUID does not tell of: AMD's oldest are there without
-/// a word. Before any vCPU is made.
-fn withhold_counters(vm: &VmFd) {
-    let off = kvm_enable_cap {
-        cap: KVM_CAP_PMU_CAPABILITY,
-        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
-        ..Default::default()
-    };
-    // A kernel without the capability (before 5.18) leaves them to a guest that looks for them;
-    // their MSRs are in KVM's list, and saved.
-    let _ = vm.enable_cap(&off);
-}
-
-type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
-
-fn make_vcpus(
-    kvm_fd: &Kvm,
-    vm: &VmFd,
-    spec: &MachineSpec,
-    promise: Promise,
-) -> Result<Vcpus, BuildError> {
-    let mut fds = Vec::with_capacity(spec.cpus.into());
-    let first = vm.create_vcpu(0).map_err(kvm("create vCPU 0"))?;
-    let host_khz = first.get_tsc_khz().map_err(kvm("tell the TSC frequency"))?;
-    let tsc_khz = promise.tsc_khz.unwrap_or(host_khz);
-    if tsc_khz != host_khz {
-        first
-            .set_tsc_khz(tsc_khz)
-            .map_err(kvm("set the TSC frequency"))?;
-    }
-    if let Some(offset) = promise.tsc_offset.filter(|_| raw::has_tsc_offset(&first)) {
-        // Before the others exist: KVM gives a new vCPU the TSC generation of the machine.
-        // A refusal shows again, and is reported, when the saved offset is loaded.
-        let _ = raw::set_tsc_offset(&first, offset);
-    }
-    clock::settle_masterclock(vm).map_err(kvm("set the clock"))?;
-    fds.push(first);
-    for id in 1..spec.cpus {
-        fds.push(vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?);
-    }
-    let cpuid = match promise.cpuid {
-        Some(cpuid) => cpuid,
-        None => cpuid::host(kvm_fd, spec.cpus, tsc_khz).map_err(kvm("tell its CPUID"))?,
-    };
-    for (id, fd) in (0..spec.cpus).zip(&fds) {
-        let own = cpuid::for_vcpu(&cpuid, id).ok_or(StateError::Value {
-            section: "cpuid",
-            problem: "more CPUID entries than KVM takes".into(),
-        })?;
-        fd.set_cpuid2(&own).map_err(kvm("set the CPUID"))?;
-    }
-    Ok((fds, cpuid, tsc_khz))
 }
 
 impl Machine {
@@ -412,9 +406,14 @@ impl Machine {
         let platform = Platform {
             vcpus: spec.cpus,
             virtio: plugs.iter().map(|plug| plug.place).collect(),
+            vmclock: spec.clock.vmclock,
         };
         let entry = boot::load(images, ram, &platform)?;
-        let blank = Blank::new(spec, ram, events, plugs, Promise::default(), |vcpus| {
+        let promise = Promise {
+            hold: spec.clock.policy == Policy::Hold,
+            ..Promise::default()
+        };
+        let blank = Blank::new(spec, ram, events, plugs, promise, |vcpus| {
             for vcpu in vcpus {
                 boot::leave_msrs(vcpu);
             }
@@ -425,7 +424,10 @@ impl Machine {
             let Lines { serial, power } = wiring.lines;
             let virtio = wiring.slots.into_iter();
             let virtio = virtio.map(|(slot, backend)| VirtioMmio::new(slot, backend.fresh()));
+            let vmclock = spec.clock.vmclock.then(|| VmClock::new(ram.map()));
+            let vmclock = vmclock.transpose().map_err(BootError::from)?;
             Ok(Parts {
+                vmclock: vmclock.map(Arc::new),
                 virtio: virtio.map(Arc::new).collect(),
                 serial: Arc::new(SerialPort::new(serial, wiring.buffer.output())),
                 power: Arc::new(Power::new(power, wiring.events)),

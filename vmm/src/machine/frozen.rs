@@ -13,6 +13,7 @@
 
 use std::time::{Duration, Instant};
 
+use stillpoint_control::clock::Policy;
 use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 
 use super::{FreezeError, Machine, Timing};
@@ -98,10 +99,10 @@ impl<'g> Frozen<'g> {
         &self.guest.machine
     }
 
-    /// Saves the guest's state in `format`.
-    pub fn save(&mut self, format: u32) -> Result<Vec<u8>, FreezeError> {
+    /// Saves the guest's state in `format`; its clocks make of the pause what `policy` says.
+    pub fn save(&mut self, format: u32, policy: Policy) -> Result<Vec<u8>, FreezeError> {
         let machine = &self.guest.machine;
-        let saved = machine.save(format, self.deadline)?;
+        let saved = machine.save(format, policy, self.deadline)?;
         let epoch = self.guest.owner.epoch().next();
         let bytes = saved.finish(format, release::VERSION, &machine.spec().name, epoch.0);
         self.timing.mark("save");

@@ -34,6 +34,12 @@ pub enum VcpuError {
     /// A vCPU ran where it must not.
     #[error("the vCPU did not come to rest")]
     Unsettled,
+    /// The TSC did not go where policy *hold* wants it.
+    #[error(
+        "clock policy hold: this KVM did not move the guest's TSC by the pause; use the policy \
+         advance on this host"
+    )]
+    Hold,
     /// The wall clock structure could not be put back.
     #[error("cannot restore the guest's wall clock structure")]
     WallClock,

@@ -7,11 +7,15 @@
 //! * *late*: writing them may change guest memory at once (KVM's paravirtual ones), so they wait
 //!   until the guest is ours.
 
+use std::time::Duration;
+
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::error::VcpuError;
+use crate::clock::steal;
+use crate::clock::wall::WallClock;
 use crate::memory::Memory;
 
 /// IA32_TSC: never saved, never written. The TSC offset carries it, exactly.
@@ -24,7 +28,8 @@ pub const TSC_DEADLINE: u32 = 0x6e0;
 // arch/x86/include/uapi/asm/kvm_para.h
 const WALL_CLOCK_OLD: u32 = 0x11;
 const SYSTEM_TIME_OLD: u32 = 0x12;
-const WALL_CLOCK: u32 = 0x4b56_4d00;
+/// Guest-physical address of the machine's wall clock structure.
+pub const WALL_CLOCK: u32 = 0x4b56_4d00;
 /// Guest-physical address of the vCPU's pvclock page, bit 0 for enabled.
 pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
 const ASYNC_PF: u32 = 0x4b56_4d02;
@@ -173,6 +178,17 @@ pub fn write(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuError> {
 #[derive(Debug, Default)]
 pub struct Late(Vec<(u32, u64)>);
 
+/// What late MSRs need to know of the pause.
+#[derive(Clone, Copy, Debug)]
+pub struct Passed {
+    /// What the guest's clocks leave out of it.
+    pub held: Duration,
+    /// What of it counts as stolen from the vCPU.
+    pub stolen: Duration,
+    /// What the vCPU's thread has waited for a core so far, in its whole life.
+    pub waited: Duration,
+}
+
 /// Splits saved MSRs: (plain ones, the TSC deadline, late ones).
 pub fn split(msrs: Vec<(u32, u64)>) -> (Vec<(u32, u64)>, Option<u64>, Late) {
     let deadline = msrs
@@ -194,18 +210,32 @@ pub fn split(msrs: Vec<(u32, u64)>) -> (Vec<(u32, u64)>, Option<u64>, Late) {
 }
 
 impl Late {
-    /// Loads them. KVM rewrites the guest's wall clock structure with each write of its MSR; for
-    /// a clock that advanced with the pause the old content is right to the bit, so it is put
-    /// back (12 bytes: `struct pvclock_wall_clock`).
-    pub fn load(self, fd: &VcpuFd, memory: &Memory) -> Result<(), VcpuError> {
+    /// Whether the guest keeps an account of stolen time.
+    pub fn has_steal_time(&self) -> bool {
+        self.0.iter().any(|(index, _)| *index == STEAL_TIME)
+    }
+
+    /// The wall clock is the machine's, not a vCPU's: one of them loads it, before the others are
+    /// far, and nobody's write of it comes twice.
+    pub fn without_wall_clock(mut self) -> Self {
+        self.0.retain(|(index, _)| *index != WALL_CLOCK);
+        self
+    }
+
+    /// Loads them. KVM rewrites the guest's wall clock structure with each write of its MSR; what
+    /// was there before is right to the bit, but for a pause that was held, so it is put back.
+    pub fn load(self, fd: &VcpuFd, memory: &Memory, passed: Passed) -> Result<(), VcpuError> {
+        let held_ns = u64::try_from(passed.held.as_nanos()).unwrap_or(u64::MAX);
         for (index, value) in self.0 {
-            let wall = (index == WALL_CLOCK).then_some(GuestAddress(value & !1));
-            let before: Option<[u8; 12]> = wall.and_then(|at| memory.read_obj(at).ok());
+            if index == STEAL_TIME {
+                steal::carry(memory, value, passed.stolen, passed.waited);
+            }
+            let at = (index == WALL_CLOCK).then_some(GuestAddress(value & !1));
+            let before = at.and_then(|at| Some((at, WallClock::read(memory, at)?)));
             write(fd, &[(index, value)])?;
-            if let (Some(at), Some(bytes)) = (wall, before) {
-                memory
-                    .write_obj(bytes, at)
-                    .map_err(|_| VcpuError::WallClock)?;
+            if let Some((at, wall)) = before {
+                let right = wall.after_hold(held_ns);
+                right.write(memory, at).map_err(|_| VcpuError::WallClock)?;
             }
         }
         Ok(())
@@ -239,5 +269,7 @@ mod tests {
         assert_eq!(plain, [(0x174, 8), (TSC_ADJUST, 3)]);
         assert_eq!(deadline, Some(99));
         assert_eq!(late.0, [(SYSTEM_TIME, 0x2001), (WALL_CLOCK, 0x1000)]);
+        assert!(!late.has_steal_time(), "zero is off");
+        assert_eq!(late.without_wall_clock().0, [(SYSTEM_TIME, 0x2001)]);
     }
 }

@@ -8,7 +8,7 @@ use stillpoint_state::sections::Vcpu as VcpuSection;
 
 use super::error::VcpuError;
 use super::placement::Home;
-use super::state::LoadedVcpu;
+use super::state::{LoadedVcpu, Pause};
 use crate::bus::Bus;
 
 /// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a
@@ -27,11 +27,20 @@ pub(super) enum Order {
     /// The next order comes at once: stay awake for it.
     StandBy,
     /// Load everything that changes nothing outside this process.
-    Load(Box<VcpuSection>),
+    Load(Box<VcpuSection>, Pause),
     /// The guest is ours: load the rest and run, with exits going to this bus.
     Enter(Arc<Bus>),
     /// End the thread.
     Stop,
+}
+
+/// How a vCPU was let in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
+    /// Host TSC.
+    pub(super) tsc: u64,
+    /// KVM will tell the guest that it stood still.
+    pub(super) told: bool,
 }
 
 /// What it answers.
@@ -41,7 +50,7 @@ pub(super) enum Answer {
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
-    Entering(Result<u64, VcpuError>),
+    Entering(Result<Entry, VcpuError>),
 }
 
 /// The other side has ended.

@@ -9,14 +9,15 @@ use kvm_ioctls::VcpuFd;
 use super::Surroundings;
 use super::error::VcpuError;
 use super::exit::{self, Exit};
-use super::msrs::{self, Late};
-use super::orders::{Answer, Order, SPIN, wait_for};
+use super::msrs::{self, Late, Passed};
+use super::orders::{Answer, Entry, Order, SPIN, wait_for};
 use super::placement::Home;
-use super::settle::{arm, disarm, settle};
-use super::state;
+use super::settle::{arm, disarm, settle, take_up_requests};
+use super::state::{self, Pause};
 use crate::bus::Bus;
-use crate::clock;
+use crate::clock::{self, steal::RunDelay};
 use crate::event::Event;
+use crate::faults::{self, Spoilt};
 
 enum Phase {
     Parked,
@@ -40,6 +41,10 @@ pub(super) struct Runner {
     msrs: Vec<u32>,
     /// MSRs to load once the guest is ours.
     late: Late,
+    /// The pause that it was loaded after.
+    pause: Pause,
+    tsc_khz: u32,
+    run_delay: RunDelay,
     ended: bool,
     /// Whether the next order is microseconds away, so that it pays to stay awake.
     awake: bool,
@@ -63,6 +68,9 @@ impl Runner {
             answers,
             msrs: Vec::new(),
             late,
+            pause: Pause::default(),
+            tsc_khz: 0,
+            run_delay: RunDelay::default(),
             ended: false,
             awake: false,
         }
@@ -94,8 +102,12 @@ impl Runner {
 
     fn prime(&mut self) -> Result<Home, VcpuError> {
         state::warm_up();
+        self.run_delay = RunDelay::of_this_thread();
         arm(&self.fd)?;
-        settle(&mut self.fd)?;
+        match faults::is_spoilt(Spoilt::Latecomers) {
+            true => settle(&mut self.fd)?,
+            false => take_up_requests(&mut self.fd)?,
+        }
         self.msrs = msrs::readable(&self.fd)?;
         Ok(Home::spread(self.id))
     }
@@ -120,35 +132,71 @@ impl Runner {
                 let saved = state::save(&mut self.fd, &mut self.msrs, format);
                 self.answer(Answer::Saved(saved.map(Box::new)));
             }
-            Order::Load(section) => {
-                let loaded = state::load(&mut self.fd, &section);
+            Order::Load(section, pause) => {
+                let loaded = state::load(&mut self.fd, &section, pause);
                 let loaded = loaded.map(|(loaded, late)| {
-                    self.late = late;
+                    self.late = match self.id {
+                        0 => late,
+                        _ => late.without_wall_clock(),
+                    };
+                    (self.pause, self.tsc_khz) = (pause, section.tsc_khz);
                     loaded
                 });
                 self.answer(Answer::Loaded(loaded));
                 self.awake = true;
             }
-            Order::Run => return self.enter(),
+            Order::Run => {
+                self.tell_of_pause();
+                return self.enter();
+            }
             Order::Enter(bus) => {
                 self.bus = bus;
-                let late = std::mem::take(&mut self.late);
-                if let Err(error) = late.load(&self.fd, &self.around.memory) {
+                if let Err(error) = self.load_late() {
                     self.answer(Answer::Entering(Err(error)));
                     return Phase::Parked;
                 }
+                let told = self.tell_of_pause();
                 let phase = self.enter();
-                self.answer(Answer::Entering(Ok(clock::host_tsc())));
+                let tsc = clock::host_tsc();
+                self.answer(Answer::Entering(Ok(Entry { tsc, told })));
                 return phase;
             }
         }
         Phase::Parked
     }
 
+    fn load_late(&mut self) -> Result<(), VcpuError> {
+        let late = std::mem::take(&mut self.late);
+        let Pause {
+            from_tsc,
+            held,
+            steal,
+        } = self.pause;
+        let duration = |cycles| clock::duration(cycles, self.tsc_khz);
+        let mut passed = Passed {
+            held: duration(held),
+            stolen: Duration::ZERO,
+            waited: Duration::ZERO,
+        };
+        if late.has_steal_time() {
+            passed.waited = self.run_delay.read();
+            if steal {
+                let pause = clock::host_tsc().saturating_sub(from_tsc);
+                passed.stolen = duration(pause.saturating_sub(held));
+            }
+        }
+        late.load(&self.fd, &self.around.memory, passed)
+    }
+
+    /// The guest's watchdogs are told that it stood still: a flag in its pvclock page, which Linux
+    /// looks at before it cries (kernel/watchdog.c, `kvm_check_and_clear_guest_paused`). For every
+    /// vCPU, and after the MSR of its page; refused where the guest has no kvmclock, which is no
+    /// failure.
+    fn tell_of_pause(&self) -> bool {
+        !faults::is_spoilt(Spoilt::Watchdogs) && self.fd.kvmclock_ctrl().is_ok()
+    }
+
     fn enter(&mut self) -> Phase {
-        // The guest's watchdogs are told that it stood still. Refused where the guest has no
-        // kvmclock, which is no failure.
-        let _ = self.fd.kvmclock_ctrl();
         disarm();
         if self.ended {
             Phase::Ended

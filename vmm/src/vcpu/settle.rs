@@ -55,3 +55,20 @@ pub(super) fn settle(fd: &mut VcpuFd) -> Result<(), VcpuError> {
     }
     Ok(())
 }
+
+/// Has KVM carry out what it asks of this vCPU. Its creation and every TSC write ask for a
+/// masterclock update, which would else wait for the vCPU's first entry, maybe hours later, and step
+/// every vCPU's kvmclock then (x86.c, `kvm_track_tsc_matching`; kernels before 6.7 ask for it at
+/// each creation). A vCPU that waits for its start or halts takes up nothing, so it is made runnable
+/// for as long. It must have run nothing yet; it runs no guest instruction here either.
+pub(super) fn take_up_requests(fd: &mut VcpuFd) -> Result<(), VcpuError> {
+    let before = fd
+        .get_mp_state()
+        .map_err(VcpuError::kvm("ask its MP state"))?;
+    let mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
+    fd.set_mp_state(kvm_bindings::kvm_mp_state { mp_state })
+        .map_err(VcpuError::kvm("make it runnable"))?;
+    settle(fd)?;
+    fd.set_mp_state(before)
+        .map_err(VcpuError::kvm("set MP state"))
+}

@@ -7,13 +7,26 @@ use stillpoint_state::{Section, StateError};
 
 use super::error::VcpuError;
 use super::msrs::{self, Late};
+use super::settle::take_up_requests;
 use super::timer::{self, Lapic};
+use crate::faults::{self, Spoilt};
 use crate::{clock, raw};
+
+/// The pause that a vCPU is loaded after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pause {
+    /// Host TSC when the predecessor read the clock.
+    pub from_tsc: u64,
+    /// TSC cycles of the pause that the guest's clocks leave out; 0 for policy *advance*.
+    pub held: u64,
+    /// The pause counts as stolen from the guest's vCPUs.
+    pub steal: bool,
+}
 
 /// What loading one vCPU showed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadedVcpu {
-    /// TSC offset read back, less the one that was written; `None` where the kernel has none.
+    /// TSC offset read back, less the one it was to have; `None` where the kernel has none.
     pub tsc_offset_delta: Option<i64>,
 }
 
@@ -75,11 +88,15 @@ pub fn save(
 
 /// Loads one vCPU that has never run a guest instruction. Writes no byte of guest memory; what
 /// would is given back as [`Late`].
-pub fn load(fd: &mut VcpuFd, from: &VcpuSection) -> Result<(LoadedVcpu, Late), VcpuError> {
+pub fn load(
+    fd: &mut VcpuFd,
+    from: &VcpuSection,
+    pause: Pause,
+) -> Result<(LoadedVcpu, Late), VcpuError> {
     const NAME: &str = VcpuSection::NAME;
     let (plain, deadline, late) = msrs::split(from.msrs()?);
     // TSC first: timers below are armed against the guest's TSC.
-    let loaded = load_tsc(fd, from)?;
+    let loaded = load_tsc(fd, from, pause)?;
     let mp_state = kvm_mp_state {
         mp_state: from.mp_state,
     };
@@ -104,8 +121,9 @@ pub fn load(fd: &mut VcpuFd, from: &VcpuSection) -> Result<(LoadedVcpu, Late), V
     msrs::write(fd, &plain)?;
     let mut lapic = Lapic(raw::from_bytes(NAME, &from.lapic)?);
     if from.lapic_tsc != 0 {
+        // The guest's own time: what is held, its timers don't feel.
         let passed = clock::host_tsc().saturating_sub(from.lapic_tsc);
-        let passed = clock::duration(passed, from.tsc_khz);
+        let passed = clock::duration(passed.saturating_sub(pause.held), from.tsc_khz);
         lapic.advance(u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX));
     }
     fd.set_lapic(&lapic.0)
@@ -119,25 +137,37 @@ pub fn load(fd: &mut VcpuFd, from: &VcpuSection) -> Result<(LoadedVcpu, Late), V
     Ok((loaded, late))
 }
 
-fn load_tsc(fd: &VcpuFd, from: &VcpuSection) -> Result<LoadedVcpu, VcpuError> {
+fn load_tsc(fd: &mut VcpuFd, from: &VcpuSection, pause: Pause) -> Result<LoadedVcpu, VcpuError> {
     if from.tsc_khz != 0 && fd.get_tsc_khz().is_ok_and(|khz| khz != from.tsc_khz) {
         fd.set_tsc_khz(from.tsc_khz)
             .map_err(VcpuError::kvm("set the TSC frequency"))?;
     }
-    let Some(offset) = from.tsc_offset else {
-        return Ok(LoadedVcpu::default());
+    let saved = from.tsc_offset.filter(|_| raw::has_tsc_offset(fd));
+    let Some(saved) = saved else {
+        return match pause.held {
+            0 => Ok(LoadedVcpu::default()),
+            _ => Err(VcpuError::Hold),
+        };
     };
-    if !raw::has_tsc_offset(fd) {
-        return Ok(LoadedVcpu::default());
-    }
+    let offset = saved.wrapping_sub(pause.held.cast_signed());
+    let to_write = match faults::is_spoilt(Spoilt::Offset) {
+        true => offset.wrapping_add(1_000),
+        false => offset,
+    };
     // Where it already is what it was (a guest that never touched its TSC, on the same host), the
     // write is left out: every write opens a new TSC generation.
-    if raw::tsc_offset(fd) != Ok(offset) {
-        raw::set_tsc_offset(fd, offset).map_err(VcpuError::kvm("set the TSC offset"))?;
+    if raw::tsc_offset(fd) != Ok(to_write) {
+        raw::set_tsc_offset(fd, to_write).map_err(VcpuError::kvm("set the TSC offset"))?;
+        take_up_requests(fd)?;
     }
     let now = raw::tsc_offset(fd).map_err(VcpuError::kvm("read the TSC offset back"))?;
+    let delta = now.wrapping_sub(offset);
+    if pause.held != 0 && delta != 0 {
+        // Before the guest is ours: it goes on in the predecessor.
+        return Err(VcpuError::Hold);
+    }
     Ok(LoadedVcpu {
-        tsc_offset_delta: Some(now.wrapping_sub(offset)),
+        tsc_offset_delta: Some(delta),
     })
 }
 

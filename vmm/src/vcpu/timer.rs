@@ -50,7 +50,7 @@ impl Lapic {
             .map_or(0, |bytes| u32::from_le_bytes(bytes.map(i8::cast_unsigned)))
     }
 
-    fn set(&mut self, at: usize, value: u32) {
+    pub(super) fn set(&mut self, at: usize, value: u32) {
         let bytes = value.to_le_bytes().map(u8::cast_signed);
         self.0.regs[at..at + 4].copy_from_slice(&bytes);
     }

@@ -17,9 +17,9 @@ use crate::codec::{Section, StateError};
 /// * 1: vCPU section version 1 (one message per MSR).
 /// * 2: vCPU section version 2 (MSR indices and values packed; a third of the size, and decoded
 ///   without an allocation for each).
-/// * 3: as 2, and virtio devices.
+/// * 3: as 2, and virtio devices, vmclock, and clocks that are held.
 pub const FORMATS: [u32; 3] = [3, 2, 1];
-/// The first format that carries virtio devices.
+/// The first format that carries virtio devices, a vmclock device, and `hold` ([`Clock`]).
 pub const VIRTIO_FORMAT: u32 = 3;
 
 macro_rules! sections {
@@ -41,6 +41,7 @@ sections! {
     Console = "console", version 1;
     VirtioMmio = "virtio-mmio", version 1;
     VirtioRng = "virtio-rng", version 1;
+    VmClock = "vmclock", version 1;
     VirtioBlk = "virtio-blk", version 1;
     VirtioVsock = "virtio-vsock", version 1;
     VirtioNet = "virtio-net", version 1;
@@ -174,6 +175,17 @@ pub struct Clock {
     /// Whether the guest's kvmclock stands still over the pause (`hold`); `advance` otherwise.
     #[prost(bool, tag = "6")]
     pub hold: bool,
+}
+
+/// The vmclock device.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct VmClock {
+    /// Sequence of its page, at rest.
+    #[prost(uint32, tag = "1")]
+    pub sequence: u32,
+    /// Disruption marker.
+    #[prost(uint64, tag = "2")]
+    pub marker: u64,
 }
 
 /// A 16550 UART.

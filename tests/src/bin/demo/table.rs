@@ -39,14 +39,13 @@ impl Moved {
 
 impl fmt::Display for Moved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let guest = self.guest.map_or("not seen".into(), ms);
+        write!(f, "{}  host {:>9}", self.state, ms(self.host))?;
+        // Only pulse says of each swap what it saw.
+        if let Some(guest) = self.guest {
+            write!(f, "  guest {:>9}", ms(guest))?;
+        }
         let clock = self.clock_ns.map_or("?".into(), |ns| format!("{ns:+} ns"));
-        write!(
-            f,
-            "{}  host {:>9}  guest {guest:>9}  clock {clock:>6}",
-            self.state,
-            ms(self.host)
-        )
+        write!(f, "  clock {clock:>6}")
     }
 }
 

@@ -1,13 +1,15 @@
 //! The DSDT: the machine's devices in AML.
 //!
 //! Every device hangs under `\_SB`: the serial port, one `LNRO0005` for each virtio-mmio window,
-//! and the generic event device (`ACPI0013`) that tells of the power button. PCI there is none.
+//! the vmclock's page if there is one, and the generic event device (`ACPI0013`) that tells of the
+//! power button and of a vmclock that has changed. PCI there is none.
 
+use acpi_tables::Aml;
 use acpi_tables::aml;
 use acpi_tables::aml::{
-    And, Device, EISAName, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO,
-    If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package,
-    Path, ResourceTemplate, Scope, Store,
+    AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Field, FieldAccessType, FieldEntry,
+    FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify,
+    OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store,
 };
 use acpi_tables::sdt::Sdt;
 use stillpoint_guest_abi::power;
@@ -16,12 +18,15 @@ use super::{OEM, OEM_REVISION, OEM_TABLE, Platform, bytes_of};
 use crate::devices::power::BUTTON_GSI;
 use crate::devices::serial::{COM1, COM1_GSI};
 use crate::devices::virtio::slot::Place;
+use crate::devices::vmclock::{PAGE, PAGE_SIZE};
 use crate::irq::Gsi;
 
 /// Bytes of a table's header.
 const HEADER: u32 = 36;
 /// Revision 2: integers have 64 bits.
 const REVISION: u8 = 2;
+/// What the event device tells the vmclock's driver: any value (ptp_vmclock.c only wakes who waits).
+const CHANGED: u8 = 0x80;
 /// What the event device tells the button's driver: pressed (ACPI 6.5, table 4.8).
 const PRESSED: u8 = 0x80;
 /// The serial port's ports, as a resource counts them.
@@ -34,7 +39,10 @@ pub(super) fn table(platform: &Platform) -> Vec<u8> {
         devices.extend(virtio(number, *place));
     }
     devices.extend(power_button());
-    devices.extend(event_device());
+    if platform.vmclock {
+        devices.extend(vmclock_page());
+    }
+    devices.extend(event_device(platform.vmclock));
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices));
     table.append_slice(&soft_off());
     table.as_slice().to_vec()
@@ -98,9 +106,27 @@ fn power_button() -> Vec<u8> {
     ))
 }
 
+/// vmclock as Linux finds it (drivers/ptp/ptp_vmclock.c, `vmclock_acpi_ids`).
+fn vmclock_page() -> Vec<u8> {
+    let (first, last) = (PAGE.0, PAGE.0 + u64::from(PAGE_SIZE) - 1);
+    let page = AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, false, first, last, None);
+    bytes_of(&Device::new(
+        "VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new("_UID".into(), &aml::ZERO),
+            // Present, enabled, shown, working.
+            &Name::new("_STA".into(), &0xfu8),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
+        ],
+    ))
+}
+
 /// The generic event device (ACPI 6.5, 5.6.9.1). Its interrupt runs `_EVT`, which asks the event
 /// register once, as asking clears it.
-fn event_device() -> Vec<u8> {
+fn event_device(vmclock: bool) -> Vec<u8> {
     let (offset, len) = (power::PORT + power::EVENTS, 1u8);
     let region = OpRegion::new("EREG".into(), OpRegionSpace::SystemIO, &offset, &len);
     let register = Field::new(
@@ -116,6 +142,14 @@ fn event_device() -> Vec<u8> {
     let pressed = And::new(&aml::ZERO, &events, &power::BUTTON_PRESSED);
     let tell = Notify::new(&button, &PRESSED);
     let told = If::new(&pressed, vec![&tell]);
+    let clock = Path::new("VCLK");
+    let changed = And::new(&aml::ZERO, &events, &power::CLOCK_CHANGED);
+    let tell_clock = Notify::new(&clock, &CHANGED);
+    let told_clock = If::new(&changed, vec![&tell_clock]);
+    let mut method: Vec<&dyn Aml> = vec![&read, &told];
+    if vmclock {
+        method.push(&told_clock);
+    }
     bytes_of(&Device::new(
         "EVTD".into(),
         vec![
@@ -127,7 +161,7 @@ fn event_device() -> Vec<u8> {
             ),
             &region,
             &register,
-            &Method::new("_EVT".into(), 1, true, vec![&read, &told]),
+            &Method::new("_EVT".into(), 1, true, method),
         ],
     ))
 }
@@ -156,6 +190,19 @@ mod tests {
             assert!(contains(&table, &registers), "{name}");
         }
         assert!(!contains(&super::table(&platform(2, 17)), b"VR17"));
+    }
+
+    #[test]
+    fn the_vmclock_is_there_when_it_is() {
+        let with = table(&platform(1, 18));
+        for name in [&b"AMZNC10C"[..], b"VMCLOCK", b"VCLK"] {
+            assert!(contains(&with, name), "{name:?}");
+            assert!(!contains(&table(&platform(1, 17)), name), "{name:?}");
+        }
+        // A QWord address space: granularity, first, last, offset, length.
+        let words = [0u64, 0xf_e000, 0xf_efff, 0, 0x1000];
+        let resource: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        assert!(contains(&with, &resource));
     }
 
     #[test]

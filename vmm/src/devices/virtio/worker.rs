@@ -26,6 +26,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use std::os::fd::OwnedFd;
 use virtio_queue::Queue;
 
+use super::complaints::Complaints;
 use super::poller::{Poller, Watch};
 use super::queue::{Broken, CONFIG, Interrupt, Queues, USED};
 use super::{FIRST_TOKEN, Kind};
@@ -73,6 +74,7 @@ struct Shared {
     poller: Poller,
     wake: OwnedFd,
     name: String,
+    complaints: Complaints,
 }
 
 /// A device's thread.
@@ -110,6 +112,7 @@ impl Worker {
             poller,
             wake,
             name: name.to_owned(),
+            complaints: Complaints::default(),
         });
         let own = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -330,7 +333,13 @@ impl Shared {
         if !std::mem::replace(&mut work.live, false) {
             return;
         }
-        tracing::warn!(device = self.name, %why, "the device failed; it waits for a reset by its driver");
+        // A driver may reset it and have it fail again, for ever.
+        if let Some(more) = self.complaints.due() {
+            tracing::warn!(
+                device = self.name, %why, more,
+                "the device failed; it waits for a reset by its driver",
+            );
+        }
         self.interrupt.set_failed(true);
         self.interrupt.raise(CONFIG);
     }

@@ -7,14 +7,13 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use super::request::{Extent, Io};
+use crate::devices::virtio::complaints::Complaints;
 use crate::devices::virtio::queue::{Broken, Buffer, slices};
 use crate::memory::Memory;
 use crate::raw::file;
@@ -30,9 +29,6 @@ const ZEROES: u64 = 64 << 10;
 
 /// A hole reads as zeroes and takes no space.
 const HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-
-/// One complaint in the log for each disk in so long.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// What is behind a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,13 +50,7 @@ pub(super) struct Disk {
     pub(super) block: u32,
     /// Bytes of a physical block.
     pub(super) physical: u32,
-    complaints: Mutex<Complaints>,
-}
-
-#[derive(Debug, Default)]
-struct Complaints {
-    last: Option<Instant>,
-    kept: u64,
+    complaints: Complaints,
 }
 
 /// Why a request failed.
@@ -105,7 +95,7 @@ impl Disk {
             read_only,
             block,
             physical,
-            complaints: Mutex::default(),
+            complaints: Complaints::default(),
         })
     }
 
@@ -200,22 +190,11 @@ impl Disk {
     }
 
     fn complain(&self, what: &str, failure: &Failure) {
-        let mut complaints = self
-            .complaints
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        match complaints.last {
-            Some(last) if now - last < COMPLAIN_EVERY => complaints.kept += 1,
-            _ => {
-                let more = std::mem::take(&mut complaints.kept);
-                complaints.last = Some(now);
-                drop(complaints);
-                tracing::warn!(
-                    disk = self.name, what, %failure, more,
-                    "I/O failed, and the guest was told so",
-                );
-            }
+        if let Some(more) = self.complaints.due() {
+            tracing::warn!(
+                disk = self.name, what, %failure, more,
+                "I/O failed, and the guest was told so",
+            );
         }
     }
 }

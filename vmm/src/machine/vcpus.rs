@@ -1,0 +1,83 @@
+//! vCPUs of a new machine, in the one order that keeps its clock ([`crate::clock`]): the TSC of the
+//! first is put where it is to be, then the masterclock is begun, and the others follow.
+
+use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use stillpoint_control::spec::MachineSpec;
+use stillpoint_state::StateError;
+
+use super::build::{BuildError, kvm};
+use crate::boot::cpuid;
+use crate::{clock, raw};
+
+/// What a machine's guest was promised at its boot and keeps for its life.
+#[derive(Clone, Debug, Default)]
+pub struct Promise {
+    /// CPUID entries; made from the host's for a cold boot.
+    pub cpuid: Option<Vec<kvm_cpuid_entry2>>,
+    /// TSC frequency, kHz.
+    pub tsc_khz: Option<u32>,
+    /// TSC offset of vCPU 0, cycles.
+    pub tsc_offset: Option<i64>,
+    /// Its clocks are to leave out a pause.
+    pub hold: bool,
+}
+
+/// Has KVM refuse performance counters that CPUID does not tell of: AMD's oldest are there without
+/// a word. Before any vCPU is made.
+pub(super) fn withhold_counters(vm: &VmFd) {
+    let off = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    // A kernel without the capability (before 5.18) leaves them to a guest that looks for them;
+    // their MSRs are in KVM's list, and saved.
+    let _ = vm.enable_cap(&off);
+}
+
+/// Their fds, what CPUID they tell, and the frequency of their TSC, kHz.
+type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
+
+/// Makes the vCPUs of a machine that has none, as far as they can be without their state.
+pub(super) fn make(
+    kvm_fd: &Kvm,
+    vm: &VmFd,
+    spec: &MachineSpec,
+    promise: Promise,
+) -> Result<Vcpus, BuildError> {
+    let mut fds = Vec::with_capacity(spec.cpus.into());
+    let first = vm.create_vcpu(0).map_err(kvm("create vCPU 0"))?;
+    let host_khz = first.get_tsc_khz().map_err(kvm("tell the TSC frequency"))?;
+    let tsc_khz = promise.tsc_khz.unwrap_or(host_khz);
+    if tsc_khz != host_khz {
+        first
+            .set_tsc_khz(tsc_khz)
+            .map_err(kvm("set the TSC frequency"))?;
+    }
+    if promise.hold && !raw::moves_tsc(&first) {
+        return Err(BuildError::Hold);
+    }
+    if let Some(offset) = promise.tsc_offset.filter(|_| raw::has_tsc_offset(&first)) {
+        // Before the others exist: KVM gives a new vCPU the TSC generation of the machine.
+        // A refusal shows again, and is reported, when the saved offset is loaded.
+        let _ = raw::set_tsc_offset(&first, offset);
+    }
+    clock::settle_masterclock(vm).map_err(kvm("set the clock"))?;
+    fds.push(first);
+    for id in 1..spec.cpus {
+        fds.push(vm.create_vcpu(id.into()).map_err(kvm("create a vCPU"))?);
+    }
+    let cpuid = match promise.cpuid {
+        Some(cpuid) => cpuid,
+        None => cpuid::host(kvm_fd, spec.cpus, tsc_khz).map_err(kvm("tell its CPUID"))?,
+    };
+    for (id, fd) in (0..spec.cpus).zip(&fds) {
+        let own = cpuid::for_vcpu(&cpuid, id).ok_or(StateError::Value {
+            section: "cpuid",
+            problem: "more CPUID entries than KVM takes".into(),
+        })?;
+        fd.set_cpuid2(&own).map_err(kvm("set the CPUID"))?;
+    }
+    Ok((fds, cpuid, tsc_khz))
+}

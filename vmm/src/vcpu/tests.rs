@@ -1,0 +1,165 @@
+//! What KVM itself makes of a vCPU that is saved and loaded: on `/dev/kvm`, without a guest.
+
+use std::time::Duration;
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use stillpoint_control::spec::MemorySpec;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::msrs::{self, Passed};
+use super::settle::{arm, settle};
+use super::state::{self, Pause};
+use super::timer::{Lapic, Mode};
+use crate::boot::cpuid;
+use crate::clock::align::align;
+use crate::clock::{self, host_tsc, steal::RunDelay};
+use crate::irq;
+use crate::memory::GuestRam;
+
+/// IA32_TSC_ADJUST, MSR_KVM_STEAL_TIME.
+const TSC_ADJUST: u32 = 0x3b;
+const STEAL_TIME: u32 = 0x4b56_4d03;
+/// LVT timer and spurious-interrupt registers (SDM vol. 3, table 11-1).
+const LVT_TIMER: usize = 0x320;
+const SPURIOUS: usize = 0xf0;
+const DEADLINE_MODE: u32 = 2 << 17;
+
+/// A machine of one vCPU that belongs to this thread. Fields are dropped in order.
+struct Bare {
+    vcpu: VcpuFd,
+    vm: VmFd,
+    ram: GuestRam,
+    khz: u32,
+}
+
+impl Bare {
+    /// `None`, and a word of it, where there is no KVM.
+    fn new() -> Option<Self> {
+        let kvm = match Kvm::new() {
+            Ok(kvm) => kvm,
+            Err(error) => {
+                eprintln!("SKIPPED vcpu: /dev/kvm: {error}");
+                return None;
+            }
+        };
+        let vm = kvm.create_vm().expect("VM");
+        irq::create(&vm).expect("irqchip");
+        let mut vcpu = vm.create_vcpu(0).expect("vCPU");
+        clock::settle_masterclock(&vm).expect("clock");
+        let khz = vcpu.get_tsc_khz().expect("kHz");
+        let entries = cpuid::host(&kvm, 1, khz).expect("CPUID");
+        let own = cpuid::for_vcpu(&entries, 0).expect("CPUID of one");
+        vcpu.set_cpuid2(&own).expect("CPUID");
+        let size = 16 << 20;
+        let ram = GuestRam::create(&MemorySpec {
+            size,
+            ..MemorySpec::default()
+        });
+        let ram = ram.expect("RAM");
+        ram.register(&vm).expect("slot");
+        arm(&vcpu).expect("arm");
+        settle(&mut vcpu).expect("prime");
+        Some(Self { vcpu, vm, ram, khz })
+    }
+
+    fn save(&mut self) -> stillpoint_state::sections::Vcpu {
+        let mut list = msrs::readable(&self.vcpu).expect("MSRs");
+        let (section, _) = state::save(&mut self.vcpu, &mut list, 3).expect("save");
+        section
+    }
+
+    fn msr(&self, index: u32) -> Option<u64> {
+        msrs::read_one(&self.vcpu, index).expect("read")
+    }
+}
+
+/// In a thread of its own: the kick that keeps a vCPU out of the guest is a thread's.
+fn alone<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::spawn(act);
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+#[test]
+fn tsc_adjust_and_an_armed_deadline_survive() {
+    let saved = alone(|| {
+        let mut old = Bare::new()?;
+        let mut lapic = Lapic(old.vcpu.get_lapic().expect("APIC"));
+        lapic.set(SPURIOUS, 0x1ff);
+        lapic.set(LVT_TIMER, 0x30 | DEADLINE_MODE);
+        old.vcpu.set_lapic(&lapic.0).expect("APIC");
+        assert_eq!(lapic.mode(), Some(Mode::Deadline));
+        let offset = crate::raw::tsc_offset(&old.vcpu).unwrap_or(0);
+        let due = host_tsc().wrapping_add_signed(offset) + u64::from(old.khz) * 60_000;
+        let wanted = [(TSC_ADJUST, 0x1234_5678), (msrs::TSC_DEADLINE, due)];
+        msrs::write(&old.vcpu, &wanted).expect("write");
+        Some((wanted, old.save()))
+    });
+    let Some((wanted, section)) = saved else {
+        return;
+    };
+    alone(move || {
+        let Some(mut new) = Bare::new() else { return };
+        let pause = Pause::default();
+        let (loaded, _) = state::load(&mut new.vcpu, &section, pause).expect("load");
+        for (index, value) in wanted {
+            assert_eq!(new.msr(index), Some(value), "{index:#x}");
+        }
+        assert!(loaded.tsc_offset_delta.is_none_or(|delta| delta == 0));
+    });
+}
+
+#[test]
+fn the_clock_of_a_machine_goes_on_in_another() {
+    let machines = (alone(Bare::new), alone(Bare::new));
+    let (Some(old), Some(new)) = machines else {
+        return;
+    };
+    let advance = stillpoint_control::clock::Policy::Advance;
+    let saved = clock::save(&old.vm, old.khz, advance).expect("save");
+    if !clock::is_master(saved.flags) {
+        eprintln!("SKIPPED vcpu: no masterclock on this host");
+        return;
+    }
+    let done = align(&new.vm, &saved, 0).expect("align");
+    // Both run on; at one TSC they read the same, but for what each rounds.
+    let (a, b) = (
+        clock::save(&old.vm, old.khz, advance).expect("read"),
+        clock::save(&new.vm, new.khz, advance).expect("read"),
+    );
+    let between = clock::Scale::of_khz(old.khz).ns_between(a.host_tsc, b.host_tsc);
+    let apart = b.clock.wrapping_sub(a.clock).cast_signed() - between;
+    assert!(apart.abs() <= 50, "{apart} ns apart; {done:?}");
+}
+
+#[test]
+fn kvm_counts_stolen_time_on_from_what_was_there() {
+    alone(|| {
+        let Some(mut new) = Bare::new() else { return };
+        let at = 0x4000;
+        let memory = new.ram.map().clone();
+        memory
+            .write_obj(5_000_000_000u64, GuestAddress(at))
+            .expect("write");
+        let saved = vec![(STEAL_TIME, at | 1)];
+        let (_, _, late) = msrs::split(saved);
+        let delay = RunDelay::of_this_thread();
+        let passed = Passed {
+            held: Duration::ZERO,
+            stolen: Duration::from_secs(2),
+            waited: delay.read(),
+        };
+        if late.load(&new.vcpu, &memory, passed).is_err() {
+            eprintln!("SKIPPED vcpu: this KVM keeps no account of stolen time");
+            return;
+        }
+        settle(&mut new.vcpu).expect("settle");
+        let steal: u64 = memory.read_obj(GuestAddress(at)).expect("read");
+        let more = steal - 7_000_000_000;
+        // What the thread waited meanwhile, and nothing of its life before.
+        let since = delay.read().saturating_sub(passed.waited);
+        let since = u64::try_from(since.as_nanos()).expect("short");
+        assert!(more <= since + 1_000_000, "{more} ns too much");
+    });
+}
