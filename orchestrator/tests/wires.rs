@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 
 use daemon::until;
 use serde_json::Value;
-use wire::{NAME, curl, daemon, guest, is_inside, network, run, sh, until_as_before, until_served};
+use wire::{
+    NAME, curl, daemon, guest, is_inside, run, settled_network, sh, until_as_before, until_served,
+};
 
 const ONE_ADDRESS: (&str, &str) = ("10.0.0.2", "52:54:00:00:00:02");
 
@@ -28,7 +30,7 @@ fn two_guests_of_one_address_are_two_guests() {
             "ip -n g{number} route add 169.254.169.254 dev eth0"
         ));
     }
-    let before = network();
+    let before = settled_network();
     let daemon = daemon();
     run(&daemon, "one", "t1");
     run(&daemon, "two", "t2");
@@ -156,9 +158,11 @@ fn a_daemon_that_starts_anew_serves_the_same_wires() {
     // An operator's own filter on the second tap.
     sh("tc qdisc add dev t2 clsact
         ip link add sink type veth peer name drain
+        ip link set sink up addrgenmode none
+        ip link set drain up addrgenmode none
         tc filter add dev t2 ingress protocol ip pref 5 u32 match ip dst 192.0.2.1/32 \
            action mirred egress redirect dev sink");
-    let before = network();
+    let before = settled_network();
     let mut daemon = daemon();
     run(&daemon, "one", "t1");
     run(&daemon, "two", "t2");

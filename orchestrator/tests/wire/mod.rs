@@ -133,6 +133,19 @@ pub(crate) fn network() -> String {
     )
 }
 
+/// As [`network`], once links that were just made have settled.
+pub(crate) fn settled_network() -> String {
+    let mut last = network();
+    until("the links have settled", || {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = network();
+        let settled = now == last && !now.contains("NO-CARRIER");
+        last = now;
+        settled
+    });
+    last
+}
+
 /// Waits until all is as it was.
 pub(crate) fn until_as_before(before: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);

@@ -59,6 +59,8 @@ struct Event {
 /// What is done about events, without the service: for this loop and its tests.
 #[derive(Debug, Default)]
 struct Watch {
+    /// What events call this guest, once it is known. It stays so for as long as the guest runs.
+    name: Option<String>,
     /// Events that the hooks before were run for, or that came too late for them.
     begun: BTreeSet<String>,
 }
@@ -73,8 +75,9 @@ enum Act {
 
 impl Watch {
     /// What is to be done now that this document is seen.
-    fn see(&mut self, name: &str, document: &Document) -> Vec<Act> {
-        let ours = |event: &&Event| event.resources.iter().any(|resource| resource == name);
+    fn see(&mut self, document: &Document) -> Vec<Act> {
+        let name = self.name.clone();
+        let ours = |event: &&Event| event.resources.iter().any(|r| Some(r) == name.as_ref());
         let mut acts = Vec::new();
         let gone: Vec<String> = self
             .begun
@@ -114,11 +117,13 @@ pub(crate) fn run(settings: &Settings, directory: &Path) -> ! {
 /// Asks once, and does what is to be done; the incarnation that was seen.
 fn turn(settings: &Settings, directory: &Path, watch: &mut Watch, seen: u64) -> io::Result<u64> {
     let host = &settings.host;
-    let name = host.get(NAME, AGAIN)?;
+    if watch.name.is_none() {
+        watch.name = Some(host.get(NAME, AGAIN)?);
+    }
     let wait = POLL.as_secs();
     let path = format!("{EVENTS}&wait_for_change=true&last_etag={seen}&timeout_sec={wait}");
     let document: Document = serde_json::from_str(&host.get(&path, POLL)?)?;
-    for act in watch.see(&name, &document) {
+    for act in watch.see(&document) {
         match act {
             Act::Prepare(id) => {
                 if hooked(&directory.join("before"), &id, settings.deadline) {

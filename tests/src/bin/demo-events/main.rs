@@ -7,6 +7,8 @@
 
 mod sides;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -93,6 +95,7 @@ fn tell() -> anyhow::Result<()> {
     println!("\n── what the record says, and the guest's own receipt is the same ──");
     let pauses = daemon.must(&["events", "ls", "--all"])?;
     table(&pauses)?;
+    same_receipt(&daemon, &pauses)?;
     daemon.must(&["stop", GUEST, "--now"])?;
     println!(
         "\nAll of it true, in {:.0} s. More: docs/guide.md",
@@ -126,6 +129,28 @@ fn scheduled(daemon: &Daemon) -> anyhow::Result<String> {
         let id = open.and_then(|pause| pause["notices"][0]["event"].as_str());
         Ok(id.map(str::to_owned))
     })
+}
+
+/// The guest reads the same of its pauses as the host has on record.
+fn same_receipt(daemon: &Daemon, pauses: &Value) -> anyhow::Result<()> {
+    let mut wire = UnixStream::connect(daemon.guest_dir(GUEST).join("vsock.sock_80"))?;
+    let request =
+        "GET /stillpoint/v1/pauses HTTP/1.1\r\nMetadata: true\r\nConnection: close\r\n\r\n";
+    wire.write_all(request.as_bytes())?;
+    let mut answer = String::new();
+    wire.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").context("an answer")?.1;
+    let receipt: Value = serde_json::from_str(body).with_context(|| answer.clone())?;
+    let of_guest = receipt["pauses"].as_array().context("a list of pauses")?;
+    let of_host = pauses.as_array().context("a list of pauses")?;
+    ensure!(of_guest.len() == of_host.len(), "{receipt:#}");
+    for (guest, host) in of_guest.iter().zip(of_host) {
+        let same = guest["event_id"] == host["notices"][0]["event"]
+            && guest["state"] == host["state"]
+            && guest["pause_ns"] == host["measured"]["pause_ns"];
+        ensure!(same, "{guest:#} {host:#}");
+    }
+    Ok(())
 }
 
 fn table(pauses: &Value) -> anyhow::Result<()> {

@@ -22,10 +22,13 @@ fn document(incarnation: u64, events: &[(&str, &str, &str)]) -> String {
 
 #[test]
 fn an_event_is_prepared_once_and_ends_once() {
-    let mut watch = Watch::default();
+    let mut watch = Watch {
+        name: Some("web".into()),
+        ..Watch::default()
+    };
     let mut see = |events: &[(&str, &str, &str)]| {
         let document = serde_json::from_str(&document(1, events)).unwrap();
-        watch.see("web", &document)
+        watch.see(&document)
     };
     let (prepare, resume) = (Act::Prepare("a".into()), Act::Resume("a".into()));
     assert_eq!(see(&[("a", "Scheduled", "other")]), [], "another's");
