@@ -55,7 +55,7 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 
 .PHONY: programs
 programs: ## build the daemon, the command and the demo
-	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
+	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-agent -p stillpoint-load -p stillpoint-tests --bins
 
 .PHONY: faults faults-random
 faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
@@ -82,6 +82,10 @@ clock: releases rig-static images ## measure every promise about clocks, long on
 .PHONY: demo
 demo: releases programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware
 	target/release/demo
+
+.PHONY: demo-events
+demo-events: releases programs ## a guest's pause from both sides: announced, approved, withdrawn, urgent
+	target/release/demo-events
 
 .PHONY: demo-linux
 demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be

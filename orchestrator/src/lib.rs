@@ -14,6 +14,7 @@
 //! | [`store`] | SQLite: desired and observed state, releases, every swap's report |
 //! | [`agent`] | VMM processes: start, find, watch, pair, end |
 //! | [`execute`] | carries out one step |
+//! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
@@ -29,6 +30,7 @@ pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod execute;
+pub mod metadata;
 pub mod model;
 pub mod plan;
 pub mod reconcile;

@@ -6,6 +6,7 @@
 mod completions;
 mod console;
 mod doctor;
+mod events;
 mod format;
 mod http;
 mod logs;
@@ -64,6 +65,8 @@ enum Verb {
     Rm(rm::Args),
     /// Swaps a component under a running guest.
     Swap(swap::Args),
+    /// Lists, approves, cancels and watches what guests are told of their pauses.
+    Events(events::Args),
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
     /// Says what this host can and can't do, with remedies.
@@ -150,6 +153,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Stop(args) => stop::run(desk, args).await,
         Verb::Rm(args) => rm::run(desk, args).await,
         Verb::Swap(args) => swap::run(desk, args).await,
+        Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,

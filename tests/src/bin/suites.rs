@@ -78,6 +78,7 @@ const SUITES: &[Suite] = &[
     scenario("virtio", &["-p", "stillpoint-tests", "--test", "virtio"], 1),
     scenario("disks", &["-p", "stillpoint-tests", "--test", "disks"], 1),
     scenario("taps", &["-p", "stillpoint-tests", "--test", "taps"], 1),
+    scenario("events", &["-p", "stillpoint-tests", "--test", "events"], 1),
     scenario("clock", &["-p", "stillpoint-tests", "--test", "clock"], 1),
     scenario("linux", &["-p", "stillpoint-tests", "--test", "linux"], 1),
     scenario("rig", &["-p", "stillpoint-tests", "--test", "rig"], 1),
