@@ -10,7 +10,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`model`] | nouns: VMs, swaps, releases, events, problems. No I/O, no clock |
-//! | [`plan`] | pure: what is wanted and what is seen, to the next step and its reason |
+//! | [`plan`] | pure: what is wanted and what is seen, to the next steps and their reasons |
 //! | [`store`] | SQLite: desired and observed state, releases, every swap's report |
 //! | [`agent`] | VMM processes: start, find, watch, pair, end |
 //! | [`execute`] | carries out one step |
