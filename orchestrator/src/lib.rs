@@ -15,6 +15,7 @@
 //! | [`agent`] | VMM processes: start, find, watch, pair, end |
 //! | [`execute`] | carries out one step |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
+//! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
 //! | [`doctor`] | what this host can and can't do |
@@ -32,4 +33,5 @@ pub mod execute;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
+pub mod simulate;
 pub mod store;

@@ -17,6 +17,7 @@ mod report;
 mod rm;
 mod run;
 mod show;
+mod simulate;
 mod stop;
 mod swap;
 
@@ -70,6 +71,8 @@ enum Verb {
     Doctor(doctor::Args),
     /// Adds and lists releases.
     Release(release::Args),
+    /// Simulates rollouts over a fleet that isn't there; needs no daemon.
+    Simulate(simulate::Args),
     /// Prints completions for a shell.
     Completions(completions::Args),
     /// Writes man pages.
@@ -153,6 +156,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Report(args) => report::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,
+        Verb::Simulate(args) => simulate::run(desk, &args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     }

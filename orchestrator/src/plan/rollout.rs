@@ -60,7 +60,7 @@ pub struct Rollout {
 }
 
 /// In which direction a unit is swapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
     /// To the release that is rolled out.
     Forward,
