@@ -86,8 +86,8 @@ fn policy() -> impl Strategy<Value = Policy> {
     );
     let window = prop_oneof![
         3 => Just(vec![]),
-        1 => Just(vec!["daily 02:00 2h Europe/Berlin".to_owned()]),
-        1 => Just(vec!["Mon,Wed 12:00 90m UTC".to_owned(), "Sat 00:00 24h UTC".to_owned()]),
+        1 => Just(vec!["daily 02:00 6m Europe/Berlin".to_owned()]),
+        1 => Just(vec!["Mon,Wed 12:00 6m UTC".to_owned(), "Sat 00:00 7m UTC".to_owned()]),
     ];
     (
         proptest::collection::vec(stage, 0..3),
