@@ -495,8 +495,9 @@ pub(super) fn ended_or_waits(world: &World) -> Verdict {
         .iter()
         .any(|unit| unit.phase.is_in_flight());
     let is_held = matches!(world.rollout.state, State::Stopped);
+    let later = waits.time > 0 && plan.look_again.is_some_and(|at| at > world.seen.now);
     prop_assert!(
-        is_held || under_way || !plan.begin.is_empty() || waits.hand + waits.outside > 0,
+        is_held || under_way || !plan.begin.is_empty() || waits.hand + waits.outside > 0 || later,
         "{:?}: neither over nor waiting for anybody: {:?}",
         world.rollout.state,
         plan.whys
