@@ -32,18 +32,14 @@ rig-static: ## build what the rig runs inside, linked statically
 	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
 	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
 	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
-	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario)
+	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario demo)
 	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS) -p stillpoint-tests --test linux --message-format=json \
 		| grep '"name":"linux"' | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} cp -f {} target/static/linux
-	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario) target/static/
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario demo) target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
 	target/release/rig shell --images bookworm --images backports $(RIG)
-
-.PHONY: rig-tests
-rig-tests: rig-static images ## guests on emulated hosts: pulse swapped, Debian booted (not reliable yet)
-	$(CARGO) test -p stillpoint-tests --test rig -- --ignored --test-threads=1
 
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between
@@ -67,8 +63,12 @@ programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
 
 .PHONY: demo
-demo: releases programs ## swap a running guest's VMM ten times, then offer it two that fail
+demo: releases programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware
 	target/release/demo
+
+.PHONY: demo-linux
+demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be
+	target/release/demo --guest linux
 
 # Where Debian's packages can't be had, the tests that need them are skipped by name.
 .PHONY: images-if-any

@@ -20,7 +20,7 @@ pub fn no_fast_kvm() -> Option<String> {
     if let Some(reason) = no_kvm() {
         return Some(reason);
     }
-    if std::env::var_os("STILLPOINT_LINUX").is_some() {
+    if is_emulated_host() {
         return None;
     }
     match kernel_speed() {
@@ -102,4 +102,9 @@ macro_rules! needs_kvm {
 /// CPU cores this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Whether this is an emulated host of the rig, which says so to what it runs.
+pub fn is_emulated_host() -> bool {
+    std::env::var_os("STILLPOINT_LINUX").is_some()
 }

@@ -4,11 +4,13 @@
 //! |---|---|
 //! | [`images`] | the kernels and initramfs that `make images` made |
 //! | [`network`] | a daemon in a network namespace of its own, with taps |
-//! | [`workload`] | what runs in the guest while it is swapped, and how it is judged |
+//! | [`loads`] | all that a guest does at once while it is swapped |
+//! | [`workload`] | one load that runs in the guest while it is swapped, and how it is judged |
 //! | [`dmesg`] | what a guest's kernel may log, and what it must not |
 
 pub mod dmesg;
 pub mod images;
+pub mod loads;
 pub mod network;
 pub mod workload;
 

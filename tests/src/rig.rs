@@ -13,6 +13,7 @@
 //! | [`order`] | what the host's init is told, and answers |
 //! | [`archive`] | the host's initramfs |
 //! | [`emulator`] | how QEMU is started |
+//! | `sound` | what is mended in QEMU's emulation of SVM |
 //! | [`watch`] | its console, followed to the end or the time limit |
 //! | [`results`] | what comes out |
 //!
@@ -36,6 +37,7 @@ pub mod archive;
 pub mod emulator;
 pub mod order;
 pub mod results;
+mod sound;
 pub mod watch;
 
 use order::Order;
@@ -270,6 +272,7 @@ impl Rig {
             files.extend(found.qemu.microvm());
         }
         archive::write(&dir.join("initramfs"), found, &files, &self.order)?;
+        sound::build(dir)?;
         results::make_disk(&dir.join("results.raw"), results::DISK_MIB)?;
         if self.scratch_mib > 0 {
             results::make_disk(&dir.join("scratch.raw"), self.scratch_mib)?;
@@ -318,7 +321,7 @@ impl Rig {
 
 /// Removes what only QEMU needed; it is large.
 fn clear(dir: &Path) {
-    for name in ["initramfs", "results.raw", "scratch.raw"] {
+    for name in ["initramfs", "results.raw", "scratch.raw", "sound.so"] {
         let _ = std::fs::remove_file(dir.join(name));
     }
 }

@@ -3,19 +3,22 @@
 //! A host whose KVM is hardware runs these directly. Elsewhere they run in the emulated host (`tests/rig.rs`
 //! starts this very program there, linked statically), where they are not skipped: `STILLPOINT_LINUX=1`.
 
-use std::path::Path;
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use stillpoint_agent::protocol::Shutdown;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
+use stillpoint_agent::protocol::{KernelLine, Shutdown};
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::ground::no_fast_kvm;
 use stillpoint_tests::linux::images::{Form, Kernel};
+use stillpoint_tests::linux::loads::{Loads, Weight};
 use stillpoint_tests::linux::network::{no_network_namespace, tap};
-use stillpoint_tests::linux::workload::{InGuest, OnHost, verify_disk};
+use stillpoint_tests::linux::workload::{InGuest, rates, verify_disk};
 use stillpoint_tests::linux::{Linux, Recipe};
 use stillpoint_tests::needs;
-use stillpoint_tests::patience::{PATIENCE, wait_for};
+use stillpoint_tests::patience::wait_for;
 
 /// Swaps under load.
 const SWAPS: usize = 20;
@@ -23,6 +26,8 @@ const SWAPS: usize = 20;
 const DISK_MIB: u64 = 64;
 /// How long a reboot may take.
 const BOOT: Duration = Duration::from_secs(240);
+/// How long a stream's rate is measured, before the first swap and after the last.
+const RATE_WINDOW: Duration = Duration::from_secs(3);
 const TAP: &str = "sp-tap0";
 const HOST: &str = "10.77.0.1";
 
@@ -32,7 +37,7 @@ fn host() -> anyhow::Result<(tempfile::TempDir, Daemon)> {
     Ok((dir, daemon))
 }
 
-fn image(dir: &Path, mib: u64) -> anyhow::Result<std::path::PathBuf> {
+fn image(dir: &Path, mib: u64) -> anyhow::Result<PathBuf> {
     let path = dir.join("disk.img");
     std::fs::File::create(&path)?.set_len(mib << 20)?;
     Ok(path)
@@ -85,109 +90,6 @@ fn backports_boots_with_4_vcpus() -> anyhow::Result<()> {
     boots(Kernel::Backports, Form::BzImage, 4)
 }
 
-/// How hard a guest works while it is swapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Weight {
-    /// A disk, a connection of each kind, all of them paced.
-    Paced,
-    /// The same without a pause, a stream each way, and every CPU.
-    Full,
-}
-
-/// What a guest does while it is swapped: a disk, a TCP connection, sockets each way.
-struct Loads {
-    in_guest: Vec<InGuest>,
-    /// The host's caller of the guest, whose report counts; then servers, the last of which sends.
-    on_host: Vec<OnHost>,
-}
-
-impl Loads {
-    fn start(
-        guest: &Linux<'_>,
-        daemon: &Daemon,
-        dir: &Path,
-        weight: Weight,
-    ) -> anyhow::Result<Self> {
-        let out = |name: &str| dir.join(format!("{name}.out"));
-        let guest_load = |name, args: &[&str]| InGuest::start(guest, name, args, &out(name));
-        let pace: &[&str] = match weight {
-            Weight::Paced => &["--seconds", "3600", "--interval-ms", "10"],
-            Weight::Full => &["--seconds", "3600"],
-        };
-        let socket = guest.vsock().display().to_string();
-        let door = format!("{socket}_7004");
-        let unix = ["echo-serve", "--unix", &door];
-        let (unix, _) = OnHost::listen(daemon, &unix, &out("unix"))?;
-        let tcp = ["echo-serve", "--addr", &format!("{HOST}:0")];
-        let (tcp, address) = OnHost::listen(daemon, &tcp, &out("tcp"))?;
-        let disk: &[&str] = match weight {
-            Weight::Paced => &["--threads", "1", "--fsync-every", "4"],
-            Weight::Full => &["--threads", "4"],
-        };
-        let on_vda = ["disk", "--device", "/dev/vda", "--duration", "3600"];
-        let mut in_guest = vec![
-            guest_load("disk", &[&on_vda, disk].concat())?,
-            guest_load("echoes", &[&["echo", "--vsock", "2:7004"], pace].concat())?,
-            guest_load("asks", &[&["echo", "--addr", &address], pace].concat())?,
-            guest_load("serves", &["echo-serve", "--vsock-port", "7003"])?,
-        ];
-        let served = out("serves");
-        wait_for("the guest to listen", PATIENCE, || {
-            let printed = std::fs::read_to_string(&served)?;
-            Ok(printed.contains("listening").then_some(()))
-        })?;
-        let call = ["echo", "--unix", &socket, "--connect-line", "CONNECT 7003"];
-        let calls = OnHost::start(daemon, &[&call, pace].concat(), &out("calls"))?;
-        let mut on_host = vec![calls, unix, tcp];
-        if weight == Weight::Full {
-            let streams = ["tcp", "serve", "--addr", &format!("{HOST}:0")];
-            let (streams, address) = OnHost::listen(daemon, &streams, &out("streams"))?;
-            let send = ["tcp", "send", "--addr", &address, "--seconds", "3600"];
-            in_guest.push(guest_load("sends", &send)?);
-            in_guest.push(guest_load(
-                "receives",
-                &[&send[..], &["--reverse"]].concat(),
-            )?);
-            in_guest.push(guest_load("cpu", &["cpu", "--seconds", "3600"])?);
-            on_host.push(streams);
-        }
-        Ok(Self { in_guest, on_host })
-    }
-
-    /// None has come to an end that nobody asked for.
-    fn go_on(&self) -> anyhow::Result<()> {
-        let ended: Vec<_> = self
-            .in_guest
-            .iter()
-            .filter(|load| load.has_ended())
-            .collect();
-        ensure!(ended.is_empty(), "ended too early: {ended:?}");
-        Ok(())
-    }
-
-    /// Has them come to their ends; each report must be good.
-    fn finish(self, guest: &Linux<'_>) -> anyhow::Result<Vec<serde_json::Value>> {
-        let Self { in_guest, on_host } = self;
-        // Of a stream its sender ends, which is the host's server for one of them; other servers
-        // have no end of their own, and what they saw is in their clients' reports.
-        for load in in_guest.iter().filter(|load| load.name() != "receives") {
-            load.wind_up(guest)?;
-        }
-        for load in on_host.iter().take(1).chain(on_host.get(3)) {
-            load.wind_up()?;
-        }
-        let (judged, servers): (Vec<_>, Vec<_>) = in_guest
-            .into_iter()
-            .partition(|load| load.name() != "serves");
-        let reports = judged.into_iter().map(InGuest::finish);
-        let mut reports = reports.collect::<anyhow::Result<Vec<_>>>()?;
-        let calls = on_host.into_iter().next().context("the host's caller")?;
-        reports.push(calls.finish()?);
-        drop(servers);
-        Ok(reports)
-    }
-}
-
 /// A guest with disk, network and sockets, at work; and all that must still be so after `SWAPS`
 /// swaps of its VMM.
 fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyhow::Result<()> {
@@ -200,7 +102,8 @@ fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyh
         .net(TAP, "10.77.0.2/24");
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
     let booted = guest.health()?;
-    let loads = Loads::start(&guest, &daemon, dir.path(), weight)?;
+    let loads = Loads::start(&guest, &daemon, HOST, dir.path(), weight)?;
+    std::thread::sleep(RATE_WINDOW);
     let mut pauses = Vec::new();
     for swap in 0..SWAPS {
         let report = guest
@@ -209,10 +112,14 @@ fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyh
         pauses.push(report.blackout.host);
         loads.go_on()?;
     }
+    std::thread::sleep(RATE_WINDOW);
     let reports = loads.finish(&guest).with_context(|| guest.logs())?;
     println!("host blackouts: {pauses:?}");
-    for report in &reports {
-        println!("{report}");
+    for stream in reports.iter().filter(|report| report["load"] == "tcp") {
+        let (before, after) = rates(stream, RATE_WINDOW)?;
+        println!("a stream's bytes a second: {before:.0} before, {after:.0} after the swaps");
+        // Far below what noise does to it, far above a stream that lost its offloads or interrupts.
+        ensure!(after * 8.0 > before, "the network is slower: {stream}");
     }
     verify_disk(&image, &dir.path().join("disk.out"))?;
     let after = guest.health()?;
@@ -270,6 +177,7 @@ fn the_power_button_ends_a_guest_in_order() -> anyhow::Result<()> {
         "deb",
         &Recipe::new(Kernel::Bookworm, Form::Vmlinux, 1),
     )?;
+    reboots(&guest, &guest.health()?.boot_id)?;
     guest.must_move()?;
     daemon.must(&["stop", "deb", "--grace", "60s"])?;
     let shown = guest.show()?;
@@ -280,4 +188,82 @@ fn the_power_button_ends_a_guest_in_order() -> anyhow::Result<()> {
         "it did not hear of it:\n{said}"
     );
     Ok(())
+}
+
+/// The host's file system fills up under an image, has room again, and then the image is cut off: the
+/// guest gets I/O errors, and only where the disk fails; it is swapped meanwhile.
+#[test]
+fn a_disk_that_goes_bad_is_the_guests_io_error() -> anyhow::Result<()> {
+    needs!(no_fast_kvm, no_network_namespace);
+    let (dir, daemon) = host()?;
+    let small = SmallFileSystem::mount(dir.path().join("small"), 16)?;
+    let image = image(&small.path, DISK_MIB)?;
+    let recipe = Recipe::new(Kernel::Bookworm, Form::Vmlinux, 1).disk(&image);
+    let guest = Linux::boot(&daemon, "deb", &recipe)?;
+    let output = dir.path().join("disk.out");
+    let endless = ["disk", "--device", "/dev/vda", "--duration", "3600"];
+    let load = InGuest::start(
+        &guest,
+        "disk",
+        &[&endless[..], &["--keep-going"]].concat(),
+        &output,
+    )?;
+    let errors = || -> anyhow::Result<usize> {
+        let is_error = |line: &KernelLine| line.text.contains("I/O error, dev vda");
+        Ok(guest.dmesg()?.iter().filter(|line| is_error(line)).count())
+    };
+    wait_for("the host's disk to be full", BOOT, || {
+        Ok((errors()? > 0).then_some(()))
+    })
+    .with_context(|| guest.logs())?;
+    guest.must_move().context("on a full disk")?;
+    small.resize(2 * DISK_MIB)?;
+    let told = || Ok::<_, anyhow::Error>(std::fs::metadata(&output)?.len());
+    let before = told()?;
+    // What was on its way when there was room again is less than this.
+    let more = before + 4096;
+    wait_for("writes to be durable again", BOOT, || {
+        Ok((told()? > more).then_some(()))
+    })
+    .with_context(|| guest.logs())?;
+    let before = errors()?;
+    std::fs::File::options()
+        .write(true)
+        .open(&image)?
+        .set_len(0)?;
+    wait_for("what is gone to be missed", BOOT, || {
+        Ok((errors()? > before).then_some(()))
+    })
+    .with_context(|| guest.logs())?;
+    guest.must_move().context("without an image's contents")?;
+    load.wind_up(&guest)?;
+    ensure!(load.finish().is_err(), "it was told of no error");
+    guest.health()?;
+    guest.agent()?.shutdown(Shutdown::Poweroff)?;
+    guest.wait_off()
+}
+
+/// A file system of the host that is soon full. Unmounted when dropped.
+struct SmallFileSystem {
+    path: PathBuf,
+}
+
+impl SmallFileSystem {
+    fn mount(path: PathBuf, mib: u64) -> anyhow::Result<Self> {
+        std::fs::create_dir(&path)?;
+        let size = CString::new(format!("size={mib}m"))?;
+        mount("tmpfs", &path, "tmpfs", MountFlags::empty(), Some(&*size))?;
+        Ok(Self { path })
+    }
+
+    fn resize(&self, mib: u64) -> anyhow::Result<()> {
+        let size = CString::new(format!("size={mib}m"))?;
+        Ok(mount_remount(&self.path, MountFlags::empty(), &*size)?)
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        let _ = unmount(&self.path, UnmountFlags::DETACH);
+    }
 }

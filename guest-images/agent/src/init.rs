@@ -14,6 +14,7 @@
 //! powers off, SIGTERM and SIGINT (Ctrl-Alt-Del) reboot, SIGUSR1 halts.
 
 mod button;
+mod child;
 mod cmdline;
 mod modules;
 mod mounts;
@@ -21,7 +22,7 @@ mod network;
 
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -33,8 +34,6 @@ use cmdline::Cmdline;
 
 /// Tells the service that this program is its PID 1.
 pub(crate) const UNDER_INIT: &str = "--under-init";
-/// What programs that a host runs are looked up in.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How long processes have to end by themselves.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A service that ends sooner than this after its start would end again.
@@ -93,11 +92,9 @@ struct Init {
 
 impl Init {
     fn service(&mut self) {
-        let started = Command::new("/proc/self/exe")
+        let started = child::command("/proc/self/exe")
             .arg0("stillpoint-agent")
             .arg(UNDER_INIT)
-            .env("PATH", PATH)
-            .env("HOME", "/")
             .spawn();
         match started {
             Ok(child) => self.service = Some((child, Instant::now())),
@@ -112,12 +109,7 @@ impl Init {
         let Some(program) = words.next() else {
             return;
         };
-        match Command::new(program)
-            .args(words)
-            .env("PATH", PATH)
-            .env("HOME", "/")
-            .spawn()
-        {
+        match child::command(program).args(words).spawn() {
             Ok(child) => self.command = Some(child),
             Err(error) => say!("agent.run: {program}: {error}"),
         }

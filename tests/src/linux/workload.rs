@@ -9,6 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
@@ -197,4 +198,19 @@ pub fn verify_disk(image: &Path, journal: &Path) -> anyhow::Result<Value> {
         "the disk is not as the guest was told: {printed}{errors}"
     );
     last_report(&printed)
+}
+
+/// Bytes a second of a stream, from its sender's report: of its first `window`, after half a second for
+/// it to get going, and of its last, without the half second in which it ends.
+pub fn rates(report: &Value, window: Duration) -> anyhow::Result<(f64, f64)> {
+    let series = &report["received"]["pace"]["bytes_per_100_ms"];
+    let series: Vec<u64> =
+        serde_json::from_value(series.clone()).context("a stream's bytes by time")?;
+    let edge = 5;
+    let tenths = usize::try_from(window.as_millis() / 100)?;
+    ensure!(series.len() >= 2 * (tenths + edge), "too short: {series:?}");
+    let first = &series[edge..edge + tenths];
+    let last = &series[series.len() - edge - tenths..series.len() - edge];
+    let rate = |part: &[u64]| part.iter().sum::<u64>() as f64 / window.as_secs_f64();
+    Ok((rate(first), rate(last)))
 }

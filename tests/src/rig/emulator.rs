@@ -5,7 +5,7 @@
 //! unstable, and every guest's clock with it; `tsc_early_khz`, because an emulated processor's TSC is this
 //! machine's own, and a kernel that measures it by emulated timers, on a busy machine, finds whatever it
 //! finds: 70 MHz for 2.6 GHz once, and a host whose clock ran 37 times too fast; `thread=multi`, one
-//! thread for each CPU.
+//! thread for each CPU; and the plugin of `sound.c`, without which nested guests don't live long.
 
 use std::fs::OpenOptions;
 use std::path::Path;
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use stillpoint_images::qemu::Qemu;
 
 use super::order::{RESULTS_DISK, SCRATCH_DISK};
+use super::sound::PLUGIN;
 
 /// What the model has and TCG has not: it would leave them out by itself, with a warning for each.
 const NOT_IN_TCG: &[&str] = &[
@@ -108,7 +109,11 @@ impl Emulator<'_> {
         ]);
         match nested_kvm() {
             Ok(()) => command.args(["-accel", "kvm", "-cpu", "host"]),
-            Err(_) => command.args(["-accel", "tcg,thread=multi", "-cpu", &tcg_cpu()]),
+            Err(_) => {
+                let plugin = format!("file={}", in_option(&self.dir.join(PLUGIN)));
+                command.args(["-accel", "tcg,thread=multi", "-cpu", &tcg_cpu()]);
+                command.args(["-plugin", &plugin])
+            }
         };
         command.args([
             "-smp",
@@ -127,8 +132,7 @@ impl Emulator<'_> {
 
     /// A raw file as a virtio disk. What is on it ends with the run, so nothing waits for it to be safe.
     fn disk(&self, command: &mut Command, serial: &str, file: &str) {
-        // A comma in a file name is doubled (QEMU's manual, "-drive").
-        let path = self.dir.join(file).display().to_string().replace(',', ",,");
+        let path = in_option(&self.dir.join(file));
         command.args([
             "-drive",
             &format!("file={path},if=none,format=raw,cache=unsafe,id={serial}"),
@@ -138,6 +142,11 @@ impl Emulator<'_> {
             &format!("virtio-blk-pci,drive={serial},serial={serial}"),
         ]);
     }
+}
+
+/// A file name in an option: a comma is doubled (QEMU's manual, "-drive").
+fn in_option(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
 }
 
 /// The TSC's frequency, kHz, by this machine's clock.

@@ -1,0 +1,77 @@
+/*
+ * Two faults of QEMU's x86 emulation, mended in the running program: a TCG plugin, so that a
+ * stock QEMU can be used. Without it a nested guest at work ends within seconds of it (triple
+ * faults, hangs), or takes its host along. Both were in every release up to 11.1.
+ *
+ * 1. cpu_clear_ignne() (target/i386/tcg/fpu_helper.c, cpu_set_fpus) clears a bit of
+ *    first_cpu->env.hflags2. It is called by FXRSTOR and XRSTOR on *every* CPU's thread, with no
+ *    lock and no atomic operation, so it also puts the first CPU's other bits back to what they
+ *    were a moment ago. Two of them say whether interrupts are held off (GIF) and whether page
+ *    tables are nested (NPT): the first CPU takes interrupts between #VMEXIT and STGI, with a
+ *    guest's GS, or walks its own page tables as a guest's. Mended by making it return at once:
+ *    the bit belongs to the FERR# of DOS (CR0.NE = 0), which no kernel here uses.
+ *
+ * 2. helper_vmrun() (target/i386/tcg/system/svm_helper.c), where it injects an interrupt, puts the
+ *    vector into exception_index, delivers it, and leaves it there. When another thread next asks
+ *    this CPU to stop, the main loop takes it for an exception that is still to be delivered, and
+ *    delivers it again, IF or not. Mended by going back to the main loop with no exception, as
+ *    its translation does one instruction later anyway.
+ *
+ * The program exports all its symbols to plugins. If what is to be mended isn't as it was, this
+ * fails, and QEMU doesn't start.
+ */
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define EXPORTED __attribute__((visibility("default")))
+#define RET 0xc3
+
+/* include/tcg/helper-info.h; only its beginning matters. */
+struct helper_info {
+    void *func;
+    const char *name;
+};
+
+extern struct helper_info helper_info_vmrun;
+extern void helper_vmrun(void *env, int aflag, int next_eip_addend);
+extern void cpu_clear_ignne(void);
+extern void cpu_loop_exit_noexc(void *cpu) __attribute__((noreturn));
+extern __thread void *current_cpu;
+
+EXPORTED int qemu_plugin_version = 4;
+
+static void sound_vmrun(void *env, int aflag, int next_eip_addend)
+{
+    helper_vmrun(env, aflag, next_eip_addend);
+    cpu_loop_exit_noexc(current_cpu);
+}
+
+static int return_at_once(void (*function)(void))
+{
+    uintptr_t page_size = (uintptr_t)sysconf(_SC_PAGESIZE);
+    void *page = (void *)((uintptr_t)function & ~(page_size - 1));
+
+    if (mprotect(page, page_size, PROT_READ | PROT_WRITE | PROT_EXEC) != 0)
+        return -1;
+    *(volatile uint8_t *)(uintptr_t)function = RET;
+    return mprotect(page, page_size, PROT_READ | PROT_EXEC);
+}
+
+EXPORTED int qemu_plugin_install(uint64_t id, const void *info, int argc, char **argv)
+{
+    (void)id, (void)info, (void)argc, (void)argv;
+    if (helper_info_vmrun.func != (void *)helper_vmrun ||
+        strcmp(helper_info_vmrun.name, "vmrun") != 0) {
+        fprintf(stderr, "sound: this QEMU describes its helpers in another way\n");
+        return -1;
+    }
+    if (return_at_once(cpu_clear_ignne) != 0) {
+        perror("sound: writing to this QEMU's program");
+        return -1;
+    }
+    helper_info_vmrun.func = (void *)sound_vmrun;
+    return 0;
+}
