@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Time is simulated, and so is every failure: they follow from the seed, and the same seed is
-//! the same run. What is real is the planner and what it costs; that is measured by the host's clock,
+//! the same run. What is real is the planner and what it costs; that is measured in processor time,
 //! and is the one thing that differs from run to run.
 
 pub mod charts;

@@ -42,13 +42,13 @@ pub fn held(outcome: &Outcome) -> String {
     draw(plots, layout.with_y_axis_min(0.0))
 }
 
-/// How many guests a release breaks before it is stopped, by the share of guests that it breaks.
-pub fn blast(staged: &[(f64, u32)], unstaged: &[(f64, u32)], vms: u32) -> String {
-    let series = |points: &[(f64, u32)], colour: &str, name: &str| {
+/// How many guests a release breaks before it is stopped, on average, by the share of guests that it breaks.
+pub fn blast(staged: &[(f64, f64)], unstaged: &[(f64, f64)], vms: u32) -> String {
+    let series = |points: &[(f64, f64)], colour: &str, name: &str| {
         // On such axes nothing is nowhere.
         let points = points
             .iter()
-            .map(|&(share, broken)| (share * 100.0, f64::from(broken.max(1))));
+            .map(|&(share, broken)| (share * 100.0, broken.max(0.1)));
         Plot::Line(line(points.collect(), colour).with_legend(name))
     };
     let plots = vec![
@@ -88,7 +88,7 @@ pub fn cost(costs: &[Cost]) -> String {
         "every VM looked into",
     ));
     plots.push(series(|cost| cost.usual_ms, COLOURS[0], "1 % at once"));
-    let layout = titled(&plots, "What one plan costs", "VMs", "ms");
+    let layout = titled(&plots, "What one plan costs", "VMs", "ms of processor time");
     draw(plots, layout.with_log_scale())
 }
 
@@ -147,7 +147,11 @@ mod tests {
 
     #[test]
     fn a_picture_is_svg_and_says_what_it_shows() {
-        let svg = blast(&[(0.001, 1), (1.0, 30)], &[(0.001, 90), (1.0, 900)], 10_000);
+        let svg = blast(
+            &[(0.001, 0.0), (1.0, 30.0)],
+            &[(0.001, 90.0), (1.0, 900.0)],
+            10_000,
+        );
         assert!(
             svg.starts_with("<svg") && svg.contains("of 10 000"),
             "{svg}"

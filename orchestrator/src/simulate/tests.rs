@@ -10,11 +10,11 @@ fn ordinary() -> Scenario {
     Scenario::ordinary(SIZE, 42)
 }
 
-/// All that a run says and that doesn't depend on this host's clock.
+/// All that a run says and that doesn't depend on this host.
 fn facts(outcome: &Outcome) -> String {
     let told = Outcome {
         plan_ms: [0.0; 2],
-        wall_s: 0.0,
+        took_s: 0.0,
         ..outcome.clone()
     };
     serde_json::to_string(&told).expect("JSON")

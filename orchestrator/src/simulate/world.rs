@@ -1,9 +1,10 @@
 //! The pretended hosts, and the run of a rollout over them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
+use super::cost::processor_time;
 use super::events::{Chance, Event, Events};
 use super::place;
 use super::scenario::Scenario;
@@ -68,10 +69,10 @@ pub struct Outcome {
     pub sets_with_two_domains: u32,
     /// How often the planner was asked.
     pub plans: u32,
-    /// What that cost on average, and at the worst, in milliseconds of the host's clock.
+    /// What that cost on average, and at the worst, in milliseconds of processor time.
     pub plan_ms: [f64; 2],
-    /// What the whole simulation took, in seconds of the host's clock.
-    pub wall_s: f64,
+    /// What the whole simulation took, in seconds of processor time.
+    pub took_s: f64,
     /// How things stood over time; not in JSON, where it would be most of it.
     #[serde(skip)]
     pub samples: Vec<Sample>,
@@ -113,7 +114,7 @@ struct Count {
 /// # Panics
 /// The scenario's policy or rung can't be: [`Scenario`]s are checked by those who make them.
 pub fn run(scenario: &Scenario) -> Outcome {
-    let began = Instant::now();
+    let began = processor_time();
     let mut world = World::new(scenario).expect("a rung that is supposed to be built can be taken");
     let mut samples = vec![world.sample()];
     while !world.rollout.state.is_over() && world.seen.now.since(START) < PATIENCE {
@@ -128,7 +129,8 @@ pub fn run(scenario: &Scenario) -> Outcome {
         world.pass_to(next);
         samples.push(world.sample());
     }
-    world.outcome(samples, began.elapsed())
+    let took = processor_time().saturating_sub(began);
+    world.outcome(samples, took)
 }
 
 impl<'a> World<'a> {
@@ -177,9 +179,9 @@ impl<'a> World<'a> {
     }
 
     fn plan(&mut self) -> Plan {
-        let began = Instant::now();
+        let began = processor_time();
         let plan = plan(&self.rollout, &self.fleet, &self.seen);
-        let took = began.elapsed();
+        let took = processor_time().saturating_sub(began);
         self.count.plans += 1;
         self.count.planning += took;
         self.count.longest = self.count.longest.max(took);
@@ -452,7 +454,7 @@ impl<'a> World<'a> {
         }
     }
 
-    fn outcome(self, samples: Vec<Sample>, wall: Duration) -> Outcome {
+    fn outcome(self, samples: Vec<Sample>, took: Duration) -> Outcome {
         let size = self.scenario.size;
         let hours_to = [0.5, 0.9, 0.99].map(|share| {
             let enough = (f64::from(size.vms) * share).ceil();
@@ -491,7 +493,7 @@ impl<'a> World<'a> {
             sets_with_two_domains: count.two_domains,
             plans: count.plans,
             plan_ms: [ms(count.planning / count.plans.max(1)), ms(count.longest)],
-            wall_s: wall.as_secs_f64(),
+            took_s: took.as_secs_f64(),
             samples,
         }
     }
