@@ -156,6 +156,8 @@ fn a_cluster_agent_from_debian() {
     let attributes = daemon.path().join("cluster");
     std::fs::create_dir(&attributes).expect("a cluster");
     let monitor = || {
+        // A cluster asks every ten seconds. Each time it is several requests, of five a second.
+        std::thread::sleep(std::time::Duration::from_secs(1));
         let agent = ocf.join("resource.d/heartbeat/azure-events-az");
         // The cluster around it: shell scripts that keep attributes in files.
         let cluster = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/cluster");
@@ -206,7 +208,6 @@ fn a_cluster_agent_from_debian() {
         "{pause}"
     );
     until("its node is back", || {
-        std::thread::sleep(std::time::Duration::from_millis(300));
         monitor();
         attribute("curNodeState").as_deref() == Some("AVAILABLE")
     });
