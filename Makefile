@@ -53,6 +53,11 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
 
+.PHONY: simulate
+simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation
+	$(CARGO) build --release --quiet --locked -p stillpoint --bin stillpoint
+	target/release/stillpoint simulate --hosts 100000 --vms 1000000 --charts target/simulation
+
 .PHONY: programs
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-agent -p stillpoint-load -p stillpoint-tests --bins

@@ -1,9 +1,9 @@
 //! Per VM, one task: look, plan, execute, record; then rest until something changes.
 //!
 //! ```text
-//!        ┌──────────────────────────────────────────────┐
-//!        ▼                                              │
-//!   look (hold the process, or find it) ─▶ plan::next ─▶ execute ─▶ record
+//!        ┌──────────────────────────────────────────────────┐
+//!        ▼                                                  │
+//!   look (hold the process, or find it) ─▶ plan::vm::next ─▶ execute ─▶ record
 //!        ▲                                    │
 //!        └── woken, or its process ended ◀────┘ rest
 //! ```
@@ -23,7 +23,8 @@ use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
 use crate::execute::{self, Clearance, Host};
 use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
-use crate::plan::{self, Ending, Planned, Seen, Step};
+use crate::plan;
+use crate::plan::vm::{Ending, Planned, Seen, Step};
 use crate::store::StoreError;
 
 /// Between two looks at a VM that can't be spoken to.
@@ -99,7 +100,7 @@ impl Keeper {
         };
         let swap = self.host.store.open_swap(&self.name).await?;
         let seen = self.look(&vm, swap.as_ref()).await;
-        let planned = plan::next(&vm, swap.as_ref(), &seen);
+        let planned = plan::vm::next(&vm, swap.as_ref(), &seen);
         if !matches!(planned.step, Step::Rest | Step::LookAgain) {
             tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
         }

@@ -18,6 +18,7 @@ mod report;
 mod rm;
 mod run;
 mod show;
+mod simulate;
 mod stop;
 mod swap;
 
@@ -73,6 +74,8 @@ enum Verb {
     Doctor(doctor::Args),
     /// Adds and lists releases.
     Release(release::Args),
+    /// Simulates rollouts over a fleet that isn't there; needs no daemon.
+    Simulate(simulate::Args),
     /// Prints completions for a shell.
     Completions(completions::Args),
     /// Writes man pages.
@@ -157,6 +160,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Report(args) => report::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,
+        Verb::Simulate(args) => simulate::run(desk, &args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     }

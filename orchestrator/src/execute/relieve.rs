@@ -68,7 +68,7 @@ pub(super) async fn relieve(
         return false;
     };
     let alive = (predecessor.is_alive(), successor.is_alive());
-    let Some(epoch) = plan::revoke(before, word, alive.0, alive.1) else {
+    let Some(epoch) = plan::vm::revoke(before, word, alive.0, alive.1) else {
         return false;
     };
     if !matches!(word, Owner::Revoked(_)) && ownership.revoke(epoch).is_err() {

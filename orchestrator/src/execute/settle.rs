@@ -13,7 +13,7 @@ use crate::agent::custody;
 use crate::agent::find::Held;
 use crate::agent::process::Process;
 use crate::model::{SwapRecord, SwapState, VmRecord, VmState};
-use crate::plan::{self, Verdict};
+use crate::plan::{self, vm::Verdict};
 
 /// How long the two processes may take between themselves, before the record says "in doubt":
 /// more than any blackout budget, and they end it themselves when it is broken.
@@ -102,7 +102,7 @@ fn verdict(swap: &SwapRecord, held: Option<&Held>, alive: (bool, bool)) -> Verdi
     let (Some(before), Ok(word)) = (swap.epoch_before, held.ownership.read()) else {
         return Verdict::Wait;
     };
-    plan::settle(Epoch(before), word, predecessor, successor)
+    plan::vm::settle(Epoch(before), word, predecessor, successor)
 }
 
 async fn crashed(host: &Host, vm: &VmRecord, mut swap: SwapRecord) {

@@ -1,7 +1,7 @@
 //! The daemon's acts: `orchestrator/src/execute/{swap,settle}.rs`. It owns nothing: it pairs the two,
 //! hears how it ended or finds out, and kills who provably has no guest.
 
-use orchestrator::plan::{self, Verdict};
+use orchestrator::plan::vm::{self, Verdict};
 use stillpoint_control::ownership::{Act, Epoch, Owner};
 
 use crate::{ATTEMPTS, At, Broken, Event, Handover, State};
@@ -170,7 +170,7 @@ impl Handover {
             return;
         }
         let (p, s) = self.alive(state, attempt);
-        match plan::revoke(state.daemon.before[attempt], state.word, p, s) {
+        match vm::revoke(state.daemon.before[attempt], state.word, p, s) {
             Some(_) if matches!(state.word, Owner::Revoked(_)) => can(Step::KillPredecessor),
             // The look and the kill are two steps, and it may wake up between them.
             Some(_) if self.lacks(Broken::KillWithoutTheWord) => can(Step::KillPredecessor),
@@ -197,7 +197,7 @@ impl Handover {
         let (attempt, predecessor) = state.attempt()?;
         let (p, s) = self.alive(state, attempt);
         let before = state.daemon.before[attempt];
-        match plan::settle(before, state.word, p, s) {
+        match vm::settle(before, state.word, p, s) {
             Verdict::Wait => None,
             // Only the predecessor's own word that it runs the guest ends it.
             Verdict::Kept => {

@@ -12,7 +12,10 @@ use stillpoint_control::ownership::Ownership;
 use stillpoint_guest_abi::pulse::Report;
 use tempfile::NamedTempFile;
 
+use rustix::process::Signal;
+
 use super::POINTS;
+use super::acts::{is_stopped, signal};
 use crate::daemon::Daemon;
 use crate::devices::check_disk;
 use crate::furnished::{HOST_PORT, call, echo};
@@ -99,13 +102,24 @@ impl Host {
 
     /// There is a guest, and this release runs it. Gives its process.
     pub(super) fn ready(&mut self, release: &str) -> anyhow::Result<u32> {
+        // One that fails whenever it is to give its guest away keeps it for good.
+        if self.runs != release && self.runs.starts_with("fails-") {
+            self.forget();
+        }
         if self.guest.is_none() {
             self.boot(release)?;
         }
         if self.runs != release {
-            let args = ["swap", "vmm", GUEST, "--to", release, "--budget", AMPLE];
-            let swap = self.daemon.must(&args)?;
-            ensure!(swap["state"] == "moved", "to {release}: {swap:#}");
+            let predecessor = self.daemon.vmm_pid(GUEST)?;
+            let mut swap = self.swap(release, AMPLE)?;
+            // One that stops at its point does so in this swap too.
+            let ended = wait_for("a swap to another release", PATIENCE, || {
+                if is_stopped(predecessor) {
+                    signal(predecessor, Signal::CONT)?;
+                }
+                Ok(swap.try_wait()?)
+            })?;
+            ensure!(ended.success(), "to {release}: {:#}", self.record()?);
             self.runs = release.into();
         }
         self.daemon.vmm_pid(GUEST)
@@ -231,7 +245,13 @@ impl Host {
     /// What could not be judged is not used again: the next cell has a guest of its own.
     pub fn forget(&mut self) {
         self.guest = None;
-        let _ = self.daemon.stillpoint(&["stop", GUEST, "--now"]);
+        let process = self.shown().map(|shown| shown["process"]["pid"].as_u64());
+        if let Ok(Some(pid)) = process {
+            let _ = u32::try_from(pid).map(|pid| signal(pid, Signal::KILL));
+        }
+        let _ = wait_for("its end", PATIENCE, || {
+            Ok((self.shown()?["state"] == "crashed").then_some(()))
+        });
     }
 
     /// Nobody runs the guest any more, and its disk is as after a power cut: what was said to be
