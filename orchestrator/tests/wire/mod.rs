@@ -96,8 +96,14 @@ pub(crate) fn guest(number: u32, address: &str, mac: &str) {
     ));
 }
 
-/// What a guest is answered; `None` if it is not.
+/// What a guest is answered; `None` if it is not, within 3 s.
 pub(crate) fn curl(guest: u32, url: &str) -> Option<String> {
+    curl_within(guest, url, 3)
+}
+
+/// The same, within so many seconds.
+pub(crate) fn curl_within(guest: u32, url: &str, seconds: u32) -> Option<String> {
+    let seconds = seconds.to_string();
     let output = Command::new("ip")
         .args([
             "netns",
@@ -106,7 +112,7 @@ pub(crate) fn curl(guest: u32, url: &str) -> Option<String> {
             "curl",
             "-sS",
             "-m",
-            "3",
+            &seconds,
             "-f",
         ])
         .args(["-H", "Metadata: true", url])

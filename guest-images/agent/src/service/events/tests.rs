@@ -51,7 +51,7 @@ struct Scene {
 }
 
 /// A service that gives each document once, and knows its guest as `web`.
-fn scene() -> Scene {
+fn scene(deadline: Duration) -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("service");
     let listener = UnixListener::bind(&path).unwrap();
@@ -88,7 +88,7 @@ fn scene() -> Scene {
     });
     let settings = Settings {
         host: Host::Unix(path),
-        deadline: Duration::from_millis(500),
+        deadline,
     };
     Scene {
         dir,
@@ -130,7 +130,7 @@ impl Scene {
 
 #[test]
 fn hooks_run_before_the_approval_and_after_the_end() {
-    let scene = scene();
+    let scene = scene(Duration::from_secs(60));
     scene.hook("before", "");
     scene.hook("after", "");
     let mut watch = Watch::default();
@@ -149,7 +149,8 @@ fn hooks_run_before_the_approval_and_after_the_end() {
 #[test]
 fn who_is_not_ready_does_not_approve() {
     for script in ["exit 1", "exec sleep 1000"] {
-        let scene = scene();
+        // Long enough for it to begin, however busy the machine is.
+        let scene = scene(Duration::from_secs(3));
         scene.hook("before", script);
         let mut watch = Watch::default();
         scene.turn(&mut watch, document(2, &[("a", "Scheduled", "web")]));
