@@ -32,7 +32,7 @@ pub enum Whom {
 pub enum Act {
     /// `kill -9`.
     Kill,
-    /// It stands still until all is over, or for [`HANG`](acts::HANG).
+    /// It stands still until all is over, or for `acts::HANG`.
     Hang,
     /// It has an error at the point; only who is at the point can.
     Error,
