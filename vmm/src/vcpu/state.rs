@@ -8,7 +8,7 @@ use stillpoint_state::{Section, StateError};
 use super::error::VcpuError;
 use super::msrs::{self, Late};
 use super::settle::take_up_requests;
-use super::timer::{self, Lapic};
+use super::timer::{self, Lapic, Mode};
 use crate::faults::{self, Spoilt};
 use crate::{clock, raw};
 
@@ -119,15 +119,18 @@ pub fn load(
     fd.set_debug_regs(&debugregs)
         .map_err(VcpuError::kvm("load debug registers"))?;
     msrs::write(fd, &plain)?;
-    let mut lapic = Lapic(raw::from_bytes(NAME, &from.lapic)?);
-    if from.lapic_tsc != 0 {
-        // The guest's own time: what is held, its timers don't feel.
-        let passed = clock::host_tsc().saturating_sub(from.lapic_tsc);
-        let passed = clock::duration(passed.saturating_sub(pause.held), from.tsc_khz);
-        lapic.advance(u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX));
+    let lapic = Lapic(raw::from_bytes(NAME, &from.lapic)?);
+    // Only of a periodic timer is all of it the same the second time: a one-shot that is overdue fires
+    // at once.
+    match lapic.mode() {
+        Some(Mode::Periodic) => {
+            timer::undisturbed(|| {
+                let now = clock::host_tsc();
+                Ok((load_lapic(fd, lapic, from, pause)?, now))
+            })?;
+        }
+        _ => load_lapic(fd, lapic, from, pause)?,
     }
-    fd.set_lapic(&lapic.0)
-        .map_err(VcpuError::kvm("load the local APIC"))?;
     if let Some(deadline) = deadline.filter(|&deadline| deadline != 0) {
         msrs::write(fd, &[(msrs::TSC_DEADLINE, deadline)])?;
     }
@@ -135,6 +138,23 @@ pub fn load(
     fd.set_vcpu_events(&events)
         .map_err(VcpuError::kvm("load pending events"))?;
     Ok((loaded, late))
+}
+
+/// Loads the local APIC as it is by now.
+fn load_lapic(
+    fd: &VcpuFd,
+    mut lapic: Lapic,
+    from: &VcpuSection,
+    pause: Pause,
+) -> Result<(), VcpuError> {
+    if from.lapic_tsc != 0 {
+        // The guest's own time: what is held, its timers don't feel.
+        let passed = clock::host_tsc().saturating_sub(from.lapic_tsc);
+        let passed = clock::duration(passed.saturating_sub(pause.held), from.tsc_khz);
+        lapic.advance(u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX));
+    }
+    fd.set_lapic(&lapic.0)
+        .map_err(VcpuError::kvm("load the local APIC"))
 }
 
 fn load_tsc(fd: &mut VcpuFd, from: &VcpuSection, pause: Pause) -> Result<LoadedVcpu, VcpuError> {

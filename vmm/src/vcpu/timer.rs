@@ -38,6 +38,11 @@ pub enum Mode {
     Deadline,
 }
 
+/// Cycles within which a local APIC is read or loaded by a thread that keeps its core, generously.
+const HELD_UP: u64 = 100_000;
+/// See [`undisturbed`].
+const TRIES: u32 = 8;
+
 /// A local APIC's registers by name.
 #[derive(Clone, Copy, Debug)]
 pub struct Lapic(pub kvm_lapic_state);
@@ -120,6 +125,22 @@ fn read(fd: &VcpuFd) -> Result<Lapic, VcpuError> {
         .map_err(VcpuError::kvm("save the local APIC"))
 }
 
+/// Does what belongs to one moment until it was not held up, a few times at the most: a thread that
+/// lost its core between a count and the time that goes with it would move the timer's phase. `act`
+/// gives the host TSC at which it began.
+pub(super) fn undisturbed<T>(
+    mut act: impl FnMut() -> Result<(T, u64), VcpuError>,
+) -> Result<(T, u64), VcpuError> {
+    let mut tries = 0;
+    loop {
+        let (done, began) = act()?;
+        tries += 1;
+        if clock::host_tsc().saturating_sub(began) <= HELD_UP || tries >= TRIES {
+            return Ok((done, began));
+        }
+    }
+}
+
 /// A local APIC as it was saved.
 #[derive(Debug)]
 pub struct SavedLapic {
@@ -139,12 +160,15 @@ pub fn save(fd: &mut VcpuFd, deadline: Option<u64>) -> Result<SavedLapic, VcpuEr
     match lapic.mode() {
         Some(Mode::OneShot) if lapic.is_counting() => save_one_shot(fd, lapic, host_tsc),
         Some(Mode::Periodic) if lapic.is_counting() => {
-            settle(fd)?;
-            let lapic = read(fd)?;
+            let (lapic, host_tsc) = undisturbed(|| {
+                settle(fd)?;
+                let now = clock::host_tsc();
+                Ok((read(fd)?, now))
+            })?;
             Ok(SavedLapic {
                 lapic,
                 deadline: None,
-                host_tsc: clock::host_tsc(),
+                host_tsc,
             })
         }
         Some(Mode::Deadline) if deadline.is_some_and(|d| d != 0) => save_deadline(fd),

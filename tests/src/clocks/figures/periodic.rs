@@ -15,7 +15,7 @@ const PERIOD_US: u64 = 2000;
 /// Ticks that agree on a phase within `CLOSE_US`, and the most that are looked at.
 const AGREEING: usize = 10;
 const CLOSE_US: u64 = 20;
-const MOST: usize = 1000;
+const MOST: usize = 300;
 /// What makes a pause longer than some periods.
 const OVERDUE: &str = "loaded=slow:9";
 
@@ -24,28 +24,23 @@ const OVERDUE: &str = "loaded=slow:9";
 pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result<Vec<Figure>> {
     let mut guest = Watched::up(1, "timers=periodic ram=4M")?;
     let period = guest.page(0)?.cycles(PERIOD_US);
-    // Phases lie around the middle of a period then, and never at its edge.
-    let base = guest.last_tick(0)?.wrapping_sub(period / 2);
+    let base = guest.last_tick(0)?;
     let close = guest.page(0)?.cycles(CLOSE_US);
-    let phase = |guest: &Watched| -> anyhow::Result<i64> {
+    let phase = |guest: &Watched| -> anyhow::Result<u64> {
         let mut phases = Vec::new();
         let mut last = 0;
-        while phases.len() < MOST {
+        loop {
             last = wait_for("a periodic tick", PATIENCE, || {
                 Ok(Some(guest.last_tick(0)?).filter(|&tick| tick != last))
             })?;
             phases.push(last.wrapping_sub(base) % period);
-            // Ticks are late by what the vCPU waited for its core, never early. The first of those
-            // that others come close to are on time.
-            let least = phases.iter().min().copied().unwrap_or_default();
-            let on_time = phases.iter().filter(|&&phase| phase - least <= close);
-            if on_time.count() >= AGREEING {
-                break;
+            let (agreeing, phase) = most_agreed(&phases, period, close);
+            if agreeing >= AGREEING || phases.len() >= MOST {
+                return Ok(phase);
             }
         }
-        let least = phases.into_iter().min().unwrap_or_default();
-        Ok(least.cast_signed())
     };
+    let moved = |from: u64, to: u64| around(period, from, to);
     let per_us = guest.page(0)?.cycles(1).cast_signed();
     let mut shifts = Vec::new();
     let mut quiet = Vec::new();
@@ -53,7 +48,7 @@ pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result
     for swap in 0..count {
         let control = before;
         before = phase(&guest)?;
-        quiet.push((before - control) / per_us);
+        quiet.push(moved(control, before) / per_us);
         let to = match swap % 10 {
             9 => Release::Faulty(OVERDUE),
             even if even % 2 == 0 => Release::Compat,
@@ -61,7 +56,7 @@ pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result
         };
         guest.must_move(to, &Terms::default())?;
         let after = phase(&guest)?;
-        shifts.push((after - before) / per_us);
+        shifts.push(moved(before, after) / per_us);
         before = after;
         progress(swap + 1);
     }
@@ -77,4 +72,38 @@ pub fn periodic(count: usize, mut progress: impl FnMut(usize)) -> anyhow::Result
         format!("worst {shift} µs, median {median} µs; without a swap {noise} µs"),
         shift.abs() <= bound,
     )])
+}
+
+/// The phase from which on the most ticks follow within `close`, and how many. Ticks are late by what
+/// the vCPU waited for its core, by anything; those on time are together.
+fn most_agreed(phases: &[u64], period: u64, close: u64) -> (usize, u64) {
+    let after = |from: u64| {
+        let near = |phase: &&u64| (period + **phase - from) % period <= close;
+        (phases.iter().filter(near).count(), from)
+    };
+    let counted = phases.iter().map(|&phase| after(phase));
+    counted.max_by_key(|found| found.0).unwrap_or_default()
+}
+
+/// From one phase to another, the shorter way around.
+fn around(period: u64, from: u64, to: u64) -> i64 {
+    match (period + to - from) % period {
+        on if on <= period / 2 => on.cast_signed(),
+        on => on.cast_signed() - period.cast_signed(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_ticks_do_not_count_and_phases_go_around() {
+        let phases = [990, 5, 0, 400, 2, 700, 998];
+        assert_eq!(most_agreed(&phases, 1000, 10), (4, 998));
+        assert_eq!(most_agreed(&phases, 1000, 20), (5, 990));
+        assert_eq!(around(1000, 998, 3), 5);
+        assert_eq!(around(1000, 3, 998), -5);
+        assert_eq!(around(1000, 100, 600), 500);
+    }
 }
