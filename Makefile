@@ -53,9 +53,32 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
 
+.PHONY: simulate
+simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation
+	$(CARGO) build --release --quiet --locked -p stillpoint --bin stillpoint
+	target/release/stillpoint simulate --hosts 100000 --vms 1000000 --charts target/simulation
+
 .PHONY: programs
 programs: ## build the daemon, the command and the demo
-	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-load -p stillpoint-tests --bins
+	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-agent -p stillpoint-load -p stillpoint-tests --bins
+
+.PHONY: faults faults-random
+faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
+	target/release/faults $(if $(ONLY),--only "$(ONLY)")
+
+faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n)
+	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED))
+
+.PHONY: fuzz
+fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a nightly; SECONDS_EACH=n)
+	$(CARGO) run --release --quiet --locked -p stillpoint-fuzz --bin fuzz -- --write-corpus target/fuzz-corpus
+	for target in saved_state handover control machine_spec agent rings packets; do \
+		$(CARGO) +nightly fuzz run --fuzz-dir vmm/fuzz/libfuzzer --target-dir target/fuzz $$target target/fuzz-corpus/$$target \
+			-- -max_total_time=$(or $(SECONDS_EACH),600) -max_len=65536 -print_final_stats=1 || exit 1; done
+
+.PHONY: golden
+golden: releases ## write the golden states that are missing (beside a wire of its own; needs root)
+	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin golden
 
 .PHONY: clock
 clock: releases rig-static images ## measure every promise about clocks, long ones included (CLOCK="--quick" for less)
@@ -64,6 +87,10 @@ clock: releases rig-static images ## measure every promise about clocks, long on
 .PHONY: demo
 demo: releases programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware
 	target/release/demo
+
+.PHONY: demo-events
+demo-events: releases programs ## a guest's pause from both sides: announced, approved, withdrawn, urgent
+	target/release/demo-events
 
 .PHONY: demo-linux
 demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be

@@ -18,7 +18,9 @@ use crate::agent::custody;
 use crate::agent::places::private_dir;
 use crate::agent::scope::Scopes;
 use crate::api::{self, Desk, NewRelease};
-use crate::execute::Host;
+use crate::execute::{self, Host};
+use crate::metadata::notices::Notices;
+use crate::metadata::ways::Ways;
 use crate::reconcile;
 use crate::store::Store;
 
@@ -75,13 +77,17 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
     let (events, _) = broadcast::channel(EVENTS);
+    let notices = Notices::open(&store, events.clone()).await?;
     let host = Host {
         store: store.clone(),
         events,
+        ways: Ways::new(notices.clone()),
+        notices,
         binaries: Binaries::new(&config.state_dir),
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
     };
+    execute::settle_pauses(&host).await?;
     add_first_release(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;

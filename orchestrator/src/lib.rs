@@ -10,11 +10,13 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`model`] | nouns: VMs, swaps, releases, events, problems. No I/O, no clock |
-//! | [`plan`] | pure: what is wanted and what is seen, to the next step and its reason |
+//! | [`plan`] | pure: what is wanted and what is seen, to the next steps and their reasons |
 //! | [`store`] | SQLite: desired and observed state, releases, every swap's report |
 //! | [`agent`] | VMM processes: start, find, watch, pair, end |
 //! | [`execute`] | carries out one step |
+//! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
+//! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
 //! | [`doctor`] | what this host can and can't do |
@@ -29,7 +31,9 @@ pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod execute;
+pub mod metadata;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
+pub mod simulate;
 pub mod store;

@@ -1,9 +1,9 @@
 //! Per VM, one task: look, plan, execute, record; then rest until something changes.
 //!
 //! ```text
-//!        ┌──────────────────────────────────────────────┐
-//!        ▼                                              │
-//!   look (hold the process, or find it) ─▶ plan::next ─▶ execute ─▶ record
+//!        ┌──────────────────────────────────────────────────┐
+//!        ▼                                                  │
+//!   look (hold the process, or find it) ─▶ plan::vm::next ─▶ execute ─▶ record
 //!        ▲                                    │
 //!        └── woken, or its process ended ◀────┘ rest
 //! ```
@@ -21,9 +21,10 @@ use crate::agent::custody;
 use crate::agent::find::{FindError, Held};
 use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
-use crate::execute::{self, Host};
+use crate::execute::{self, Clearance, Host};
 use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
-use crate::plan::{self, Ending, Planned, Seen, Step};
+use crate::plan;
+use crate::plan::vm::{Ending, Planned, Seen, Step};
 use crate::store::StoreError;
 
 /// Between two looks at a VM that can't be spoken to.
@@ -99,7 +100,7 @@ impl Keeper {
         };
         let swap = self.host.store.open_swap(&self.name).await?;
         let seen = self.look(&vm, swap.as_ref()).await;
-        let planned = plan::next(&vm, swap.as_ref(), &seen);
+        let planned = plan::vm::next(&vm, swap.as_ref(), &seen);
         if !matches!(planned.step, Step::Rest | Step::LookAgain) {
             tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
         }
@@ -110,6 +111,7 @@ impl Keeper {
     async fn look(&mut self, vm: &VmRecord, swap: Option<&SwapRecord>) -> Seen {
         if let Some(held) = &self.held {
             if held.process.is_alive() {
+                self.host.ways.open(vm, &self.host.dir(&vm.name));
                 return Seen::Alive;
             }
             let exit = held.process.exit();
@@ -120,11 +122,13 @@ impl Keeper {
         // One that was never started has no process; whatever is at its socket is not its own.
         let never_started = vm.state == VmState::Starting && vm.process.is_none();
         if !vm.state.is_active() || never_started {
+            self.host.ways.close(&vm.name);
             return Seen::Nothing;
         }
         match self.host.expected(vm).find().await {
             Ok(held) => {
                 custody::keep(&vm.name, &held.memory, &*held.ownership);
+                self.host.ways.open(vm, &self.host.dir(&vm.name));
                 self.held = Some(held);
                 Seen::Alive
             }
@@ -193,7 +197,7 @@ impl Keeper {
                 }
             }
             Step::Record(state) => self.record(vm, state, why).await,
-            Step::Swap(_) => self.swap(vm, swap).await?,
+            Step::Swap(_) => self.swap_in_time(vm, swap).await?,
             Step::Refuse(_) => {
                 if let Some(swap) = swap {
                     execute::refuse(&self.host, swap, why).await;
@@ -245,6 +249,34 @@ impl Keeper {
                 host.dir(&vm.name).remove_stale_sockets();
                 host.observe_surely(&vm.name, VmState::Failed, Some(reason), None)
                     .await;
+            }
+        }
+    }
+
+    /// Swaps it if its guest has had its notice; otherwise waits until something changes.
+    async fn swap_in_time(
+        &mut self,
+        vm: &VmRecord,
+        swap: Option<SwapRecord>,
+    ) -> Result<(), StoreError> {
+        let Some(mut swap) = swap else {
+            return Ok(());
+        };
+        // Before the look at the board: what changes after it is not missed.
+        let mut changes = self.host.notices.changes();
+        match execute::clear(&self.host, vm, &mut swap).await? {
+            Clearance::Go => self.swap(vm, Some(swap)).await,
+            Clearance::Withdrawn(why) => {
+                execute::refuse(&self.host, swap, why).await;
+                Ok(())
+            }
+            Clearance::Wait(longest) => {
+                tokio::select! {
+                    () = self.rest() => {}
+                    _ = changes.changed() => {}
+                    () = tokio::time::sleep(longest) => {}
+                }
+                Ok(())
             }
         }
     }

@@ -79,6 +79,41 @@ fn a_predecessor_that_dies_sealed_has_given_up() {
 }
 
 #[test]
+fn a_predecessor_that_hangs_sealed_is_relieved_of_its_guest() {
+    for fault in ["hang-sealed", "hang-given-up"] {
+        let daemon = with_guest("hangs", Some(fault));
+        let pid = daemon.vmm_pid("web");
+        let swap = daemon.swap("web", "good");
+        assert_eq!(swap["state"], "moved", "{fault}: {swap}");
+        assert_eq!(daemon.show("web")["state"], "running");
+        assert_eq!(daemon.show("web")["release"], "good");
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+        assert_eq!(daemon.swap("web", "good")["state"], "moved");
+    }
+}
+
+#[test]
+fn a_successor_that_hangs_with_the_guest_is_not_said_to_run_it() {
+    let daemon = with_guest("good", None);
+    daemon.add("hangs", Some("hang-after-take"));
+    let mut asked = daemon
+        .cli(&["swap", "vmm", "web", "--to", "hangs"])
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("stillpoint");
+    let swap = || daemon.ask(&["report"]).good()[0].clone();
+    until("the swap is in doubt", || swap()["state"] == "in_doubt");
+    assert_ne!(daemon.show("web")["state"], "running");
+    // Whoever ends it decides it.
+    let pid = i32::try_from(swap()["successor"]["pid"].as_u64().expect("pid")).expect("pid");
+    let pid = rustix::process::Pid::from_raw(pid).expect("pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    until("it is settled", || swap()["state"] == "crashed");
+    daemon.until_state("web", "crashed");
+    let _ = asked.wait();
+}
+
+#[test]
 fn a_predecessor_that_dies_before_the_seal_takes_the_guest_with_it() {
     let daemon = with_guest("dies", Some("die-before-seal"));
     let swap = daemon.swap("web", "good");

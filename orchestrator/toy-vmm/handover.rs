@@ -26,6 +26,9 @@ use stillpoint_control::spec::MachineSpec;
 use super::serve::{leave, serve};
 use super::{Flags, Now, Toy, lock, release, say_ready};
 
+/// Of one that hangs.
+const FOREVER: Duration = Duration::from_secs(1000);
+
 #[derive(Debug, Serialize, Deserialize)]
 struct Offer {
     swap: String,
@@ -161,7 +164,13 @@ fn give(toy: &Toy, client: &OwnedFd, socket: &OwnedFd, offer: &Offer) -> anyhow:
     if toy.flags.has_fault("die-sealed") {
         std::process::abort();
     }
+    if toy.flags.has_fault("hang-sealed") {
+        std::thread::sleep(FOREVER);
+    }
     toy.ownership.give_up(epoch)?;
+    if toy.flags.has_fault("hang-given-up") {
+        std::thread::sleep(FOREVER);
+    }
     let went = frame::send_json(socket, &Word::Go(epoch), &[])
         .and_then(|()| frame::receive_json::<Word>(socket).map(drop));
     if let Err(error) = went {
@@ -190,7 +199,7 @@ pub(super) fn adopt(flags: Flags) -> anyhow::Result<()> {
         std::process::abort();
     }
     if flags.has_fault("hang") {
-        std::thread::sleep(Duration::from_secs(1000));
+        std::thread::sleep(FOREVER);
     }
     frame::send_json(&socket, &Word::Loaded, &[])?;
     let owner = take(&socket, &ownership, offer.next)?;
@@ -199,6 +208,9 @@ pub(super) fn adopt(flags: Flags) -> anyhow::Result<()> {
     rustix::net::listen(&control, 16)?;
     if flags.has_fault("die-after-take") {
         std::process::abort();
+    }
+    if flags.has_fault("hang-after-take") {
+        std::thread::sleep(FOREVER);
     }
     let to = release(&flags);
     let secret = unhex(&offer.secret).and_then(|bytes| Secret::from_bytes(&bytes));

@@ -8,6 +8,8 @@
 //! | [`start`] | how these processes are started |
 //! | [`guest`] | what pulse writes down, read from the RAM file |
 //! | [`devices`] | its virtio devices, and what its disks must hold |
+//! | [`furnished`] | a guest with all kinds of devices, all of them at work |
+//! | [`matrix`] | the crash matrix: a fault in every phase, on every side |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
 //! | [`clocks`] | a guest's clock, timers and flags, read from its RAM; and the figures of `make clock` |
@@ -23,9 +25,11 @@ pub mod clocks;
 pub mod console;
 pub mod daemon;
 pub mod devices;
+pub mod furnished;
 pub mod ground;
 pub mod guest;
 pub mod linux;
+pub mod matrix;
 pub mod patience;
 pub mod releases;
 pub mod rig;

@@ -7,7 +7,7 @@ use anyhow::bail;
 use rustix::time::Timespec;
 
 /// How long anything that should be quick may take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Between two looks.
 const GLANCE: Timespec = Timespec {

@@ -1,6 +1,7 @@
 //! A wire of the test's own on which every frame comes back: a tap, in a bridge that sends out
 //! again where it came in (hairpin). No program is needed at the other end.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::ensure;
@@ -36,22 +37,34 @@ pub fn no_wire() -> Option<String> {
     }
 }
 
+/// Whether this process is beside such a wire.
+pub fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// A program, to be run beside such a wire.
+pub fn beside(program: &Path) -> Command {
+    let script = format!("{MAKE}\nexec \"$@\"");
+    let mut command = Command::new("unshare");
+    command
+        .args(["-n", "sh", "-c", &script, "sh"])
+        .arg(program)
+        .env(INSIDE, "1");
+    command
+}
+
 /// Runs the test `name` once more, in a process of its own beside such a wire. Gives whether this
 /// is that process; in the other one the test is done by then, or skipped.
 pub fn is_beside(name: &str) -> anyhow::Result<bool> {
-    if std::env::var_os(INSIDE).is_some() {
+    if is_inside() {
         return Ok(true);
     }
     if let Some(reason) = no_wire() {
         ground::skip(&reason);
         return Ok(false);
     }
-    let script = format!("{MAKE}\nexec \"$@\"");
-    let output = Command::new("unshare")
-        .args(["-n", "sh", "-c", &script, "sh"])
-        .arg(std::env::current_exe()?)
+    let output = beside(&std::env::current_exe()?)
         .args(["--exact", name, "--nocapture"])
-        .env(INSIDE, "1")
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);

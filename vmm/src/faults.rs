@@ -12,10 +12,40 @@ pub enum Point {
     Loaded,
     /// Successor: the guest was given up, and is not taken yet.
     Take,
+    /// Successor: the guest is taken, and no vCPU has entered.
+    Taken,
+    /// Successor: the guest runs, which was not said yet.
+    Entered,
+    /// Predecessor: the guest is offered, and runs.
+    Offered,
     /// Predecessor: all vCPUs parked.
     Frozen,
+    /// Predecessor: state saved, and not sealed.
+    Saved,
     /// Predecessor: state saved and sealed.
     Sealed,
+    /// Predecessor: the guest is given up, which was not said yet.
+    GivenUp,
+    /// Predecessor: the guest runs elsewhere; the report was not sent yet.
+    Retiring,
+}
+
+impl Point {
+    /// All of them, as they are written.
+    pub const ALL: [(&'static str, Self); 12] = [
+        ("adopt", Self::Adopt),
+        ("load", Self::Load),
+        ("loaded", Self::Loaded),
+        ("take", Self::Take),
+        ("taken", Self::Taken),
+        ("entered", Self::Entered),
+        ("offered", Self::Offered),
+        ("frozen", Self::Frozen),
+        ("saved", Self::Saved),
+        ("sealed", Self::Sealed),
+        ("given-up", Self::GivenUp),
+        ("retiring", Self::Retiring),
+    ];
 }
 
 /// A measure for the guest's clock that a build for tests can be made to leave out: the checks must
@@ -65,6 +95,9 @@ mod imp {
         Fail,
         Panic,
         Slow(Duration),
+        /// Stands still, all threads of it, until somebody outside lets it go on: so that things
+        /// can be done to it, or to others, just then.
+        Stop,
     }
 
     /// Whether this measure is left out.
@@ -72,8 +105,8 @@ mod imp {
         SPOILT.get() == Some(&what)
     }
 
-    /// Arms faults, a comma between them: one written `point=crash`, `=hang`, `=fail`, `=panic` or
-    /// `=slow:MILLISECONDS`, and one `spoil=MEASURE`.
+    /// Arms faults, a comma between them: one written `point=crash`, `=hang`, `=fail`, `=panic`,
+    /// `=stop` or `=slow:MILLISECONDS`, and one `spoil=MEASURE`.
     pub fn arm(text: &str) -> Result<(), String> {
         text.split(',').try_for_each(arm_one)
     }
@@ -94,20 +127,14 @@ mod imp {
                 .set(measure)
                 .map_err(|_| "only one measure can be spoilt at a time".to_owned());
         }
-        let point = match point {
-            "adopt" => Point::Adopt,
-            "load" => Point::Load,
-            "loaded" => Point::Loaded,
-            "take" => Point::Take,
-            "frozen" => Point::Frozen,
-            "sealed" => Point::Sealed,
-            _ => return Err(bad()),
-        };
+        let named = Point::ALL.iter().find(|(name, _)| *name == point);
+        let (_, point) = *named.ok_or_else(bad)?;
         let action = match action {
             "crash" => Action::Crash,
             "hang" => Action::Hang,
             "fail" => Action::Fail,
             "panic" => Action::Panic,
+            "stop" => Action::Stop,
             other => {
                 let ms = other.strip_prefix("slow:").and_then(|ms| ms.parse().ok());
                 Action::Slow(Duration::from_millis(ms.ok_or_else(bad)?))
@@ -131,6 +158,11 @@ mod imp {
                 Action::Slow(time) => {
                     std::thread::sleep(*time);
                     Ok(())
+                }
+                Action::Stop => {
+                    let us = rustix::process::getpid();
+                    let stopped = rustix::process::kill_process(us, rustix::process::Signal::STOP);
+                    stopped.map_err(|_| "it could not stop itself")
                 }
             },
             _ => Ok(()),

@@ -61,7 +61,7 @@ impl Line {
     }
 
     /// A line that leads nowhere, for tests of devices.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub fn loose() -> Self {
         Self(EventFd::new(libc::EFD_NONBLOCK).expect("eventfd"))
     }

@@ -16,9 +16,13 @@ mod service;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use stillpoint_agent::protocol::PORT;
+
+/// The host's vsock port at which the metadata service is.
+const METADATA: u32 = 80;
 
 const USAGE: &str = "\
 stillpoint-agent: answers a host's questions about this guest
@@ -26,6 +30,14 @@ stillpoint-agent: answers a host's questions about this guest
   --port N      vsock port to listen on [1024]
   --unix PATH   listen on a Unix socket instead
   --hooks DIR   where the hooks before and after a pause lie [/etc/stillpoint/hooks.d]
+
+Or, instead of answering:
+
+  --events WHERE      hear of pauses from the metadata service (vsock, or ADDRESS:PORT), run the
+                      hooks around them, and say when this guest is ready
+  --deadline SECONDS  how long the hooks before a pause may take, and those after it [60]
+  --relay ADDRESS:PORT  lead what connects there to the metadata service by vsock
+
   --version     say which version this is
 ";
 
@@ -43,6 +55,8 @@ fn main() -> ExitCode {
 }
 
 fn start() -> anyhow::Result<()> {
+    let mut deadline = Duration::from_secs(60);
+    let mut events = None;
     let mut settings = service::Settings {
         door: service::Door::Vsock(PORT),
         hooks: PathBuf::from("/etc/stillpoint/hooks.d"),
@@ -60,6 +74,21 @@ fn start() -> anyhow::Result<()> {
             }
             "--unix" => settings.door = service::Door::Unix(value()?.into()),
             "--hooks" => settings.hooks = value()?.into(),
+            "--events" => events = Some(place(&value()?)?),
+            "--deadline" => {
+                let seconds = value()?;
+                let seconds = seconds
+                    .parse()
+                    .with_context(|| format!("--deadline {seconds}"))?;
+                deadline = Duration::from_secs(seconds);
+            }
+            "--relay" => {
+                let address = value()?;
+                let address = address
+                    .parse()
+                    .with_context(|| format!("--relay {address}"))?;
+                return service::relay::run(address, METADATA);
+            }
             init::UNDER_INIT => settings.init = true,
             "--version" => {
                 println!("stillpoint-agent {}", env!("CARGO_PKG_VERSION"));
@@ -72,5 +101,24 @@ fn start() -> anyhow::Result<()> {
             _ => bail!("{flag}: there is no such flag\n\n{USAGE}"),
         }
     }
+    if let Some(host) = events {
+        let watched = service::events::Settings { host, deadline };
+        service::events::run(&watched, &settings.hooks);
+    }
     service::run(settings)
+}
+
+/// Where the metadata service is.
+fn place(text: &str) -> anyhow::Result<service::events::Host> {
+    use service::events::Host;
+    if text == "vsock" {
+        return Ok(Host::Vsock(METADATA));
+    }
+    if text.starts_with('/') {
+        return Ok(Host::Unix(text.into()));
+    }
+    let address = text.parse();
+    let address =
+        address.with_context(|| format!("--events {text}: neither vsock nor ADDRESS:PORT"))?;
+    Ok(Host::Tcp(address))
 }

@@ -5,11 +5,13 @@
 
 mod clocks;
 mod correct;
+pub(crate) mod events;
 mod gaps;
 mod hooks;
 mod jobs;
 mod kernel;
 mod program;
+pub(crate) mod relay;
 mod tend;
 mod tsc;
 

@@ -108,6 +108,11 @@ impl VmDir {
         self.0.join("vsock.sock")
     }
 
+    /// Where a host program listens for guests that connect to this port of the host.
+    pub fn vsock_port(&self, port: u32) -> PathBuf {
+        self.0.join(format!("vsock.sock_{port}"))
+    }
+
     /// What the serial console said.
     pub fn console_log(&self) -> PathBuf {
         self.0.join("console.log")

@@ -4,6 +4,7 @@
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
 mod events;
+mod pauses;
 mod refusal;
 mod releases;
 mod serve;
@@ -19,6 +20,7 @@ use crate::execute::Host;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
+pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewRelease, add as add_release};
 pub use serve::serve;
@@ -54,6 +56,9 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(swaps::of_vm, swaps::ask))
         .routes(routes!(swaps::list))
         .routes(routes!(swaps::show))
+        .routes(routes!(pauses::list))
+        .routes(routes!(pauses::approve))
+        .routes(routes!(pauses::cancel))
         .routes(routes!(releases::list, releases::post))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))

@@ -11,7 +11,12 @@ use utoipa::ToSchema;
 use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::execute::unix_ns;
-use crate::model::{Code, Problem, Release, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted};
+use crate::model::{
+    Code, MAX_NOTICE_NS, Problem, Release, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
+};
+
+/// The longest reason for a swap without notice.
+const MAX_REASON: usize = 500;
 
 /// A swap to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -27,6 +32,13 @@ pub struct NewSwap {
     /// What the guest's clocks make of the pause; the VM's own policy when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock: Option<Policy>,
+    /// How long before the pause the guest hears of it, ns; the VM's own notice when absent. It is
+    /// given also where nobody listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice_ns: Option<u64>,
+    /// Why the guest gets no notice: what was announced a moment before starts at once. Recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_notice: Option<String>,
 }
 
 /// Asks for a swap. It is recorded, then done; `GET /v1/swaps/{id}` and `/v1/events` say how far
@@ -109,6 +121,8 @@ impl Desk {
             reason: None,
             budget_ns: new.budget_ns,
             clock: new.clock,
+            notice_ns: new.notice_ns,
+            no_notice: new.no_notice,
             successor: None,
             epoch_before: None,
             asked_at_unix_ns: unix_ns(),
@@ -125,6 +139,23 @@ fn check_request(new: &NewSwap) -> Result<(), Problem> {
         return bad(format!(
             "field `component`: `{given}` can't be swapped, only `{VMM}`"
         ));
+    }
+    match (&new.no_notice, new.notice_ns) {
+        (Some(_), Some(_)) => {
+            return bad("fields `notice_ns` and `no_notice` exclude each other".into());
+        }
+        (Some(reason), None) if reason.trim().is_empty() || reason.len() > MAX_REASON => {
+            return bad(format!(
+                "field `no_notice`: say in 1 to {MAX_REASON} bytes why the guest gets no notice"
+            ));
+        }
+        (None, Some(ns)) if ns == 0 || ns > MAX_NOTICE_NS => {
+            return bad(format!(
+                "field `notice_ns`: {ns} is not more than 0 and at most {MAX_NOTICE_NS}; for a swap \
+                 without notice give its reason in `no_notice`"
+            ));
+        }
+        _ => {}
     }
     let ceiling = u64::try_from(MAX_BUDGET.as_nanos()).unwrap_or(u64::MAX);
     match new.budget_ns {

@@ -14,8 +14,8 @@ use utoipa::ToSchema;
 
 use super::Desk;
 use super::refusal::{Body, Refusal};
-use crate::execute::unix_ns;
-use crate::model::{Code, Event, Problem, VmName, VmRecord, VmState, Wanted};
+use crate::execute::{self, unix_ns};
+use crate::model::{Code, Event, Problem, Profile, VmName, VmRecord, VmState, Wanted};
 use crate::reconcile;
 
 /// A VM to be started.
@@ -27,6 +27,9 @@ pub struct NewVm {
     /// Version of the release to start it with; the newest when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<String>,
+    /// What its guest hears of itself, and how its pauses are announced.
+    #[serde(default)]
+    pub profile: Profile,
 }
 
 /// A VM, as it is shown.
@@ -48,6 +51,9 @@ pub struct VmView {
     pub swaps: u64,
     /// The machine.
     pub spec: MachineSpec,
+    /// What its guest hears of itself, and how its pauses are announced.
+    #[serde(default)]
+    pub profile: Profile,
     /// Its serial console: raw bytes both ways.
     pub console_socket: String,
     /// Where host programs connect to the guest's sockets, if it has a vsock device.
@@ -79,6 +85,7 @@ impl Desk {
             process: vm.process,
             swaps: vm.swaps,
             spec: vm.spec,
+            profile: vm.profile,
             created_at_unix_ns: vm.created_at_unix_ns,
             changed_at_unix_ns: vm.changed_at_unix_ns,
         }
@@ -176,6 +183,7 @@ impl Desk {
     /// Checks everything that can be checked before it is recorded.
     async fn check(&self, name: &str, new: NewVm) -> Result<VmRecord, Refusal> {
         new.spec.validate()?;
+        new.profile.validate()?;
         if new.spec.name != name {
             let problem = format!("{:?} is not the {name:?} of the path", new.spec.name);
             return Err(field("name", problem));
@@ -203,6 +211,7 @@ impl Desk {
             name: vm_name,
             spec: new.spec,
             release,
+            profile: new.profile,
             wanted: Wanted::Running,
             state: VmState::Starting,
             reason: None,
@@ -274,6 +283,7 @@ pub(super) async fn remove(
     }
     // Its sockets are gone already; logs go with the record.
     let _ = tokio::fs::remove_dir_all(desk.host.dir(&vm.name).path()).await;
+    execute::forget(&desk.host, &vm.name).await?;
     reconcile::removed(&desk.host, &vm.name);
     desk.waker.wake(&vm.name);
     Ok(StatusCode::NO_CONTENT)

@@ -37,6 +37,22 @@ pub(super) fn size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
+/// A time as our API has it.
+pub(super) fn whole_ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How long it is until then.
+pub(super) fn until(unix_s: u64) -> String {
+    let seconds = unix_s.saturating_sub(crate::execute::unix_ns() / 1_000_000_000);
+    match seconds {
+        0 => "now".into(),
+        1..120 => format!("in {seconds} s"),
+        120..7_200 => format!("in {} min", seconds / 60),
+        _ => format!("in {} h", seconds / 3600),
+    }
+}
+
 /// How long ago that was.
 pub(super) fn ago(unix_ns: u64) -> String {
     let seconds = crate::execute::unix_ns().saturating_sub(unix_ns) / 1_000_000_000;
@@ -92,10 +108,12 @@ pub(super) fn table(head: &[&str], right: &[usize], rows: &[Vec<String>]) -> Str
 
 /// Reads a time such as `500ms`, `1.5s` or `250us`.
 pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("`{text}` is no time; write 500ms, 1.5s or 250us");
+    let wrong = || format!("`{text}` is no time; write 500ms, 1.5s, 250us, 15min or 2h");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == 'µ');
     let number: f64 = digits.parse().map_err(|_| wrong())?;
     let scale = match &text[digits.len()..] {
+        "h" => 3600.0,
+        "min" => 60.0,
         "s" => 1.0,
         "ms" => 1e-3,
         "us" | "µs" => 1e-6,
@@ -125,7 +143,7 @@ mod tests {
         assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_time("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(parse_time("250us"), Ok(Duration::from_micros(250)));
-        for bad in ["", "5", "-1s", "1h", "s", "1e400s"] {
+        for bad in ["", "5", "-1s", "1d", "s", "1e400s"] {
             parse_time(bad).expect_err(bad);
         }
     }

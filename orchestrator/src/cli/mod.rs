@@ -6,6 +6,7 @@
 mod completions;
 mod console;
 mod doctor;
+mod events;
 mod format;
 mod http;
 mod logs;
@@ -17,6 +18,7 @@ mod report;
 mod rm;
 mod run;
 mod show;
+mod simulate;
 mod stop;
 mod swap;
 
@@ -64,12 +66,16 @@ enum Verb {
     Rm(rm::Args),
     /// Swaps a component under a running guest.
     Swap(swap::Args),
+    /// Lists, approves, cancels and watches what guests are told of their pauses.
+    Events(events::Args),
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
     /// Says what this host can and can't do, with remedies.
     Doctor(doctor::Args),
     /// Adds and lists releases.
     Release(release::Args),
+    /// Simulates rollouts over a fleet that isn't there; needs no daemon.
+    Simulate(simulate::Args),
     /// Prints completions for a shell.
     Completions(completions::Args),
     /// Writes man pages.
@@ -150,9 +156,11 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Stop(args) => stop::run(desk, args).await,
         Verb::Rm(args) => rm::run(desk, args).await,
         Verb::Swap(args) => swap::run(desk, args).await,
+        Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,
+        Verb::Simulate(args) => simulate::run(desk, &args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),
     }

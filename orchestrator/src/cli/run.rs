@@ -14,7 +14,7 @@ use stillpoint_control::spec::{
 
 use super::{Desk, format, io_problem, progress, say, say_json};
 use crate::api::{NewVm, VmView};
-use crate::model::{Code, Problem};
+use crate::model::{Code, Problem, Profile};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -76,6 +76,21 @@ pub(super) struct Args {
     /// Give the guest a vmclock device, which tells it of every swap.
     #[arg(long, conflicts_with = "spec")]
     vmclock: bool,
+    /// The availability set it belongs to: its members see and approve each other's events.
+    #[arg(long = "set", value_name = "NAME")]
+    availability_set: Option<String>,
+    /// Its update domain in the set [0].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    update_domain: u16,
+    /// Its fault domain in the set [0].
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    fault_domain: u16,
+    /// A tag that the guest reads of itself; several are allowed.
+    #[arg(long = "tag", value_name = "KEY=VALUE", value_parser = parse_tag)]
+    tags: Vec<(String, String)>,
+    /// How long before a pause the guest hears of it, such as 5min [15min].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    notice: Option<Duration>,
     /// Version of the release to start it with [the one added last].
     #[arg(long, value_name = "VERSION")]
     release: Option<String>,
@@ -127,6 +142,13 @@ impl From<CorrectionArg> for Correction {
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let release = args.release.clone();
+    let profile = Profile {
+        availability_set: args.availability_set.clone(),
+        update_domain: args.update_domain,
+        fault_domain: args.fault_domain,
+        tags: args.tags.iter().cloned().collect(),
+        notice_ns: args.notice.map(format::whole_ns),
+    };
     let spec = match &args.spec {
         Some(file) => read_spec(file)?,
         None => spec_of_flags(args)?,
@@ -134,7 +156,11 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let spec = with_absolute_paths(spec)?;
     let name = spec.name.clone();
     let waiting = progress::waiting(desk.json, &format!("starting {name}"));
-    let new = NewVm { spec, release };
+    let new = NewVm {
+        spec,
+        release,
+        profile,
+    };
     let path = format!("/v1/vms/{name}");
     let started: Result<VmView, Problem> = desk.api.send(Method::PUT, &path, &new).await;
     waiting.finish_and_clear();
@@ -178,6 +204,11 @@ fn parse_net(text: &str) -> Result<NetSpec, String> {
         mac,
         queue_pairs,
     })
+}
+
+fn parse_tag(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 fn bad(error: impl std::fmt::Display) -> Problem {

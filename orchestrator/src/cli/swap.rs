@@ -9,7 +9,7 @@ use stillpoint_control::clock::Policy;
 
 use super::{Desk, format, http, progress, report, say, say_json};
 use crate::api::NewSwap;
-use crate::model::{Code, Event, Problem, SwapId, SwapRecord, SwapState, VMM};
+use crate::model::{Code, Event, PauseState, Problem, SwapId, SwapRecord, SwapState, VMM};
 
 /// How long to wait for an event before looking at the record itself.
 const LOOK: Duration = Duration::from_secs(1);
@@ -38,6 +38,13 @@ enum Component {
         /// it out, and its wall clock is corrected afterwards) [the guest's own].
         #[arg(long, value_name = "POLICY")]
         clock: Option<Policy>,
+        /// How long before the pause the guest hears of it, such as 15min; it may approve sooner [the
+        /// guest's own, if it listens].
+        #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+        notice: Option<Duration>,
+        /// Pause the guest without notice, for this reason, which is recorded.
+        #[arg(long, value_name = "REASON", conflicts_with = "notice")]
+        no_notice: Option<String>,
     },
 }
 
@@ -47,6 +54,8 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         to,
         budget,
         clock,
+        notice,
+        no_notice,
     } = args.component;
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
@@ -54,7 +63,9 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let new = NewSwap {
         component: VMM.into(),
         to: to.clone(),
-        budget_ns: budget.map(|budget| u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX)),
+        budget_ns: budget.map(format::whole_ns),
+        notice_ns: notice.map(format::whole_ns),
+        no_notice,
         clock,
     };
     let path = format!("/v1/vms/{name}/swaps");
@@ -114,6 +125,20 @@ fn tell(event: &Event, id: &SwapId, bar: &ProgressBar) -> bool {
                 "  {:<12} {}",
                 phase.name,
                 format::time(phase.duration)
+            ));
+            false
+        }
+        Event::Notice {
+            swap,
+            notice,
+            state: PauseState::Scheduled,
+            not_before_unix_s,
+            approved: false,
+            ..
+        } if swap == id => {
+            bar.println(format!(
+                "  announced as event {notice}: starts {} unless it is approved or cancelled",
+                format::until(*not_before_unix_s)
             ));
             false
         }

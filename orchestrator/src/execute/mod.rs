@@ -1,6 +1,8 @@
 //! Carries out one step: start, stop, swap, settle. Records before it acts, and what came of it
 //! afterwards.
 
+mod announce;
+mod relieve;
 mod settle;
 mod start;
 mod stop;
@@ -16,9 +18,12 @@ use crate::agent::binaries::Binaries;
 use crate::agent::find::Expected;
 use crate::agent::places::VmDir;
 use crate::agent::scope::Scopes;
+use crate::metadata::notices::Notices;
+use crate::metadata::ways::Ways;
 use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState};
 use crate::store::{Observed, Store, StoreError};
 
+pub use announce::{Clearance, clear, forget, settle_pauses};
 pub use settle::settle;
 pub use start::start;
 pub use stop::power_off;
@@ -49,6 +54,10 @@ pub struct Host {
     pub run_dir: PathBuf,
     /// Where guests' processes go.
     pub scopes: Scopes,
+    /// What guests are told of their pauses.
+    pub notices: Notices,
+    /// The wires on which they ask.
+    pub ways: Ways,
 }
 
 impl Host {
@@ -139,6 +148,7 @@ impl Host {
             self.tell(Event::Vm { vm, state, reason });
         }
         self.tell_swap(swap);
+        announce::end_pause(self, swap).await;
     }
 
     fn tell_swap(&self, swap: &SwapRecord) {

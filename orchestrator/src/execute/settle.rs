@@ -7,13 +7,13 @@ use std::time::Duration;
 use stillpoint_control::message::GuestState;
 use stillpoint_control::ownership::Epoch;
 
-use super::swap::{keep, moved};
-use super::{Host, unix_ns};
+use super::swap::{self, keep, moved};
+use super::{Host, relieve, unix_ns};
 use crate::agent::custody;
 use crate::agent::find::Held;
 use crate::agent::process::Process;
 use crate::model::{SwapRecord, SwapState, VmRecord, VmState};
-use crate::plan::{self, Verdict};
+use crate::plan::{self, vm::Verdict};
 
 /// How long the two processes may take between themselves, before the record says "in doubt":
 /// more than any blackout budget, and they end it themselves when it is broken.
@@ -28,7 +28,9 @@ pub async fn settle(
     mut swap: SwapRecord,
     mut held: Option<Held>,
 ) -> Option<Held> {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let began = tokio::time::Instant::now();
+    let deadline = began + PATIENCE;
+    let hung = began + relieve::patience(vm, &swap);
     loop {
         let predecessor = vm.process.as_ref().and_then(|id| Process::open(id).ok());
         let successor = swap
@@ -71,6 +73,14 @@ pub async fn settle(
                 crashed(host, vm, swap).await;
                 return None;
             }
+            Verdict::Wait if tokio::time::Instant::now() >= hung => {
+                let epoch = swap.epoch_before.map(Epoch);
+                if let (Some(p), Some(s), Some(held), Some(before)) =
+                    (&predecessor, &successor, &held, epoch)
+                {
+                    relieve::relieve(before, &held.ownership, p, s).await;
+                }
+            }
             Verdict::Wait => {}
         }
         if tokio::time::Instant::now() >= deadline {
@@ -92,7 +102,7 @@ fn verdict(swap: &SwapRecord, held: Option<&Held>, alive: (bool, bool)) -> Verdi
     let (Some(before), Ok(word)) = (swap.epoch_before, held.ownership.read()) else {
         return Verdict::Wait;
     };
-    plan::settle(Epoch(before), word, predecessor, successor)
+    plan::vm::settle(Epoch(before), word, predecessor, successor)
 }
 
 async fn crashed(host: &Host, vm: &VmRecord, mut swap: SwapRecord) {
@@ -106,17 +116,13 @@ async fn crashed(host: &Host, vm: &VmRecord, mut swap: SwapRecord) {
     custody::release(&vm.name);
 }
 
-async fn doubt(host: &Host, mut swap: SwapRecord, alive: (bool, bool)) {
+async fn doubt(host: &Host, swap: SwapRecord, alive: (bool, bool)) {
     let word = |alive| if alive { "lives" } else { "is dead" };
-    swap.state = SwapState::InDoubt;
-    swap.reason = Some(format!(
+    let why = format!(
         "the predecessor {}, the successor {}, and the VMM at the control socket does not say \
-         who runs the guest; looked at again and again",
+         who runs the guest",
         word(alive.0),
         word(alive.1)
-    ));
-    // Not written is not worse than before: the record still says "in progress".
-    if let Err(error) = host.record(&swap).await {
-        tracing::error!(vm = %swap.vm, swap = %swap.id, "not recorded: {error}");
-    }
+    );
+    swap::doubt(host, swap, &why).await;
 }

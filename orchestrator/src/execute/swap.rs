@@ -25,7 +25,7 @@ use stillpoint_control::spec::MAX_BUDGET;
 use tokio::sync::mpsc;
 
 use super::start::{release_args, verified};
-use super::{Host, settle, unix_ns};
+use super::{Host, relieve, settle, unix_ns};
 use crate::agent::find::Held;
 use crate::agent::pair::{self, Asked, Channel};
 use crate::agent::process::Process;
@@ -179,7 +179,8 @@ async fn hand_over(
         state,
         progress,
     };
-    match pair::hand_over(asked).await {
+    match answer(asked, vm, &swap, &held, &successor).await {
+        Ok(Handover::Moved) if !taken(&held, &swap) => settle(host, vm, swap, Some(held)).await,
         Ok(Handover::Moved) => {
             let retiring = Some((held.process, held.ownership));
             moved(host, vm, swap, retiring, successor, Some(start)).await
@@ -208,6 +209,42 @@ async fn hand_over(
     }
 }
 
+/// Whether the word says so too: a predecessor that was relieved of its guest knows only that it has
+/// it no more.
+fn taken(held: &Held, swap: &SwapRecord) -> bool {
+    let before = Epoch(swap.epoch_before.unwrap_or(u64::MAX));
+    matches!(held.ownership.read(), Ok(Owner::Taken(epoch)) if epoch > before)
+}
+
+/// The predecessor's answer. One that hangs gives none: it is relieved of the guest, and its
+/// connection breaks.
+async fn answer(
+    asked: Asked,
+    vm: &VmRecord,
+    swap: &SwapRecord,
+    held: &Held,
+    successor: &Process,
+) -> Result<Handover, ClientError> {
+    let answer = pair::hand_over(asked);
+    tokio::pin!(answer);
+    let Some(before) = swap.epoch_before.map(Epoch) else {
+        return answer.await;
+    };
+    let patience = relieve::patience(vm, swap);
+    loop {
+        tokio::select! {
+            answer = &mut answer => return answer,
+            hangs = relieve::hangs(before, &held.ownership, patience) => match hangs {
+                relieve::Hangs::Sealed => {
+                    relieve::relieve(before, &held.ownership, &held.process, successor).await;
+                }
+                // The word says what the predecessor would have said.
+                relieve::Hangs::Retiring => return Ok(Handover::Moved),
+            }
+        }
+    }
+}
+
 async fn tell_phases(host: Host, swap: SwapRecord, mut phases: mpsc::UnboundedReceiver<Phase>) {
     while let Some(phase) = phases.recv().await {
         tracing::info!(swap = %swap.id, vm = %swap.vm, phase = phase.name, took = ?phase.duration);
@@ -219,7 +256,8 @@ async fn tell_phases(host: Host, swap: SwapRecord, mut phases: mpsc::UnboundedRe
     }
 }
 
-/// The successor runs the guest: checks it, records it, sees the predecessor off.
+/// The successor has the guest: checks it, records it, sees the predecessor off. One that owns it
+/// and does not answer may hang: then the record says "in doubt", and it is looked at again.
 pub(super) async fn moved(
     host: &Host,
     vm: &VmRecord,
@@ -229,6 +267,7 @@ pub(super) async fn moved(
     start: Option<Phase>,
 ) -> Option<Held> {
     let found = find_successor(host, vm, &successor).await;
+    let before = Epoch(swap.epoch_before.unwrap_or(u64::MAX));
     let expected = host.expected(vm);
     swap.report = match &found {
         Some(_) => expected.last_report(&swap.id.0, REPORT_PATIENCE).await,
@@ -243,24 +282,46 @@ pub(super) async fn moved(
         .report
         .as_ref()
         .and_then(|report| report.reason.clone());
-    if found.is_none() && !successor.is_alive() {
+    if found.is_none() && successor.is_alive() {
+        swap.report = None;
+        doubt(
+            host,
+            swap,
+            "the successor owns the guest, and does not answer at its socket",
+        )
+        .await;
+        if let Some((process, ownership)) = predecessor {
+            tokio::spawn(retire(process, ownership, before));
+        }
+        return None;
+    }
+    if found.is_none() {
         swap.state = SwapState::Crashed;
         swap.reason = Some("the successor took the guest and died".into());
     } else if swap.report.is_none() {
         swap.reason = Some("the successor runs the guest, but gave no report in time".into());
     }
     swap.ended_at_unix_ns = Some(unix_ns());
-    let state = match (&found, swap.state) {
-        (Some(_), _) => VmState::Running,
-        (None, SwapState::Crashed) => VmState::Crashed,
-        (None, _) => VmState::Lost,
+    let state = match &found {
+        Some(_) => VmState::Running,
+        None => VmState::Crashed,
     };
     host.end_swap(&swap, Some((state, successor.id().clone())))
         .await;
     if let Some((process, ownership)) = predecessor {
-        tokio::spawn(retire(process, ownership, swap));
+        tokio::spawn(retire(process, ownership, before));
     }
     found
+}
+
+/// Nobody knows for sure where the guest is: looked at again and again.
+pub(super) async fn doubt(host: &Host, mut swap: SwapRecord, why: &str) {
+    swap.state = SwapState::InDoubt;
+    swap.reason = Some(format!("{why}; looked at again and again"));
+    // Not written is not worse than before: the record still says "in progress".
+    if let Err(error) = host.record(&swap).await {
+        tracing::error!(vm = %swap.vm, swap = %swap.id, "not recorded: {error}");
+    }
 }
 
 /// The successor at the control socket, proved; its predecessor may answer for a moment longer.
@@ -280,18 +341,18 @@ async fn find_successor(host: &Host, vm: &VmRecord, successor: &Process) -> Opti
 }
 
 /// Waits for the predecessor's end; kills it only if the word says that the guest is not its own.
-async fn retire(process: Process, ownership: Arc<Ownership>, swap: SwapRecord) {
+async fn retire(process: Process, ownership: Arc<Ownership>, before: Epoch) {
     if process.ends_within(RETIRE_PATIENCE).await {
         process.exit();
         return;
     }
-    let before = Epoch(swap.epoch_before.unwrap_or(u64::MAX));
+    let pid = process.id().pid;
     match ownership.read() {
         Ok(Owner::Taken(epoch)) if epoch > before => {
-            tracing::warn!(vm = %swap.vm, "the predecessor did not retire: killed");
+            tracing::warn!(pid, "the predecessor did not retire: killed");
             process.kill().await;
         }
-        word => tracing::error!(vm = %swap.vm, ?word, "the predecessor does not retire"),
+        word => tracing::error!(pid, ?word, "the predecessor does not retire"),
     }
 }
 

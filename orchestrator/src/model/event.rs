@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::report::Phase;
 use utoipa::ToSchema;
 
+use super::pause::{EventId, PauseState};
 use super::swap::{SwapId, SwapState};
 use super::vm::{VmName, VmState};
 
@@ -47,6 +48,21 @@ pub enum Event {
         /// The phase.
         phase: Phase,
     },
+    /// A pause of the machine was announced, approved, started, cancelled, or is over.
+    Notice {
+        /// The machine.
+        vm: VmName,
+        /// The event that its guest reads.
+        notice: EventId,
+        /// The swap it is for.
+        swap: SwapId,
+        /// How far the pause is.
+        state: PauseState,
+        /// Before that it does not start unless it is approved; seconds since the Unix epoch.
+        not_before_unix_s: u64,
+        /// Whether it is approved.
+        approved: bool,
+    },
 }
 
 impl Event {
@@ -56,7 +72,8 @@ impl Event {
             Self::Vm { vm, .. }
             | Self::Removed { vm }
             | Self::Swap { vm, .. }
-            | Self::Phase { vm, .. } => vm,
+            | Self::Phase { vm, .. }
+            | Self::Notice { vm, .. } => vm,
         }
     }
 }

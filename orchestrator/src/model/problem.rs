@@ -19,6 +19,8 @@ pub enum Code {
     NotRunning,
     /// The VM is running.
     StillRunning,
+    /// The event has started, or is over.
+    TooLate,
     /// Another swap of this VM is going on.
     SwapInProgress,
     /// A release of this version is there already, with another digest.
@@ -52,6 +54,7 @@ impl Code {
             | Self::NotRunning
             | Self::StillRunning
             | Self::SwapInProgress
+            | Self::TooLate
             | Self::ReleaseExists => 409,
             Self::NotARelease | Self::DigestMismatch | Self::NoCommonFormat | Self::StartFailed => {
                 422

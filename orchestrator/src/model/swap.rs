@@ -100,6 +100,12 @@ pub struct SwapRecord {
     /// What the guest's clocks make of the pause; the VM's own policy when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clock: Option<Policy>,
+    /// How long before the pause the guest hears of it, ns; the VM's own notice when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice_ns: Option<u64>,
+    /// Why the guest gets no notice, if an operator chose so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_notice: Option<String>,
     /// The successor's process, once there is one.
     pub successor: Option<ProcessId>,
     /// Epoch of the ownership word before the handover was asked for.

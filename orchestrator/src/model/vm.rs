@@ -6,6 +6,8 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{self, MachineSpec, SpecError};
 use utoipa::ToSchema;
 
+use super::pause::Profile;
+
 /// A VM's name: safe as a part of paths and unit names.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
@@ -107,6 +109,8 @@ pub struct VmRecord {
     pub name: VmName,
     /// The machine.
     pub spec: MachineSpec,
+    /// What its guest hears of itself, and how its pauses are announced.
+    pub profile: Profile,
     /// Version of the release that runs it.
     pub release: String,
     /// What its owner wants.

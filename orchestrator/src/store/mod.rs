@@ -6,6 +6,7 @@
 //! the start and left as it is. Must never: be written while a guest stands still.
 
 mod open;
+mod pauses;
 mod releases;
 mod rows;
 mod swaps;

@@ -14,6 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const STEPS: &[M<'static>] = &[
     M::up(include_str!("schema-1.sql")),
     M::up(include_str!("schema-2.sql")),
+    M::up(include_str!("schema-3.sql")),
 ];
 const MIGRATIONS: Migrations<'static> = Migrations::from_slice(STEPS);
 

@@ -12,7 +12,7 @@ use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
-     clock FROM swaps";
+     clock, notice_ns, no_notice FROM swaps";
 const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
@@ -32,6 +32,8 @@ fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
         ended_at_unix_ns: unsigned_option(row, 12)?,
         report: from_json_option(row, 13)?,
         clock: from_word_option(row, 14)?,
+        notice_ns: unsigned_option(row, 15)?,
+        no_notice: row.get(16)?,
     })
 }
 
@@ -39,8 +41,8 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
     tx.execute(
         "INSERT OR REPLACE INTO swaps (id, vm, component, from_json, to_json, state, step, \
          reason, budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, \
-         report_json, clock) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+         report_json, clock, notice_ns, no_notice) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
         params![
             swap.id.0,
             swap.vm.as_str(),
@@ -57,6 +59,8 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
             swap.ended_at_unix_ns.map(signed),
             json_option(swap.report.as_ref())?,
             swap.clock.as_ref().map(word).transpose()?,
+            swap.notice_ns.map(signed),
+            swap.no_notice,
         ],
     )
     .map(drop)

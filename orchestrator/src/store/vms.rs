@@ -12,7 +12,7 @@ use super::{Store, StoreError};
 use crate::model::{VmName, VmRecord, VmState, Wanted};
 
 const COLUMNS: &str = "SELECT name, spec_json, release, wanted, state, reason, process_json, \
-     secret, swaps, created_at_unix_ns, changed_at_unix_ns FROM vms";
+     secret, swaps, created_at_unix_ns, changed_at_unix_ns, profile_json FROM vms";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
     let secret: Vec<u8> = row.get(7)?;
@@ -31,6 +31,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<VmRecord> {
         swaps: unsigned(row, 8)?,
         created_at_unix_ns: unsigned(row, 9)?,
         changed_at_unix_ns: unsigned(row, 10)?,
+        profile: from_json(row, 11)?,
     })
 }
 
@@ -104,8 +105,8 @@ impl Store {
             }
             tx.execute(
                 "INSERT OR REPLACE INTO vms (name, spec_json, release, wanted, state, reason, \
-                 process_json, secret, swaps, created_at_unix_ns, changed_at_unix_ns)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                 process_json, secret, swaps, created_at_unix_ns, changed_at_unix_ns, profile_json)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
                 params![
                     vm.name.as_str(),
                     json(&vm.spec)?,
@@ -117,7 +118,8 @@ impl Store {
                     vm.secret.as_bytes().as_slice(),
                     signed(vm.swaps),
                     signed(vm.created_at_unix_ns),
-                    signed(vm.changed_at_unix_ns)
+                    signed(vm.changed_at_unix_ns),
+                    json(&vm.profile)?
                 ],
             )?;
             Ok(true)

@@ -190,10 +190,17 @@ impl Daemon {
 
     /// Runs a guest called `name`.
     pub(crate) fn run(&self, name: &str, release: &str) -> Said {
+        self.run_with(name, release, &[])
+    }
+
+    /// Runs a guest called `name` with further arguments.
+    pub(crate) fn run_with(&self, name: &str, release: &str, more: &[&str]) -> Said {
         let kernel = self.path().join("kernel");
         std::fs::write(&kernel, "a kernel").expect("kernel");
         let kernel = kernel.to_str().expect("UTF-8");
-        self.ask(&["run", name, "--kernel", kernel, "--release", release])
+        let mut args = vec!["run", name, "--kernel", kernel, "--release", release];
+        args.extend(more);
+        self.ask(&args)
     }
 
     /// Swaps it; the record of the swap, however it ended.

@@ -11,6 +11,8 @@
 //!      ▲      unseal(n)     │  │ take_from_dead(n)     │ reclaim(n)          └─ owner of the
 //!      └─── Held(n) ◀───────┘  └──────▶ Taken(n)       ▼                        next attempt
 //!                                                   Held(n)
+//!
+//!  Sealed(n), GivenUp(n) ── revoke(n) ──▶ Revoked(n) ── take_from_dead(n) ──▶ Taken(n)
 //! ```
 //!
 //! * Until `Sealed` the saved state is not complete: nobody but the owner may run the guest.
@@ -20,6 +22,12 @@
 //! * `reclaim` is the way back after give-up: it and `take` can't both win.
 //! * `take_from_dead` is for a successor that holds the predecessor's pidfd and saw it dead:
 //!   a predecessor that dies frozen with its state sealed counts as having given up.
+//! * `revoke` is the daemon's one act: a predecessor that hangs with its state sealed holds no
+//!   deadline any more. After it that predecessor can neither unseal nor reclaim, so it may be
+//!   killed, and its death is what the successor waits for.
+//!
+//! States and acts are named as in `tests/model`, which goes through every order of events, deaths
+//! and delays of predecessor, successor and daemon, and in RFD 0010. Who changes one changes all.
 #![allow(unsafe_code)] // A word shared between processes is raw memory; this module is all of it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,79 +37,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
 
+mod word;
+
+pub use word::{Act, Epoch, Owner};
+
 const PAGE: usize = 4096;
-
-/// The number of a handover attempt. The first owner starts at 0.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    serde::Serialize,
-    serde::Deserialize,
-)]
-#[serde(transparent)]
-pub struct Epoch(pub u64);
-
-impl Epoch {
-    /// The attempt after this one.
-    pub fn next(self) -> Self {
-        Self(self.0 + 1)
-    }
-}
-
-/// What the word says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// The predecessor of this attempt (or the first owner) runs the guest.
-    Held(Epoch),
-    /// The predecessor is frozen, its saved state complete; it still owns the guest.
-    Sealed(Epoch),
-    /// Nobody runs the guest; the successor may take it, the predecessor may reclaim it.
-    GivenUp(Epoch),
-    /// The successor of this attempt owns the guest.
-    Taken(Epoch),
-}
-
-const HELD: u64 = 1;
-const SEALED: u64 = 2;
-const GIVEN_UP: u64 = 3;
-const TAKEN: u64 = 4;
-
-impl Owner {
-    fn word(self) -> u64 {
-        let (epoch, state) = match self {
-            Self::Held(epoch) => (epoch, HELD),
-            Self::Sealed(epoch) => (epoch, SEALED),
-            Self::GivenUp(epoch) => (epoch, GIVEN_UP),
-            Self::Taken(epoch) => (epoch, TAKEN),
-        };
-        epoch.0 << 8 | state
-    }
-
-    fn from_word(word: u64) -> Option<Self> {
-        let epoch = Epoch(word >> 8);
-        Some(match word & 0xff {
-            HELD => Self::Held(epoch),
-            SEALED => Self::Sealed(epoch),
-            GIVEN_UP => Self::GivenUp(epoch),
-            TAKEN => Self::Taken(epoch),
-            _ => return None,
-        })
-    }
-
-    /// The attempt it speaks of.
-    pub fn epoch(self) -> Epoch {
-        match self {
-            Self::Held(e) | Self::Sealed(e) | Self::GivenUp(e) | Self::Taken(e) => e,
-        }
-    }
-}
 
 /// Why the word could not be changed or mapped.
 #[derive(Debug, thiserror::Error)]
@@ -188,59 +128,51 @@ impl Ownership {
 
     /// What the word says now.
     pub fn read(&self) -> Result<Owner, OwnershipError> {
-        let word = self.atomic().load(Ordering::SeqCst);
-        Owner::from_word(word).ok_or(OwnershipError::Corrupt(word))
+        Owner::from_word(self.atomic().load(Ordering::SeqCst))
     }
 
-    fn swap(&self, from: Owner, to: Owner, act: &'static str) -> Result<(), OwnershipError> {
-        self.atomic()
-            .compare_exchange(from.word(), to.word(), Ordering::SeqCst, Ordering::SeqCst)
-            .map(drop)
-            .map_err(|word| match Owner::from_word(word) {
-                Some(found) => OwnershipError::Lost { act, found },
-                None => OwnershipError::Corrupt(word),
-            })
+    fn act(&self, act: Act) -> Result<Owner, OwnershipError> {
+        act.apply(|from, to| {
+            self.atomic()
+                .compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst)
+        })
     }
 
     /// Owner: the saved state of a new attempt is complete. `current` is what the owner was.
     pub fn seal(&self, current: Owner) -> Result<Epoch, OwnershipError> {
-        let next = current.epoch().next();
-        self.swap(current, Owner::Sealed(next), "seal")?;
-        Ok(next)
+        Ok(self.act(Act::Seal(current))?.epoch())
     }
 
     /// Predecessor: call the attempt off. Must succeed before a vCPU runs again.
     pub fn unseal(&self, epoch: Epoch) -> Result<Owner, OwnershipError> {
-        self.swap(Owner::Sealed(epoch), Owner::Held(epoch), "unseal")?;
-        Ok(Owner::Held(epoch))
+        self.act(Act::Unseal(epoch))
     }
 
     /// Predecessor: the point of no return, unless [`Ownership::reclaim`] wins.
     pub fn give_up(&self, epoch: Epoch) -> Result<(), OwnershipError> {
-        self.swap(Owner::Sealed(epoch), Owner::GivenUp(epoch), "give up")
+        self.act(Act::GiveUp(epoch)).map(drop)
     }
 
     /// Predecessor: take back what the successor has not taken.
     pub fn reclaim(&self, epoch: Epoch) -> Result<Owner, OwnershipError> {
-        self.swap(Owner::GivenUp(epoch), Owner::Held(epoch), "reclaim")?;
-        Ok(Owner::Held(epoch))
+        self.act(Act::Reclaim(epoch))
     }
 
     /// Successor: take what was given up. Must succeed before the first visible act.
     pub fn take(&self, epoch: Epoch) -> Result<Owner, OwnershipError> {
-        self.swap(Owner::GivenUp(epoch), Owner::Taken(epoch), "take")?;
-        Ok(Owner::Taken(epoch))
+        self.act(Act::Take(epoch))
     }
 
     /// Successor: take a sealed guest whose predecessor is dead (its pidfd said so).
     pub fn take_from_dead(&self, epoch: Epoch) -> Result<Owner, OwnershipError> {
-        self.swap(
-            Owner::Sealed(epoch),
-            Owner::Taken(epoch),
-            "take from the dead predecessor",
-        )
-        .or_else(|_| self.swap(Owner::GivenUp(epoch), Owner::Taken(epoch), "take"))?;
-        Ok(Owner::Taken(epoch))
+        self.act(Act::TakeFromDead(epoch))
+    }
+
+    /// Daemon: take a sealed guest from a predecessor that hangs; kill that one next, and the
+    /// successor takes it from the dead. Must succeed before the predecessor is killed: one that
+    /// woke up and runs its guest must not be.
+    pub fn revoke(&self, epoch: Epoch) -> Result<(), OwnershipError> {
+        self.act(Act::Revoke(epoch)).map(drop)
     }
 }
 
@@ -300,6 +232,26 @@ mod tests {
         word.take_from_dead(Epoch(0)).expect_err("never sealed");
         word.take_from_dead(Epoch(1)).expect_err("never sealed");
         assert_eq!(word.read().expect("read"), Owner::Held(Epoch(0)));
+    }
+
+    #[test]
+    fn what_was_revoked_is_for_the_successor_of_a_dead_predecessor_alone() {
+        for give_up in [false, true] {
+            let word = Ownership::create().expect("page");
+            let epoch = word.seal(Owner::Held(Epoch(0))).expect("seal");
+            if give_up {
+                word.give_up(epoch).expect("give up");
+            }
+            word.revoke(epoch).expect("revoke");
+            word.unseal(epoch).expect_err("revoked");
+            word.give_up(epoch).expect_err("revoked");
+            word.reclaim(epoch).expect_err("revoked");
+            word.take(epoch).expect_err("the predecessor may live");
+            word.take_from_dead(epoch).expect("it is dead");
+            word.revoke(epoch).expect_err("taken is taken");
+        }
+        let word = Ownership::create().expect("page");
+        word.revoke(Epoch(0)).expect_err("a guest that runs");
     }
 
     #[test]

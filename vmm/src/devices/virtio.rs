@@ -23,6 +23,8 @@
 pub mod backend;
 pub mod blk;
 mod complaints;
+#[cfg(feature = "fuzzing")]
+pub mod fuzz;
 pub mod mmio;
 pub mod net;
 pub mod poller;

@@ -38,6 +38,9 @@ use crate::{clock, faults, release};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a successor that has loaded waits for the word: longer than the daemon is patient with
+/// a predecessor that hangs (any budget, and a margin), or nobody would be there to take over.
+const WORD_PATIENCE: Duration = Duration::from_secs(600);
 /// How long the predecessor may take to tell its part of the report.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a vCPU may take to enter; after the take there is no way back, so this only bounds
@@ -238,6 +241,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let _ = channel.send(Body::Loaded(Loaded { took_ns }), &[]);
     let kicked_tsc = await_word(channel, &prepared.predecessor, &prepared.ownership, epoch)?;
     timing.mark("await");
+    faults::reach(faults::Point::Taken).map_err(AdoptError::Injected)?;
     // The guest is ours. No error from here on may be answered by anything but carrying on or
     // ending: nobody else may run it again.
     let taken_tsc = clock::host_tsc();
@@ -246,6 +250,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // By the vCPUs' own stamps: this thread leaves the cores to them first.
     let entering = clock::duration(entered.tsc.saturating_sub(taken_tsc), machine.tsc_khz());
     timing.marks.push(("enter", entering));
+    faults::reach(faults::Point::Entered).map_err(AdoptError::Injected)?;
     let _ = channel.send(Body::Running(Running {}), &[]);
     let evidence = Evidence {
         kicked_tsc,
@@ -322,7 +327,7 @@ fn await_state(
         Some((other, _)) => Err(failed(out_of_turn(&other))),
         // Dead. If it came as far as the seal, the state is complete, and ours to take.
         None => match prepared.ownership.read()? {
-            Owner::Sealed(epoch) if epoch.0 == prepared.offer.epoch => {
+            Owner::Sealed(epoch) | Owner::Revoked(epoch) if epoch.0 == prepared.offer.epoch => {
                 let stat = rustix::fs::fstat(&prepared.state).map_err(AdoptError::Read)?;
                 Ok((u64::try_from(stat.st_size).unwrap_or(0), Vec::new()))
             }
@@ -391,19 +396,30 @@ fn await_word(
         what: "word",
         source,
     };
-    let heard = channel
-        .receive_from(predecessor, Instant::now() + OFFER_PATIENCE)
-        .map_err(failed)?;
-    match heard {
-        Some((Body::GiveUp(give_up), _)) => {
-            faults::reach(faults::Point::Take).map_err(AdoptError::Injected)?;
-            ownership.take(epoch)?;
-            Ok(give_up.kicked_tsc)
-        }
-        Some((other, _)) => Err(failed(out_of_turn(&other))),
-        None => {
-            ownership.take_from_dead(epoch)?;
-            Ok(0)
+    let mut kicked_tsc = 0;
+    loop {
+        let heard = channel
+            .receive_from(predecessor, Instant::now() + WORD_PATIENCE)
+            .map_err(failed)?;
+        match heard {
+            Some((Body::GiveUp(give_up), _)) => {
+                faults::reach(faults::Point::Take).map_err(AdoptError::Injected)?;
+                kicked_tsc = give_up.kicked_tsc;
+                match ownership.take(epoch) {
+                    Ok(_) => return Ok(kicked_tsc),
+                    // The daemon was quicker: it is about to kill the predecessor.
+                    Err(OwnershipError::Lost {
+                        found: Owner::Revoked(revoked),
+                        ..
+                    }) if revoked == epoch => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Some((other, _)) => return Err(failed(out_of_turn(&other))),
+            None => {
+                ownership.take_from_dead(epoch)?;
+                return Ok(kicked_tsc);
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ use super::hold;
 use super::lend::Lending;
 use super::{Body, Channel, ChannelError, Files, GiveUp, Offer, Phases, State, out_of_turn};
 use crate::boot::cpuid;
+use crate::faults;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
 use crate::machine::{FreezeError, Machine};
 use crate::vcpu::placement;
@@ -157,7 +158,9 @@ pub fn hand_over(
         Ok(()) => {
             let mut report = report(guest, errand, &log, Outcome::Moved, None);
             report.clock = Some(clock_before(&log));
-            if let Ok(report) = serde_json::to_string(&report) {
+            if let Ok(report) = serde_json::to_string(&report)
+                && faults::reach(faults::Point::Retiring).is_ok()
+            {
                 let _ = channel.send(Body::Phases(Phases { report }), &[]);
             }
             Handover::Moved
@@ -236,6 +239,7 @@ fn prepare(
         hold::check(&guest.machine).map_err(KeptReason::Hold)?;
     }
     offer(guest, errand, channel, log)?;
+    faults::reach(faults::Point::Offered).map_err(FreezeError::Injected)?;
     let deadline = began + errand.brownout;
     let adopted = loop {
         match channel.receive(deadline.min(Instant::now() + GLANCE)) {
@@ -358,8 +362,9 @@ fn blackout(
     let result = frozen_to_given_up(frozen, errand, channel, log, ended);
     log.blackout = kicked.elapsed();
     let given_up = result?;
-    let told = channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[]);
-    await_running(given_up, channel, deadline, told.is_ok())
+    let told = faults::reach(faults::Point::GivenUp).is_ok()
+        && (channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[])).is_ok();
+    await_running(given_up, channel, deadline, told)
 }
 
 fn frozen_to_given_up<'g>(

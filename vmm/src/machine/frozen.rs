@@ -111,6 +111,7 @@ impl<'g> Frozen<'g> {
 
     /// Says that the saved state is complete and lies where the others can reach it.
     pub fn seal(&mut self) -> Result<Epoch, FreezeError> {
+        faults::reach(faults::Point::Saved).map_err(FreezeError::Injected)?;
         let epoch = self.guest.ownership.seal(self.guest.owner)?;
         self.sealed = Some(epoch);
         faults::reach(faults::Point::Sealed).map_err(FreezeError::Injected)?;

@@ -1,6 +1,7 @@
 //! The container: header first, then named sections.
 
 use prost::Message;
+use prost::encoding::{WireType, decode_key, decode_varint};
 
 /// First bytes of saved state.
 pub const MAGIC: [u8; 8] = *b"SPSTATE\0";
@@ -8,6 +9,9 @@ pub const MAGIC: [u8; 8] = *b"SPSTATE\0";
 pub const MAX_STATE: usize = 64 << 20;
 /// The most sections that are read.
 pub const MAX_SECTIONS: usize = 4096;
+/// The most messages, strings and byte strings in one section. An empty message is two bytes in a
+/// section and a hundred in memory: without a limit a state could ask for fifty times its size.
+pub const MAX_PARTS: usize = 4096;
 
 /// What can be known without decoding the rest.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -50,6 +54,8 @@ pub trait Section: Message + Default {
     const NAME: &'static str;
     /// The newest version this build reads; raised only if an old reader would misread a new one.
     const VERSION: u32;
+    /// The most bytes one may have: more than any machine of ours needs.
+    const MOST: usize;
 }
 
 /// Why saved state could not be written or read.
@@ -263,6 +269,10 @@ impl Unclaimed {
                 known: S::VERSION,
             });
         }
+        judge::<S>(&raw.body).map_err(|problem| StateError::Value {
+            section: S::NAME,
+            problem,
+        })?;
         S::decode(raw.body.as_slice()).map_err(|source| StateError::Decode {
             section: label(S::NAME, instance),
             source,
@@ -283,10 +293,48 @@ impl Unclaimed {
     }
 }
 
+/// Whether a section is within bounds, before anything is made of it.
+fn judge<S: Section>(body: &[u8]) -> Result<(), String> {
+    if body.len() > S::MOST {
+        return Err(format!(
+            "it has {} bytes, and none of ours more than {}",
+            body.len(),
+            S::MOST
+        ));
+    }
+    let mut rest = body;
+    let mut parts = 0;
+    // What is no protobuf ends the count; decoding says what is wrong with it.
+    while let Some(length_delimited) = skip(&mut rest) {
+        parts += usize::from(length_delimited);
+        if parts > MAX_PARTS {
+            return Err(format!("it has more than {MAX_PARTS} parts"));
+        }
+    }
+    Ok(())
+}
+
+/// Goes past one field; whether it was length-delimited.
+fn skip(rest: &mut &[u8]) -> Option<bool> {
+    let (_, kind) = decode_key(rest).ok()?;
+    let len = match kind {
+        WireType::Varint => {
+            decode_varint(rest).ok()?;
+            0
+        }
+        WireType::SixtyFourBit => 8,
+        WireType::ThirtyTwoBit => 4,
+        WireType::LengthDelimited => usize::try_from(decode_varint(rest).ok()?).ok()?,
+        WireType::StartGroup | WireType::EndGroup => return None,
+    };
+    *rest = rest.get(len..)?;
+    Some(kind == WireType::LengthDelimited)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sections::{Probe, Vcpu};
+    use crate::sections::{Probe, Vcpu, VirtioVsock, VsockConnection};
 
     fn saved() -> Vec<u8> {
         let mut saved = Saved::default();
@@ -346,6 +394,32 @@ mod tests {
         assert!(
             matches!(error, Err(StateError::Version { found, .. }) if found == Probe::VERSION + 1)
         );
+    }
+
+    #[test]
+    fn what_is_beyond_any_machine_of_ours_is_refused_by_name() {
+        let taken = |saved: Saved| {
+            let bytes = saved.finish(3, "9.0.0", "x", 0);
+            Unclaimed::decode(&bytes)
+        };
+        let mut many = Saved::default();
+        let vsock = VirtioVsock {
+            connections: vec![VsockConnection::default(); MAX_PARTS + 1],
+            ..VirtioVsock::default()
+        };
+        many.put("vsock0", &vsock).expect("put");
+        let error = taken(many).expect("decode").take::<VirtioVsock>("vsock0");
+        assert!(
+            matches!(error, Err(StateError::Value { section, .. }) if section == "virtio-vsock")
+        );
+        let mut large = Saved::default();
+        let vcpu = Vcpu {
+            xsave: vec![0; Vcpu::MOST],
+            ..Vcpu::default()
+        };
+        large.put("0", &vcpu).expect("put");
+        let error = taken(large).expect("decode").take::<Vcpu>("0");
+        assert!(matches!(error, Err(StateError::Value { section, .. }) if section == "vcpu"));
     }
 
     #[test]

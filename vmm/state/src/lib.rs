@@ -16,6 +16,7 @@
 //!   says which formats it reads, and the predecessor writes one of them.
 
 pub mod codec;
+pub mod golden;
 pub mod sections;
 
 pub use codec::{Header, Saved, Section, StateError, Unclaimed};

@@ -23,28 +23,37 @@ pub const FORMATS: [u32; 3] = [3, 2, 1];
 pub const VIRTIO_FORMAT: u32 = 3;
 
 macro_rules! sections {
-    ($($type:ident = $name:literal, version $version:literal;)*) => {
+    ($($type:ident = $name:literal, version $version:literal $(, at most $most:expr)?;)*) => {
         $(impl Section for $type {
             const NAME: &'static str = $name;
             const VERSION: u32 = $version;
+            const MOST: usize = {
+                let most = 4 << 10;
+                $(let most = if most > $most { most } else { $most };)?
+                most
+            };
         })*
     };
 }
 
 sections! {
-    Vcpu = "vcpu", version 2;
-    Irqchip = "irqchip", version 1;
+    // XSAVE with AMX tiles has 11 KiB.
+    Vcpu = "vcpu", version 2, at most 256 << 10;
+    Irqchip = "irqchip", version 1, at most 16 << 10;
     Clock = "clock", version 1;
     Serial = "serial", version 1;
     Probe = "probe", version 1;
     Power = "power", version 2;
-    Console = "console", version 1;
-    VirtioMmio = "virtio-mmio", version 1;
+    // Output not yet written is bounded to 1 MiB.
+    Console = "console", version 1, at most 4 << 20;
+    VirtioMmio = "virtio-mmio", version 1, at most 64 << 10;
     VirtioRng = "virtio-rng", version 1;
     VmClock = "vmclock", version 1;
     VirtioBlk = "virtio-blk", version 1;
-    VirtioVsock = "virtio-vsock", version 1;
-    VirtioNet = "virtio-net", version 1;
+    // What connections hold is bounded to 16 MiB together.
+    VirtioVsock = "virtio-vsock", version 1, at most 32 << 20;
+    // A frame for each of up to 64 queues.
+    VirtioNet = "virtio-net", version 1, at most 8 << 20;
 }
 
 /// One MSR of format 1.

@@ -12,6 +12,7 @@ fn vm(state: VmState, wanted: Wanted) -> VmRecord {
         name: VmName::try_from("a".to_owned()).expect("name"),
         spec,
         release: "0.1.0".into(),
+        profile: crate::model::Profile::default(),
         wanted,
         state,
         reason: None,
@@ -35,6 +36,8 @@ fn swap(state: SwapState) -> SwapRecord {
         reason: None,
         budget_ns: None,
         clock: None,
+        notice_ns: None,
+        no_notice: None,
         successor: Some(ProcessId {
             pid: 2,
             start_ticks: 3,

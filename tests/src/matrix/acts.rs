@@ -1,0 +1,93 @@
+//! What is done to a process, from outside, and how that is undone.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+
+/// How long one that hangs does: longer than the daemon is patient.
+pub(super) const HANG: Duration = Duration::from_secs(8);
+/// How long one that is slow is.
+pub(super) const SLOW: Duration = Duration::from_millis(50);
+
+fn pid(number: u32) -> anyhow::Result<Pid> {
+    let raw = i32::try_from(number).ok().and_then(Pid::from_raw);
+    raw.context("a pid")
+}
+
+/// Sends a signal; to one that is gone it is none.
+pub(super) fn signal(number: u32, signal: Signal) -> anyhow::Result<()> {
+    match kill_process(pid(number)?, signal) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The letter that stands for what the process does; none if it is gone or waits for its parent.
+pub(super) fn state(number: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{number}/stat")).ok()?;
+    let letter = stat.rsplit_once(") ")?.1.chars().next()?;
+    (letter != 'Z' && letter != 'X').then_some(letter)
+}
+
+/// It stands still at its point.
+pub(super) fn is_stopped(number: u32) -> bool {
+    state(number) == Some('T')
+}
+
+/// From here on it gets no more of this than it has.
+pub(super) fn exhaust(number: u32, resource: Resource) -> anyhow::Result<()> {
+    let current = match resource {
+        Resource::As => {
+            let status = std::fs::read_to_string(format!("/proc/{number}/statm"))?;
+            let pages: u64 = status.split(' ').next().context("statm")?.parse()?;
+            pages * 4096
+        }
+        // Those that are free below the highest stay so: few, and some are in real life as well.
+        _ => {
+            let open = std::fs::read_dir(format!("/proc/{number}/fd"))?.flatten();
+            let numbers = open.filter_map(|fd| fd.file_name().to_str()?.parse::<u64>().ok());
+            numbers.max().unwrap_or(0) + 1
+        }
+    };
+    limit(number, resource, Some(current))
+}
+
+/// As it was.
+pub(super) fn restore(number: u32, resource: Resource) -> anyhow::Result<()> {
+    let ours = getrlimit(resource).current;
+    match limit(number, resource, ours) {
+        Err(error) if error.downcast_ref() == Some(&rustix::io::Errno::SRCH) => Ok(()),
+        limited => limited,
+    }
+}
+
+fn limit(number: u32, resource: Resource, current: Option<u64>) -> anyhow::Result<()> {
+    let maximum = getrlimit(resource).maximum;
+    let new = Rlimit { current, maximum };
+    Ok(prlimit(Some(pid(number)?), resource, new).map(drop)?)
+}
+
+/// Fills a filesystem to the last byte. Dropping it makes room again.
+#[derive(Debug)]
+pub(super) struct Full(tempfile::NamedTempFile);
+
+impl Full {
+    pub(super) fn of(dir: &Path) -> anyhow::Result<Self> {
+        let file = tempfile::NamedTempFile::new_in(dir)?;
+        let mut size = 4096 << 18;
+        let mut at = 0;
+        while size >= 4096 {
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, size) {
+                Ok(()) => at += size,
+                Err(_) => size /= 2,
+            }
+        }
+        Ok(Self(file))
+    }
+
+    pub(super) fn end(self) -> anyhow::Result<()> {
+        Ok(self.0.close()?)
+    }
+}

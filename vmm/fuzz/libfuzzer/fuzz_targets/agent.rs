@@ -1,0 +1,9 @@
+#![no_main]
+//! Target `agent` of `stillpoint-fuzz`.
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Some(target) = stillpoint_fuzz::target("agent") {
+        (target.run)(bytes);
+    }
+});
