@@ -28,8 +28,8 @@ const COMPLAINTS: &[&str] = &[
 /// What a stock guest of two vCPUs says on a host that is busy, pauses or not: one of them was not
 /// quick enough to be asked.
 const LOAD: &str = "read timed out";
-/// What vCPUs may wait for their cores during a short pause and what is about it.
-const BUSY: Duration = Duration::from_millis(700);
+/// What vCPUs may wait for their cores during a short pause and what is about it, on a busy machine.
+const BUSY: Duration = Duration::from_secs(3);
 /// `/proc/stat` counts in hundredths of a second.
 const TICK_MS: u64 = 10;
 
@@ -122,7 +122,10 @@ impl Stage<'_> {
             true => pause.saturating_sub(Duration::from_millis(2 * TICK_MS)),
             false => Duration::ZERO,
         };
-        let most = least + BUSY;
+        let most = match counts {
+            true => pause + BUSY,
+            false => pause,
+        };
         let word = if counts { "on" } else { "off" };
         Ok(Figure::new(
             &self.name(&format!(
