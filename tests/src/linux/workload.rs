@@ -200,17 +200,18 @@ pub fn verify_disk(image: &Path, journal: &Path) -> anyhow::Result<Value> {
     last_report(&printed)
 }
 
-/// Bytes a second of a stream, from its sender's report: of its first `window`, after half a second for
-/// it to get going, and of its last, without the half second in which it ends.
-pub fn rates(report: &Value, window: Duration) -> anyhow::Result<(f64, f64)> {
+/// Bytes a second of a stream, from its sender's report: of the first `window` of `measured`, which began
+/// when it had just begun, and of the last.
+pub fn rates(report: &Value, window: Duration, measured: Duration) -> anyhow::Result<(f64, f64)> {
     let series = &report["received"]["pace"]["bytes_per_100_ms"];
     let series: Vec<u64> =
         serde_json::from_value(series.clone()).context("a stream's bytes by time")?;
-    let edge = 5;
-    let tenths = usize::try_from(window.as_millis() / 100)?;
-    ensure!(series.len() >= 2 * (tenths + edge), "too short: {series:?}");
-    let first = &series[edge..edge + tenths];
-    let last = &series[series.len() - edge - tenths..series.len() - edge];
-    let rate = |part: &[u64]| part.iter().sum::<u64>() as f64 / window.as_secs_f64();
-    Ok((rate(first), rate(last)))
+    let tenths = |time: Duration| usize::try_from(time.as_millis() / 100);
+    let (window, measured) = (tenths(window)?, tenths(measured)?.min(series.len()));
+    ensure!(measured >= window, "too short: {series:?}");
+    let rate = |part: &[u64]| part.iter().sum::<u64>() as f64 * 10.0 / window as f64;
+    Ok((
+        rate(&series[..window]),
+        rate(&series[measured - window..measured]),
+    ))
 }

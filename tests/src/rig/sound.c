@@ -1,7 +1,7 @@
 /*
- * Two faults of QEMU's x86 emulation, mended in the running program: a TCG plugin, so that a
+ * Three faults of QEMU's x86 emulation, mended in the running program: a TCG plugin, so that a
  * stock QEMU can be used. Without it a nested guest at work ends within seconds of it (triple
- * faults, hangs), or takes its host along. Both were in every release up to 11.1.
+ * faults, hangs), or takes its host along. The first two were in every release up to 11.1.
  *
  * 1. cpu_clear_ignne() (target/i386/tcg/fpu_helper.c, cpu_set_fpus) clears a bit of
  *    first_cpu->env.hflags2. It is called by FXRSTOR and XRSTOR on *every* CPU's thread, with no
@@ -16,6 +16,12 @@
  *    this CPU to stop, the main loop takes it for an exception that is still to be delivered, and
  *    delivers it again, IF or not. Mended by going back to the main loop with no exception, as
  *    its translation does one instruction later anyway.
+ *
+ * 3. helper_vmrun() also sets a bit of the CPU's interrupt_request, which other threads change
+ *    under the big lock: without it, and in releases before 10.2 by no atomic operation, so an
+ *    interrupt that another thread raises at that moment is lost, and a host's CPU with no tick
+ *    of its own stands still until somebody else's interrupt. Mended by taking the lock; whatever
+ *    leaves helper_vmrun() by a jump to the main loop has it released there.
  *
  * The program exports all its symbols to plugins. If what is to be mended isn't as it was, this
  * fails, and QEMU doesn't start.
@@ -38,6 +44,8 @@ struct helper_info {
 extern struct helper_info helper_info_vmrun;
 extern void helper_vmrun(void *env, int aflag, int next_eip_addend);
 extern void cpu_clear_ignne(void);
+extern void bql_lock_impl(const char *file, int line);
+extern void bql_unlock(void);
 extern void cpu_loop_exit_noexc(void *cpu) __attribute__((noreturn));
 extern __thread void *current_cpu;
 
@@ -45,7 +53,9 @@ EXPORTED int qemu_plugin_version = 4;
 
 static void sound_vmrun(void *env, int aflag, int next_eip_addend)
 {
+    bql_lock_impl(__FILE__, __LINE__);
     helper_vmrun(env, aflag, next_eip_addend);
+    bql_unlock();
     cpu_loop_exit_noexc(current_cpu);
 }
 
