@@ -1,16 +1,17 @@
 //! Swaps of guests whose virtio devices are at work, by drivers that count what they are owed; and
 //! devices under attack.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::spec::{DiskSpec, NetSpec, VsockSpec};
 use stillpoint_guest_abi::attack;
 use stillpoint_guest_abi::pulse::Report;
-use stillpoint_guest_abi::virtio::{Driver, VSOCK_ECHO_PORT};
+use stillpoint_guest_abi::virtio::Driver;
 use stillpoint_tests::console::Console;
 use stillpoint_tests::devices::{Devices, check_disk};
+use stillpoint_tests::furnished::{HOST_PORT, call, echo};
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::PATIENCE;
@@ -314,33 +315,6 @@ fn vsock() -> Devices {
     }
 }
 
-/// Port of the host to which the guest connects.
-const HOST_PORT: u32 = 5000;
-
-/// A host program that sends back what comes, on every connection.
-fn echo(vm: &Vm) -> anyhow::Result<()> {
-    let listener = UnixListener::bind(vm.dir().join(format!("vsock.sock_{HOST_PORT}")))?;
-    std::thread::spawn(move || {
-        for connection in listener.incoming().flatten() {
-            std::thread::spawn(move || std::io::copy(&mut &connection, &mut &connection));
-        }
-    });
-    Ok(())
-}
-
-/// A connection to the guest's own echo.
-fn call(vm: &Vm) -> anyhow::Result<BufReader<UnixStream>> {
-    let mut stream = UnixStream::connect(vm.dir().join("vsock.sock"))?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    writeln!(stream, "CONNECT {VSOCK_ECHO_PORT}")?;
-    let mut stream = BufReader::new(stream);
-    let mut answer = String::new();
-    stream.read_line(&mut answer)?;
-    ensure!(answer.starts_with("OK "), "the guest said {answer:?}");
-    Ok(stream)
-}
-
 /// Sends so much and reads it back.
 fn round(stream: &mut BufReader<UnixStream>, number: u8, len: usize) -> anyhow::Result<()> {
     let sent: Vec<u8> = (0..len).map(|at| (at / 7) as u8 ^ number).collect();
@@ -354,9 +328,9 @@ fn round(stream: &mut BufReader<UnixStream>, number: u8, len: usize) -> anyhow::
 /// One connection of the guest's and one of the host's live through all swaps.
 fn sockets(cmdline: &str, times: u8) -> anyhow::Result<()> {
     let mut vm = with(&format!("{cmdline} port={HOST_PORT}"), vsock())?;
-    echo(&vm)?;
+    echo(&vm.dir())?;
     goes_on(&vm, "records", 3, |r| r.vsock.rounds)?;
-    let mut call = call(&vm)?;
+    let mut call = call(&vm.dir())?;
     for number in 0..times {
         // On its way back over the swap.
         round(&mut call, number, 40_000)?;
