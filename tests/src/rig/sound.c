@@ -1,7 +1,7 @@
 /*
  * Three faults of QEMU's x86 emulation, mended in the running program: a TCG plugin, so that a
  * stock QEMU can be used. Without it a nested guest at work ends within seconds of it (triple
- * faults, hangs), or takes its host along. The first two were in every release up to 11.1.
+ * faults, hangs), or takes its host along. Found in 10.0.2; guests of 11.1.3 end so too.
  *
  * 1. cpu_clear_ignne() (target/i386/tcg/fpu_helper.c, cpu_set_fpus) clears a bit of
  *    first_cpu->env.hflags2. It is called by FXRSTOR and XRSTOR on *every* CPU's thread, with no
@@ -18,7 +18,7 @@
  *    its translation does one instruction later anyway.
  *
  * 3. helper_vmrun() also sets a bit of the CPU's interrupt_request, which other threads change
- *    under the big lock: without it, and in releases before 10.2 by no atomic operation, so an
+ *    under the big lock: without it, and in 10.0.2 by no atomic operation, so an
  *    interrupt that another thread raises at that moment is lost, and a host's CPU with no tick
  *    of its own stands still until somebody else's interrupt. Mended by taking the lock; whatever
  *    leaves helper_vmrun() by a jump to the main loop has it released there.
