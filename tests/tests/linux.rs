@@ -13,7 +13,7 @@ use stillpoint_agent::protocol::{KernelLine, Shutdown};
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::ground::no_fast_kvm;
 use stillpoint_tests::linux::images::{Form, Kernel};
-use stillpoint_tests::linux::loads::{Loads, Weight};
+use stillpoint_tests::linux::loads::Loads;
 use stillpoint_tests::linux::network::{no_network_namespace, tap};
 use stillpoint_tests::linux::workload::{InGuest, rates, verify_disk};
 use stillpoint_tests::linux::{Linux, Recipe};
@@ -92,7 +92,7 @@ fn backports_boots_with_4_vcpus() -> anyhow::Result<()> {
 
 /// A guest with disk, network and sockets, at work; and all that must still be so after `SWAPS`
 /// swaps of its VMM.
-fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyhow::Result<()> {
+fn swapped_at_full_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<()> {
     needs!(no_fast_kvm, no_network_namespace);
     let (dir, daemon) = host()?;
     tap(&daemon, TAP, &format!("{HOST}/24"))?;
@@ -102,7 +102,7 @@ fn swapped_at_work(kernel: Kernel, form: Form, cpus: u8, weight: Weight) -> anyh
         .net(TAP, "10.77.0.2/24");
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
     let booted = guest.health()?;
-    let loads = Loads::start(&guest, &daemon, HOST, dir.path(), weight)?;
+    let loads = Loads::start(&guest, &daemon, HOST, dir.path())?;
     let began = Instant::now();
     std::thread::sleep(RATE_WINDOW);
     let mut pauses = Vec::new();
@@ -153,23 +153,13 @@ fn reboots(guest: &Linux<'_>, boot_id: &str) -> anyhow::Result<()> {
 }
 
 #[test]
-fn bookworm_swapped_at_work() -> anyhow::Result<()> {
-    swapped_at_work(Kernel::Bookworm, Form::Vmlinux, 2, Weight::Paced)
-}
-
-#[test]
-fn backports_swapped_at_work() -> anyhow::Result<()> {
-    swapped_at_work(Kernel::Backports, Form::Vmlinux, 2, Weight::Paced)
-}
-
-#[test]
 fn bookworm_swapped_at_full_load() -> anyhow::Result<()> {
-    swapped_at_work(Kernel::Bookworm, Form::Vmlinux, 2, Weight::Full)
+    swapped_at_full_load(Kernel::Bookworm, Form::Vmlinux, 2)
 }
 
 #[test]
 fn backports_swapped_at_full_load() -> anyhow::Result<()> {
-    swapped_at_work(Kernel::Backports, Form::Vmlinux, 2, Weight::Full)
+    swapped_at_full_load(Kernel::Backports, Form::Vmlinux, 2)
 }
 
 /// The power button, pressed by `stillpoint stop`, ends a guest in order; a swap before it or not.

@@ -130,12 +130,14 @@ pub(crate) fn until_served(guest: u32, name: &str) {
     });
 }
 
-/// Everything of this host's network that we could have changed.
+/// Everything of this host's network that we could have changed. A link that goes while this looks
+/// is no failure: whoever asks looks again.
 pub(crate) fn network() -> String {
     sh(
         "ip -d link; ip address; ip route show table all; ip rule; sysctl -a 2>/dev/null | grep -E \
         'rp_filter|arp_|forwarding|proxy' || true; for dev in $(ls /sys/class/net); do \
-        tc qdisc show dev $dev; tc filter show dev $dev ingress; tc filter show dev $dev egress; done",
+        { tc qdisc show dev $dev; tc filter show dev $dev ingress; tc filter show dev $dev egress; } \
+        2>/dev/null || echo gone: $dev; done",
     )
 }
 

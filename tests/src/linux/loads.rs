@@ -10,16 +10,8 @@ use super::workload::{InGuest, OnHost};
 use crate::daemon::Daemon;
 use crate::patience::{PATIENCE, wait_for};
 
-/// How hard a guest works while it is swapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Weight {
-    /// A disk, a connection of each kind, all of them paced.
-    Paced,
-    /// The same without a pause, a stream each way, and every CPU.
-    Full,
-}
-
-/// What a guest does while it is swapped: a disk, a TCP connection, sockets each way.
+/// What a guest does while it is swapped, all without a pause: a disk, a connection of each kind, a
+/// stream each way, every CPU.
 #[derive(Debug)]
 pub struct Loads {
     in_guest: Vec<InGuest>,
@@ -34,29 +26,27 @@ impl Loads {
         daemon: &Daemon,
         address: &str,
         dir: &Path,
-        weight: Weight,
     ) -> anyhow::Result<Self> {
         let out = |name: &str| dir.join(format!("{name}.out"));
         let guest_load = |name, args: &[&str]| InGuest::start(guest, name, args, &out(name));
-        let pace: &[&str] = match weight {
-            Weight::Paced => &["--seconds", "3600", "--interval-ms", "10"],
-            Weight::Full => &["--seconds", "3600"],
-        };
+        let long = ["--seconds", "3600"];
         let socket = guest.vsock().display().to_string();
         let door = format!("{socket}_7004");
         let unix = ["echo-serve", "--unix", &door];
         let (unix, _) = OnHost::listen(daemon, &unix, &out("unix"))?;
         let tcp = ["echo-serve", "--addr", &format!("{address}:0")];
         let (tcp, echoes) = OnHost::listen(daemon, &tcp, &out("tcp"))?;
-        let disk: &[&str] = match weight {
-            Weight::Paced => &["--threads", "1", "--fsync-every", "4"],
-            Weight::Full => &["--threads", "4"],
-        };
-        let on_vda = ["disk", "--device", "/dev/vda", "--duration", "3600"];
+        let disk = ["disk", "--device", "/dev/vda", "--duration", "3600"];
+        let streams = ["tcp", "serve", "--addr", &format!("{address}:0")];
+        let (streams, at) = OnHost::listen(daemon, &streams, &out("streams"))?;
+        let send = ["tcp", "send", "--addr", &at, "--seconds", "3600"];
         let mut in_guest = vec![
-            guest_load("disk", &[&on_vda, disk].concat())?,
-            guest_load("echoes", &[&["echo", "--vsock", "2:7004"], pace].concat())?,
-            guest_load("asks", &[&["echo", "--addr", &echoes], pace].concat())?,
+            guest_load("disk", &[&disk[..], &["--threads", "4"]].concat())?,
+            guest_load(
+                "echoes",
+                &[&["echo", "--vsock", "2:7004"], &long[..]].concat(),
+            )?,
+            guest_load("asks", &[&["echo", "--addr", &echoes], &long[..]].concat())?,
             guest_load("serves", &["echo-serve", "--vsock-port", "7003"])?,
         ];
         let served = out("serves");
@@ -65,20 +55,14 @@ impl Loads {
             Ok(printed.contains("listening").then_some(()))
         })?;
         let call = ["echo", "--unix", &socket, "--connect-line", "CONNECT 7003"];
-        let calls = OnHost::start(daemon, &[&call, pace].concat(), &out("calls"))?;
-        let mut on_host = vec![calls, unix, tcp];
-        if weight == Weight::Full {
-            let streams = ["tcp", "serve", "--addr", &format!("{address}:0")];
-            let (streams, at) = OnHost::listen(daemon, &streams, &out("streams"))?;
-            let send = ["tcp", "send", "--addr", &at, "--seconds", "3600"];
-            in_guest.push(guest_load("sends", &send)?);
-            in_guest.push(guest_load(
-                "receives",
-                &[&send[..], &["--reverse"]].concat(),
-            )?);
-            in_guest.push(guest_load("cpu", &["cpu", "--seconds", "3600"])?);
-            on_host.push(streams);
-        }
+        let calls = OnHost::start(daemon, &[&call[..], &long[..]].concat(), &out("calls"))?;
+        in_guest.push(guest_load("sends", &send)?);
+        in_guest.push(guest_load(
+            "receives",
+            &[&send[..], &["--reverse"]].concat(),
+        )?);
+        in_guest.push(guest_load("cpu", &["cpu", "--seconds", "3600"])?);
+        let on_host = vec![calls, unix, tcp, streams];
         Ok(Self { in_guest, on_host })
     }
 
