@@ -86,6 +86,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         binaries: Binaries::new(&config.state_dir),
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
+        holds: execute::Holds::default(),
     };
     execute::settle_pauses(&host).await?;
     add_first_release(&host).await?;
@@ -93,6 +94,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
     let waker = reconcile::start(host.clone()).await?;
+    for swap in host.store.host_swaps().await? {
+        if !swap.state.is_over() {
+            tokio::spawn(execute::host_swap(host.clone(), swap));
+        }
+    }
     let router = api::router(Desk { host, waker });
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = api::serve(listener, router, async move {

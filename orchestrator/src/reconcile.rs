@@ -264,7 +264,7 @@ impl Keeper {
         };
         // Before the look at the board: what changes after it is not missed.
         let mut changes = self.host.notices.changes();
-        match execute::clear(&self.host, vm, &mut swap).await? {
+        match execute::clear_swap(&self.host, vm, &mut swap).await? {
             Clearance::Go => self.swap(vm, Some(swap)).await,
             Clearance::Withdrawn(why) => {
                 execute::refuse(&self.host, swap, why).await;

@@ -6,6 +6,7 @@
 
 pub mod desk;
 mod serve;
+mod standstill;
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -235,6 +236,14 @@ impl Process {
                 Some(end)
             }
             Request::HandOver { .. } => self.hand_over(job),
+            Request::Freeze { .. } => {
+                self.stand_still(job);
+                None
+            }
+            Request::Resume { swap } => {
+                let _ = job.reply.send(self.desk.resumed(&swap));
+                None
+            }
             _ => None,
         }
     }

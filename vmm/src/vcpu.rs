@@ -262,6 +262,12 @@ impl VcpuSet {
         self.tell(|_| Order::Run)
     }
 
+    /// Lets every vCPU run on after a pause in place, of which `stolen` counts as such.
+    pub fn resume(&self, stolen: Duration, patience: Duration) -> Result<Entered, VcpusError> {
+        self.tell(|_| Order::Resume { stolen })?;
+        self.entered(patience)
+    }
+
     /// Saves every vCPU, in order, with the section version for `format`.
     pub fn save(
         &self,
@@ -311,6 +317,10 @@ impl VcpuSet {
     /// The guest is ours: every vCPU loads what may write guest memory, and runs.
     pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<Entered, VcpusError> {
         self.tell(|_| Order::Enter(Arc::clone(bus)))?;
+        self.entered(patience)
+    }
+
+    fn entered(&self, patience: Duration) -> Result<Entered, VcpusError> {
         // Their answers would wake this thread on the very cores they are about to use.
         std::thread::sleep(HEAD_START);
         let entries = self.gather(

@@ -170,7 +170,8 @@ impl Expected {
         .await
     }
 
-    fn mute(&self, source: ClientError) -> FindError {
+    /// What it is when that VMM can't be spoken to.
+    pub fn mute(&self, source: ClientError) -> FindError {
         FindError::Mute {
             path: self.control.clone(),
             source,

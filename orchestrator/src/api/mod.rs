@@ -4,6 +4,7 @@
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
 mod events;
+mod host;
 mod pauses;
 mod refusal;
 mod releases;
@@ -20,6 +21,7 @@ use crate::execute::Host;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
+pub use host::NewHostSwap;
 pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewRelease, add as add_release};
@@ -56,6 +58,9 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(swaps::of_vm, swaps::ask))
         .routes(routes!(swaps::list))
         .routes(routes!(swaps::show))
+        .routes(routes!(host::list, host::ask))
+        .routes(routes!(host::show))
+        .routes(routes!(host::release))
         .routes(routes!(pauses::list))
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))

@@ -112,6 +112,7 @@ impl Desk {
         to.can_follow(&from)?;
         Ok(SwapRecord {
             id: new_id()?,
+            part_of: None,
             vm: vm.name,
             component: new.component,
             from: from.name(),
@@ -140,28 +141,35 @@ fn check_request(new: &NewSwap) -> Result<(), Problem> {
             "field `component`: `{given}` can't be swapped, only `{VMM}`"
         ));
     }
-    match (&new.no_notice, new.notice_ns) {
-        (Some(_), Some(_)) => {
-            return bad("fields `notice_ns` and `no_notice` exclude each other".into());
-        }
+    check_notice(new.notice_ns, new.no_notice.as_deref())?;
+    check_budget(new.budget_ns)
+}
+
+pub(super) fn check_notice(notice_ns: Option<u64>, no_notice: Option<&str>) -> Result<(), Problem> {
+    let bad = |message| Err(Problem::new(Code::BadRequest, message));
+    match (no_notice, notice_ns) {
+        (Some(_), Some(_)) => bad("fields `notice_ns` and `no_notice` exclude each other".into()),
         (Some(reason), None) if reason.trim().is_empty() || reason.len() > MAX_REASON => {
-            return bad(format!(
+            bad(format!(
                 "field `no_notice`: say in 1 to {MAX_REASON} bytes why the guest gets no notice"
-            ));
+            ))
         }
-        (None, Some(ns)) if ns == 0 || ns > MAX_NOTICE_NS => {
-            return bad(format!(
-                "field `notice_ns`: {ns} is not more than 0 and at most {MAX_NOTICE_NS}; for a swap \
-                 without notice give its reason in `no_notice`"
-            ));
-        }
-        _ => {}
-    }
-    let ceiling = u64::try_from(MAX_BUDGET.as_nanos()).unwrap_or(u64::MAX);
-    match new.budget_ns {
-        Some(ns) if ns == 0 || ns > ceiling => bad(format!(
-            "field `budget_ns`: {ns} is not more than 0 and at most {ceiling}"
+        (None, Some(ns)) if ns == 0 || ns > MAX_NOTICE_NS => bad(format!(
+            "field `notice_ns`: {ns} is not more than 0 and at most {MAX_NOTICE_NS}; for a swap \
+             without notice give its reason in `no_notice`"
         )),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn check_budget(budget_ns: Option<u64>) -> Result<(), Problem> {
+    let ceiling = u64::try_from(MAX_BUDGET.as_nanos()).unwrap_or(u64::MAX);
+    match budget_ns {
+        Some(ns) if ns == 0 || ns > ceiling => {
+            let message =
+                format!("field `budget_ns`: {ns} is not more than 0 and at most {ceiling}");
+            Err(Problem::new(Code::BadRequest, message))
+        }
         _ => Ok(()),
     }
 }
@@ -181,7 +189,7 @@ fn check_hold(new: &NewSwap, spec: &MachineSpec) -> Result<(), Problem> {
 }
 
 /// Ids sort by time, and are short enough to type.
-fn new_id() -> Result<SwapId, Problem> {
+pub(super) fn new_id() -> Result<SwapId, Problem> {
     let mut random = [0; 2];
     rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
         .map_err(|e| Problem::new(Code::Failed, format!("no random bytes: {e}")))?;

@@ -112,7 +112,7 @@ impl Desk {
             }
             loop {
                 match events.recv().await {
-                    Ok(event) if event.vm() != name => {}
+                    Ok(event) if event.vm() != Some(name) => {}
                     // Missed some: look anyway.
                     Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => break,
                     Err(broadcast::error::RecvError::Closed) => {

@@ -8,6 +8,7 @@ mod console;
 mod doctor;
 mod events;
 mod format;
+mod host;
 mod http;
 mod logs;
 mod ls;
@@ -66,6 +67,8 @@ enum Verb {
     Rm(rm::Args),
     /// Swaps a component under a running guest.
     Swap(swap::Args),
+    /// Has guests stand still while this host is changed by hand, and lists such changes.
+    Host(host::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
     /// Shows what a swap did, phase by phase.
@@ -156,6 +159,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Stop(args) => stop::run(desk, args).await,
         Verb::Rm(args) => rm::run(desk, args).await,
         Verb::Swap(args) => swap::run(desk, args).await,
+        Verb::Host(args) => host::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,

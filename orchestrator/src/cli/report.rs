@@ -7,7 +7,7 @@ use stillpoint_control::clock::Correction;
 use stillpoint_control::report::{ClockReceipt, Phase, Side, Step, SwapReport};
 
 use super::{Desk, format, say, say_json};
-use crate::model::{Code, Problem, SwapRecord, SwapState};
+use crate::model::{Code, HOST, Problem, SwapRecord, SwapState};
 
 /// Cells of the longest bar.
 const BAR: u128 = 24;
@@ -95,6 +95,8 @@ pub(super) fn summary(swap: &SwapRecord) -> String {
     let (vm, from, to) = (&swap.vm, &swap.from.version, &swap.to.version);
     let mut text = match swap.state {
         SwapState::Moved => format!("{vm} moved from {from} to {to}\n"),
+        SwapState::Resumed => format!("{vm} stood still while its host was changed, and runs on\n"),
+        SwapState::Kept if swap.component == HOST => format!("{vm} ran on all the time\n"),
         SwapState::Kept => format!("{vm} stayed with {from}; it was not moved to {to}\n"),
         SwapState::Crashed => format!("{vm} crashed in a swap from {from} to {to}\n"),
         state => format!("{vm}: the swap from {from} to {to} is {state}\n"),
@@ -182,10 +184,11 @@ fn pause_of(clock: &ClockReceipt) -> String {
         }
     };
     let loop_cpu = format::time(clock.loop_cpu);
-    line.push_str(&format!(
-        "; set in {} tries, {loop_cpu} of CPU",
-        clock.tries
-    ));
+    match clock.tries {
+        // It went on by itself.
+        0 => {}
+        tries => line.push_str(&format!("; set in {tries} tries, {loop_cpu} of CPU")),
+    }
     match (clock.masterclock_before, clock.masterclock_after) {
         (true, true) => {}
         (before, after) => {

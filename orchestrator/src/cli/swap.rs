@@ -1,4 +1,4 @@
-//! `stillpoint swap vmm`
+//! `stillpoint swap vmm`; `stillpoint swap host` is in [`super::host`].
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -46,17 +46,23 @@ enum Component {
         #[arg(long, value_name = "REASON", conflicts_with = "notice")]
         no_notice: Option<String>,
     },
+    /// Anything else of this host: its guests stand still in their places while a command changes it.
+    /// Exits 0 when the command did, within the budget.
+    Host(super::host::SwapArgs),
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let Component::Vmm {
-        name,
-        to,
-        budget,
-        clock,
-        notice,
-        no_notice,
-    } = args.component;
+    let (name, to, budget, clock, notice, no_notice) = match args.component {
+        Component::Host(args) => return super::host::swap(desk, args).await,
+        Component::Vmm {
+            name,
+            to,
+            budget,
+            clock,
+            notice,
+            no_notice,
+        } => (name, to, budget, clock, notice, no_notice),
+    };
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
     let events = desk.api.events().await?;

@@ -9,6 +9,7 @@
 //! it is on disk before the swap begins, so a daemon that starts anew goes on where the last one
 //! was.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -17,7 +18,7 @@ use stillpoint_control::report::SwapReport;
 use super::{Host, unix_ns};
 use crate::metadata::board::{Announcement, Board, Start};
 use crate::metadata::instance::guid;
-use crate::model::{EventId, Group, Measured, PauseId, SwapRecord, VmName, VmRecord};
+use crate::model::{EventId, Group, Measured, PauseId, SwapId, SwapRecord, VmName, VmRecord};
 use crate::store::StoreError;
 
 /// The notice of a VM whose owner said nothing.
@@ -37,26 +38,63 @@ pub enum Clearance {
     Withdrawn(String),
 }
 
-/// Announces the pause of a swap, if that was not done yet, and says whether the swap may begin.
-pub async fn clear(
+/// A pause to be announced: of one VM, or of all of a host at once.
+#[derive(Clone, Debug)]
+pub(super) struct Concerned<'a> {
+    /// The swap.
+    pub(super) swap: &'a SwapId,
+    /// The VMs that stand still.
+    pub(super) vms: Vec<&'a VmRecord>,
+    /// The notice; each VM's own when absent, and the longest of them counts.
+    pub(super) notice_ns: Option<u64>,
+    /// Why there is none.
+    pub(super) no_notice: Option<&'a String>,
+    /// How long it is thought to be, ns; when absent, as long as each VM's last pauses were, and for
+    /// its first what it is allowed.
+    pub(super) expected_ns: Option<u64>,
+    /// The longest it may be, ns; each VM's own budget when absent.
+    pub(super) budget_ns: Option<u64>,
+    /// What it is for, in words for the guest.
+    pub(super) description: &'static str,
+}
+
+/// Announces a pause, if that was not done yet, and says whether it is new and may begin.
+pub(super) async fn clear(
     host: &Host,
-    vm: &VmRecord,
-    swap: &mut SwapRecord,
-) -> Result<Clearance, StoreError> {
-    let group = Group::of(&vm.name, &vm.profile);
-    let ids = (PauseId(fresh_guid()), EventId(fresh_guid()));
-    let (is_new, clearance) = host
-        .notices
+    concerned: &Concerned<'_>,
+) -> Result<(bool, Clearance), StoreError> {
+    let groups = concerned.groups();
+    let events = groups.iter().map(|_| EventId(fresh_guid())).collect();
+    let ids = (PauseId(fresh_guid()), events);
+    host.notices
         .change(|board, now| {
-            let known = board.of_swap(&swap.id).map(|pause| pause.id.clone());
+            let known = board.of_swap(concerned.swap).map(|pause| pause.id.clone());
             let is_new = known.is_none();
             let id = known.unwrap_or_else(|| {
-                let new = announcement(board, vm, swap, group, ids, now);
+                let new = announcement(board, concerned, groups, ids, now);
                 board.announce(new, now)
             });
             (is_new, clearance(board, &id, now))
         })
-        .await?;
+        .await
+}
+
+/// Announces the pause of a VM's swap, if that was not done yet, and says whether the swap may begin.
+pub async fn clear_swap(
+    host: &Host,
+    vm: &VmRecord,
+    swap: &mut SwapRecord,
+) -> Result<Clearance, StoreError> {
+    let concerned = Concerned {
+        swap: &swap.id,
+        vms: vec![vm],
+        notice_ns: swap.notice_ns,
+        no_notice: swap.no_notice.as_ref(),
+        expected_ns: None,
+        budget_ns: swap.budget_ns,
+        description: "Virtual machine is being paused while the software that runs it is updated.",
+    };
+    let (is_new, clearance) = clear(host, &concerned).await?;
     if is_new && matches!(clearance, Clearance::Wait(_)) {
         swap.step = "wait for its time, or an approval".into();
         host.record(swap).await?;
@@ -83,54 +121,77 @@ fn clearance(board: &mut Board, id: &PauseId, now: u64) -> Clearance {
     }
 }
 
-fn announcement(
-    board: &Board,
-    vm: &VmRecord,
-    swap: &SwapRecord,
-    group: Group,
-    (id, event): (PauseId, EventId),
-    now: u64,
-) -> Announcement {
-    let default = u64::try_from(DEFAULT_NOTICE.as_nanos()).unwrap_or(u64::MAX);
-    let notice_ns = match (&swap.no_notice, swap.notice_ns) {
-        (Some(_), _) => 0,
-        (None, Some(notice)) => notice,
-        // Nobody is there to be warned.
-        (None, None) if !board.is_heard(&group, now) => 0,
-        (None, None) => vm.profile.notice_ns.unwrap_or(default),
-    };
-    Announcement {
-        id,
-        swap: swap.id.clone(),
-        description: "Virtual machine is being paused while the software that runs it is updated."
-            .into(),
-        notices: vec![(event, group, vec![vm.name.clone()])],
-        notice_ns,
-        expected_ns: expected_ns(board, vm, swap),
-        no_notice: swap.no_notice.clone(),
+impl Concerned<'_> {
+    /// The groups that hear of it, each with its VMs that stand still.
+    fn groups(&self) -> Vec<(Group, Vec<VmName>)> {
+        let mut groups = BTreeMap::<_, Vec<_>>::new();
+        for vm in &self.vms {
+            let group = Group::of(&vm.name, &vm.profile);
+            groups.entry(group).or_default().push(vm.name.clone());
+        }
+        groups.into_iter().collect()
+    }
+
+    fn notice_ns(&self, board: &Board, now: u64) -> u64 {
+        let default = u64::try_from(DEFAULT_NOTICE.as_nanos()).unwrap_or(u64::MAX);
+        let of_vm = |vm: &&VmRecord| {
+            // Where nobody listens, nobody is there to be warned.
+            let heard = board.is_heard(&Group::of(&vm.name, &vm.profile), now);
+            heard.then(|| vm.profile.notice_ns.unwrap_or(default))
+        };
+        match (self.no_notice, self.notice_ns) {
+            (Some(_), _) => 0,
+            (None, Some(notice)) => notice,
+            (None, None) => self.vms.iter().filter_map(of_vm).max().unwrap_or(0),
+        }
+    }
+
+    fn expected_ns(&self, board: &Board) -> u64 {
+        let of_vm = |vm: &&VmRecord| {
+            let past = board.of_vm(&vm.name).into_iter().rev();
+            let measured = past.filter_map(|pause| pause.measured.as_ref()?.pause_ns);
+            let budget = u64::try_from(vm.spec.blackout_budget.as_nanos()).unwrap_or(u64::MAX);
+            let budget = || self.budget_ns.unwrap_or(budget);
+            measured.take(10).max().unwrap_or_else(budget)
+        };
+        let of_vms = || self.vms.iter().map(of_vm).max().unwrap_or(0);
+        self.expected_ns.unwrap_or_else(of_vms)
     }
 }
 
-/// The longest of the VM's last pauses; what it is allowed, for the first.
-fn expected_ns(board: &Board, vm: &VmRecord, swap: &SwapRecord) -> u64 {
-    let past = board.of_vm(&vm.name).into_iter().rev();
-    let measured = past.filter_map(|pause| pause.measured.as_ref()?.pause_ns);
-    let budget = vm.spec.blackout_budget.as_nanos();
-    let budget = || {
-        swap.budget_ns
-            .unwrap_or(u64::try_from(budget).unwrap_or(u64::MAX))
-    };
-    measured.take(10).max().unwrap_or_else(budget)
+fn announcement(
+    board: &Board,
+    concerned: &Concerned<'_>,
+    groups: Vec<(Group, Vec<VmName>)>,
+    (id, events): (PauseId, Vec<EventId>),
+    now: u64,
+) -> Announcement {
+    let notices = events.into_iter().zip(groups);
+    Announcement {
+        id,
+        swap: concerned.swap.clone(),
+        description: concerned.description.into(),
+        notices: notices
+            .map(|(event, (group, vms))| (event, group, vms))
+            .collect(),
+        notice_ns: concerned.notice_ns(board, now),
+        expected_ns: concerned.expected_ns(board),
+        no_notice: concerned.no_notice.cloned(),
+    }
+}
+
+/// Ends the pause of a VM's swap that is over.
+pub(super) async fn end_pause(host: &Host, swap: &SwapRecord) {
+    end_pause_of(host, &swap.id, measured(swap)).await;
 }
 
 /// Ends the pause of a swap that is over. Where somebody listens, its event stays for a moment.
-pub(super) async fn end_pause(host: &Host, swap: &SwapRecord) {
-    let measured = measured(swap);
+pub(super) async fn end_pause_of(host: &Host, swap: &SwapId, measured: Measured) {
     let paused = measured.pause_ns.is_some();
     let heard = host
         .notices
         .read(|board| {
-            board.of_swap(&swap.id).is_some_and(|pause| {
+            board.of_swap(swap).is_some_and(|pause| {
                 let mut groups = pause.notices.iter().map(|notice| &notice.group);
                 groups.any(|group| board.is_heard(group, unix_ns()))
             })
@@ -147,18 +208,18 @@ pub(super) async fn end_pause(host: &Host, swap: &SwapRecord) {
     }
 }
 
-async fn end(host: Host, swap: SwapRecord, measured: Measured) {
+async fn end(host: Host, swap: SwapId, measured: Measured) {
     let ended = host
         .notices
         .change(|board, now| {
-            if let Some(id) = board.of_swap(&swap.id).map(|pause| pause.id.clone()) {
+            if let Some(id) = board.of_swap(&swap).map(|pause| pause.id.clone()) {
                 board.end(&id, measured, now);
             }
         })
         .await;
     if let Err(error) = ended {
         // The next daemon ends it; see `settle_pauses`.
-        tracing::error!(vm = %swap.vm, swap = %swap.id, "the end of its pause was not recorded: {error}");
+        tracing::error!(%swap, "the end of its pause was not recorded: {error}");
     }
 }
 
@@ -190,6 +251,14 @@ pub async fn settle_pauses(host: &Host) -> Result<(), StoreError> {
         })
         .await;
     for (id, swap) in open {
+        if host
+            .store
+            .host_swap(&swap)
+            .await?
+            .is_some_and(|swap| !swap.state.is_over())
+        {
+            continue;
+        }
         let measured = match host.store.swap(&swap).await? {
             Some(swap) if !swap.state.is_over() => continue,
             Some(swap) => measured(&swap),

@@ -2,6 +2,9 @@
 //! afterwards.
 
 mod announce;
+mod command;
+mod holds;
+mod host;
 mod relieve;
 mod settle;
 mod start;
@@ -20,10 +23,12 @@ use crate::agent::places::VmDir;
 use crate::agent::scope::Scopes;
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState};
+use crate::model::{Event, HostSwap, SwapId, SwapRecord, VmName, VmRecord, VmState};
 use crate::store::{Observed, Store, StoreError};
 
-pub use announce::{Clearance, clear, forget, settle_pauses};
+pub use announce::{Clearance, clear_swap, forget, settle_pauses};
+pub use holds::Holds;
+pub use host::host_swap;
 pub use settle::settle;
 pub use start::start;
 pub use stop::power_off;
@@ -58,6 +63,8 @@ pub struct Host {
     pub notices: Notices,
     /// The wires on which they ask.
     pub ways: Ways,
+    /// Guests that stand still until they are let go.
+    pub holds: Holds,
 }
 
 impl Host {
@@ -149,6 +156,20 @@ impl Host {
         }
         self.tell_swap(swap);
         announce::end_pause(self, swap).await;
+    }
+
+    /// Where the commands of a swap of this host print to.
+    pub fn host_swap_log(&self, swap: &SwapId) -> PathBuf {
+        self.run_dir.join(format!("host-{swap}.log"))
+    }
+
+    fn tell_host_swap(&self, swap: &HostSwap) {
+        self.tell(Event::HostSwap {
+            swap: swap.id.clone(),
+            state: swap.state,
+            step: swap.step.clone(),
+            reason: swap.reason.clone(),
+        });
     }
 
     fn tell_swap(&self, swap: &SwapRecord) {

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::report::Phase;
 use utoipa::ToSchema;
 
+use super::host_swap::HostSwapState;
 use super::pause::{EventId, PauseState};
 use super::swap::{SwapId, SwapState};
 use super::vm::{VmName, VmState};
@@ -39,6 +40,17 @@ pub enum Event {
         /// Why it ended so, when it did not move.
         reason: Option<String>,
     },
+    /// A swap of the host began a step, or ended.
+    HostSwap {
+        /// The swap.
+        swap: SwapId,
+        /// How far it is.
+        state: HostSwapState,
+        /// The step it is at.
+        step: String,
+        /// Why it ended so, when it is not done.
+        reason: Option<String>,
+    },
     /// A phase of a swap ended.
     Phase {
         /// The swap.
@@ -66,14 +78,15 @@ pub enum Event {
 }
 
 impl Event {
-    /// The machine it is about.
-    pub fn vm(&self) -> &VmName {
+    /// The machine it is about; `None` if it is about the host.
+    pub fn vm(&self) -> Option<&VmName> {
         match self {
             Self::Vm { vm, .. }
             | Self::Removed { vm }
             | Self::Swap { vm, .. }
             | Self::Phase { vm, .. }
-            | Self::Notice { vm, .. } => vm,
+            | Self::Notice { vm, .. } => Some(vm),
+            Self::HostSwap { .. } => None,
         }
     }
 }

@@ -3,6 +3,7 @@
 mod amount;
 mod event;
 mod fleet;
+mod host_swap;
 mod moment;
 mod pause;
 mod policy;
@@ -15,6 +16,7 @@ mod window;
 pub use amount::{Amount, NoAmount};
 pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, MOST_DOMAINS, Rung};
+pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,
@@ -23,6 +25,6 @@ pub use pause::{
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
 pub use problem::{Code, Problem};
 pub use release::{Manifest, Release, VMM, validate_version};
-pub use swap::{SwapId, SwapRecord, SwapState};
+pub use swap::{HOST, SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

@@ -8,6 +8,9 @@ use utoipa::ToSchema;
 
 use super::vm::VmName;
 
+/// The component that is anything of a host but a guest's own: guests stand still in their places.
+pub const HOST: &str = "host";
+
 /// A swap's id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(transparent)]
@@ -23,7 +26,7 @@ impl std::fmt::Display for SwapId {
 /// How far a swap is.
 ///
 /// ```text
-///  wanted ──▶ in_progress ──▶ moved | kept | crashed
+///  wanted ──▶ in_progress ──▶ moved | kept | resumed | crashed
 ///    │             │  ▲
 ///    └──▶ kept     ▼  │ settled later
 ///               in_doubt
@@ -39,6 +42,8 @@ pub enum SwapState {
     Moved,
     /// The predecessor runs the guest, as before.
     Kept,
+    /// The guest stood still in its place while its host was changed, and runs on.
+    Resumed,
     /// Both processes live and none of them says who runs the guest. Looked at again and again.
     InDoubt,
     /// The process that ran the guest died.
@@ -48,7 +53,10 @@ pub enum SwapState {
 impl SwapState {
     /// Whether nothing more will happen.
     pub fn is_over(self) -> bool {
-        matches!(self, Self::Moved | Self::Kept | Self::Crashed)
+        matches!(
+            self,
+            Self::Moved | Self::Kept | Self::Resumed | Self::Crashed
+        )
     }
 }
 
@@ -57,6 +65,7 @@ impl From<Outcome> for SwapState {
         match outcome {
             Outcome::Moved => Self::Moved,
             Outcome::Kept => Self::Kept,
+            Outcome::Resumed => Self::Resumed,
             Outcome::InDoubt => Self::InDoubt,
             Outcome::Crashed => Self::Crashed,
         }
@@ -70,6 +79,7 @@ impl std::fmt::Display for SwapState {
             Self::InProgress => "in progress",
             Self::Moved => "moved",
             Self::Kept => "kept",
+            Self::Resumed => "resumed",
             Self::InDoubt => "in doubt",
             Self::Crashed => "crashed",
         })
@@ -81,9 +91,12 @@ impl std::fmt::Display for SwapState {
 pub struct SwapRecord {
     /// Id.
     pub id: SwapId,
+    /// The swap of the host that this is a guest's part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part_of: Option<SwapId>,
     /// The machine.
     pub vm: VmName,
-    /// Component: `vmm`.
+    /// Component: `vmm`, or `host` for anything of the host itself.
     pub component: String,
     /// The release before.
     pub from: ReleaseName,

@@ -5,7 +5,7 @@
 
 use stillpoint_control::ownership::{Epoch, Owner};
 
-use crate::model::{SwapId, SwapRecord, SwapState, VmRecord, VmState, Wanted};
+use crate::model::{HOST, SwapId, SwapRecord, SwapState, VmRecord, VmState, Wanted};
 
 /// What can be seen of a VM's process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +66,16 @@ fn planned(step: Step, why: impl Into<String>) -> Planned {
 
 /// The next step for `vm`; `swap` is its swap that isn't over, if there is one.
 pub fn next(vm: &VmRecord, swap: Option<&SwapRecord>, seen: &Seen) -> Planned {
+    // A guest's part of a swap of its host is the host's to carry out, and the VM's own way goes on:
+    // it may end, or be ended.
+    if let Some(part) = swap
+        && part.component == HOST
+    {
+        return match (seen, vm.wanted) {
+            (Seen::Alive, Wanted::Running) => planned(Step::Rest, "its host is being swapped"),
+            _ => next(vm, None, seen),
+        };
+    }
     if let Some(swap) = swap
         && matches!(swap.state, SwapState::InProgress | SwapState::InDoubt)
     {

@@ -12,8 +12,8 @@ use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
-     clock, notice_ns, no_notice FROM swaps";
-const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
+     clock, notice_ns, no_notice, part_of FROM swaps";
+pub(super) const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
     Ok(SwapRecord {
@@ -34,15 +34,17 @@ fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
         clock: from_word_option(row, 14)?,
         notice_ns: unsigned_option(row, 15)?,
         no_notice: row.get(16)?,
+        part_of: from_word_option(row, 17)?,
     })
 }
 
-fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<()> {
+pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<()> {
     tx.execute(
         "INSERT OR REPLACE INTO swaps (id, vm, component, from_json, to_json, state, step, \
          reason, budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, \
-         report_json, clock, notice_ns, no_notice) \
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17)",
+         report_json, clock, notice_ns, no_notice, part_of) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, \
+         ?18)",
         params![
             swap.id.0,
             swap.vm.as_str(),
@@ -61,6 +63,7 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
             swap.clock.as_ref().map(word).transpose()?,
             swap.notice_ns.map(signed),
             swap.no_notice,
+            swap.part_of.as_ref().map(|id| id.0.as_str()),
         ],
     )
     .map(drop)

@@ -34,6 +34,7 @@ fn vm(text: &str, state: VmState) -> VmRecord {
 fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
     SwapRecord {
         id: SwapId(id.into()),
+        part_of: None,
         vm: name(vm),
         component: VMM.into(),
         from: ReleaseName::default(),

@@ -75,6 +75,11 @@ const SUITES: &[Suite] = &[
         2,
     ),
     scenario("host", &["-p", "stillpoint-tests", "--test", "host"], 1),
+    scenario(
+        "standstill",
+        &["-p", "stillpoint-tests", "--test", "standstill"],
+        1,
+    ),
     scenario("virtio", &["-p", "stillpoint-tests", "--test", "virtio"], 1),
     scenario("disks", &["-p", "stillpoint-tests", "--test", "disks"], 1),
     scenario("taps", &["-p", "stillpoint-tests", "--test", "taps"], 1),

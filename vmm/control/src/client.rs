@@ -181,6 +181,24 @@ impl Client {
         }
     }
 
+    /// Has the guest stand still in its place, for `ceiling` at the longest.
+    pub fn freeze(&self, swap: &str, ceiling: Duration) -> Result<(), ClientError> {
+        let swap = swap.to_owned();
+        match self.ask(&Request::Freeze { swap, ceiling }, &[])?.0 {
+            Reply::Frozen => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Has the guest run on that stands still for this swap; gives the pause's report.
+    pub fn resume(&self, swap: &str) -> Result<SwapReport, ClientError> {
+        let swap = swap.to_owned();
+        match self.ask(&Request::Resume { swap }, &[])?.0 {
+            Reply::Resumed { report } => Ok(*report),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// The report of the last swap; `None` while it is being measured.
     pub fn last_report(&self) -> Result<Option<SwapReport>, ClientError> {
         match self.ask(&Request::LastReport, &[])?.0 {

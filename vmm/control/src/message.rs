@@ -54,6 +54,21 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         clock: Option<Policy>,
     },
+    /// Have the guest stand still in its place, all its state kept, while something of the host is
+    /// changed. Answered by [`Reply::Frozen`] once it stands still.
+    Freeze {
+        /// Id of the swap of the host, for logs and the report.
+        swap: String,
+        /// The longest it stands still: then it runs on, whoever has died meanwhile.
+        #[serde(rename = "ceiling_ns", with = "crate::nanos")]
+        ceiling: Duration,
+    },
+    /// Have the guest run on that stands still for this swap. Answered by [`Reply::Resumed`], also if
+    /// it runs on already, for whatever reason.
+    Resume {
+        /// Id of the swap.
+        swap: String,
+    },
     /// The report of the last swap that this process came out of, as successor or as a
     /// predecessor that kept its guest. Answered by [`Reply::Report`].
     LastReport,
@@ -90,6 +105,13 @@ pub enum Reply {
     Progress(Phase),
     /// The handover is over for this process.
     Handover(Handover),
+    /// To [`Request::Freeze`]: the guest stands still.
+    Frozen,
+    /// To [`Request::Resume`]: the guest runs, and this was its pause.
+    Resumed {
+        /// The report.
+        report: Box<SwapReport>,
+    },
     /// To [`Request::LastReport`].
     Report {
         /// The report; `None` while the successor is still measuring, or if there was no swap.
@@ -180,6 +202,8 @@ pub enum GuestState {
     Running,
     /// It is being handed over.
     Swapping,
+    /// It stands still in its place.
+    Frozen,
     /// It powered itself off, or was powered off.
     Stopped,
 }

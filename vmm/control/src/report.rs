@@ -29,6 +29,8 @@ pub enum Outcome {
     Moved,
     /// The predecessor runs the guest, as before.
     Kept,
+    /// The guest stood still in its place while something of the host was changed, and runs on.
+    Resumed,
     /// Not known yet who runs the guest; the agent settles it.
     InDoubt,
     /// The process that ran the guest died, and the guest with it, as in a power cut.
@@ -40,6 +42,7 @@ impl std::fmt::Display for Outcome {
         f.pad(match self {
             Self::Moved => "moved",
             Self::Kept => "kept",
+            Self::Resumed => "resumed",
             Self::InDoubt => "in doubt",
             Self::Crashed => "crashed",
         })
@@ -192,7 +195,7 @@ pub struct SwapReport {
     pub swap: String,
     /// The machine's name.
     pub vm: String,
-    /// Component: `vmm`.
+    /// Component: `vmm`, or `host` for anything else of the host.
     pub component: String,
     /// The release before.
     pub from: ReleaseName,

@@ -3,6 +3,7 @@
 //!
 //! Runs beside the guest, when nothing is urgent any more.
 
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -80,7 +81,13 @@ pub fn report(
         let cycles = evidence.entered.tsc.saturating_sub(evidence.kicked_tsc);
         report.blackout.host = clock::duration(cycles, khz);
     }
-    report.blackout.guest_ns = guest_gaps(evidence, machine);
+    let before = evidence.loaded.tsc_offset_before.unwrap_or(0);
+    let window = (evidence.kicked_tsc != 0).then(|| {
+        let offset = machine.tsc_offset().unwrap_or(0);
+        evidence.kicked_tsc.wrapping_add_signed(before)
+            ..evidence.entered.tsc.wrapping_add_signed(offset)
+    });
+    report.blackout.guest_ns = guest_gaps(machine, window);
     let before = report.clock.take().unwrap_or_default().wall_clock;
     let mut receipt = receipt(evidence, machine);
     // First: until it is done, the guest's wall clock is late.
@@ -149,15 +156,12 @@ fn phases(evidence: &Evidence, told: Vec<Phase>) -> Vec<Phase> {
     all
 }
 
-fn guest_gaps(evidence: &Evidence, machine: &Machine) -> Vec<Option<u64>> {
+/// The gap that each vCPU saw which overlaps `window`, in the guest's TSC.
+pub(crate) fn guest_gaps(machine: &Machine, window: Option<Range<u64>>) -> Vec<Option<u64>> {
     let count = machine.vcpu_count();
-    let Some(table) = machine.probe().table().filter(|_| evidence.kicked_tsc != 0) else {
+    let (Some(table), Some(window)) = (machine.probe().table(), window) else {
         return vec![None; count];
     };
-    let offset = machine.tsc_offset().unwrap_or(0);
-    let before = evidence.loaded.tsc_offset_before.unwrap_or(0);
-    let window = evidence.kicked_tsc.wrapping_add_signed(before)
-        ..evidence.entered.tsc.wrapping_add_signed(offset);
     let khz = machine.tsc_khz();
     let gap = |vcpu: u8| {
         let cycles = probe::gap_over(machine.ram().map(), table, vcpu, window.clone())?;
@@ -267,7 +271,8 @@ fn page_error(evidence: &Evidence, machine: &Machine) -> Option<i64> {
     worst
 }
 
-fn warnings(report: &SwapReport) -> Vec<String> {
+/// What an operator should read of it.
+pub(crate) fn warnings(report: &SwapReport) -> Vec<String> {
     let mut warnings = Vec::new();
     let Blackout { host, .. } = report.blackout;
     if host > report.budget {

@@ -17,6 +17,7 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 
 use super::{FreezeError, Machine, Timing};
+use crate::vcpu::{Entered, VcpusError};
 use crate::{clock, faults, release};
 
 /// How long I/O that is under way may take to end before the freeze. The guest runs meanwhile, but
@@ -41,6 +42,7 @@ pub struct Frozen<'g> {
     guest: &'g mut Guest,
     sealed: Option<Epoch>,
     given_up: bool,
+    resumed: bool,
     /// Host TSC at the kick: the blackout began here.
     pub kicked_tsc: u64,
     /// When that was.
@@ -74,6 +76,7 @@ impl Guest {
             guest: self,
             sealed: None,
             given_up: false,
+            resumed: false,
             kicked_tsc: 0,
             kicked: began,
             deadline: began,
@@ -109,6 +112,14 @@ impl<'g> Frozen<'g> {
         Ok(bytes)
     }
 
+    /// Ends a pause in place: the guest runs on here, and knows of it. `stolen` of it counts as such.
+    /// A vCPU that does not come in says so by itself ([`crate::event::Event::VcpuOver`]).
+    pub fn resume(mut self, stolen: Duration, patience: Duration) -> Result<Entered, VcpusError> {
+        // Nothing is left to undo: what could go wrong from here on, another try would not mend.
+        self.resumed = true;
+        self.guest.machine.resume(stolen, patience)
+    }
+
     /// Says that the saved state is complete and lies where the others can reach it.
     pub fn seal(&mut self) -> Result<Epoch, FreezeError> {
         faults::reach(faults::Point::Saved).map_err(FreezeError::Injected)?;
@@ -136,7 +147,7 @@ impl<'g> Frozen<'g> {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        if self.given_up {
+        if self.given_up || self.resumed {
             return;
         }
         if let Some(epoch) = self.sealed {

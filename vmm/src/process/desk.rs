@@ -149,6 +149,20 @@ impl Desk {
         }
     }
 
+    /// To who asks a guest to run on that does: the report of the pause it means.
+    pub(super) fn resumed(&self, swap: &str) -> Reply {
+        let report = self.notes().report.clone();
+        match report.filter(|report| report.swap == swap) {
+            Some(report) => Reply::Resumed {
+                report: Box::new(report),
+            },
+            None => Reply::Error {
+                code: "bad_request".into(),
+                message: format!("this guest runs, and has not stood still for {swap}"),
+            },
+        }
+    }
+
     pub(super) fn lent(&self) -> [std::os::fd::BorrowedFd<'_>; 2] {
         [self.ram.as_fd(), self.ownership.as_fd()]
     }

@@ -85,9 +85,11 @@ fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
         Request::Describe => frame::send_json(caller, &desk.describe(), &[]),
         Request::LastReport => frame::send_json(caller, &desk.last_report(), &[]),
         Request::LendGuest => frame::send_json(caller, &Reply::Guest, &desk.lent()),
-        Request::PressPowerButton | Request::PowerOff | Request::HandOver { .. } => {
-            return change(caller, desk, events, request, fds);
-        }
+        Request::PressPowerButton
+        | Request::PowerOff
+        | Request::HandOver { .. }
+        | Request::Freeze { .. }
+        | Request::Resume { .. } => return change(caller, desk, events, request, fds),
     };
     sent.is_ok()
 }
@@ -99,7 +101,7 @@ fn change(
     request: Request,
     fds: Vec<OwnedFd>,
 ) -> bool {
-    if let Some(refusal) = refuse(desk) {
+    if let Some(refusal) = refuse(desk, &request) {
         return frame::send_json(caller, &refusal, &[]).is_ok();
     }
     let (reply, replies) = channel();
@@ -125,9 +127,15 @@ fn change(
     alive
 }
 
-fn refuse(desk: &Desk) -> Option<Reply> {
+fn refuse(desk: &Desk, request: &Request) -> Option<Reply> {
+    let ends_pause = matches!(request, Request::Resume { .. } | Request::PowerOff);
     let (code, message) = match desk.state() {
         GuestState::Running => return None,
+        GuestState::Frozen if ends_pause => return None,
+        GuestState::Frozen => (
+            "busy",
+            "this guest stands still while its host is changed; wait until it runs on",
+        ),
         GuestState::Swapping => (
             "busy",
             "this guest is being swapped; wait until that swap is over",

@@ -148,6 +148,11 @@ pub fn read_one(fd: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuError> {
     Ok((got == 1).then(|| msrs.as_slice()[0].data))
 }
 
+/// Where the guest keeps an account of stolen time; `None` if it doesn't.
+pub fn steal_time(fd: &VcpuFd) -> Result<Option<u64>, VcpuError> {
+    Ok(read_one(fd, STEAL_TIME)?.filter(|msr| msr & 1 == 1))
+}
+
 /// Writes MSRs. KVM stops at the first it refuses: a refusal of zero is passed over (another
 /// kernel's counters and the like), any other is an error that names the MSR.
 pub fn write(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuError> {

@@ -20,6 +20,8 @@ pub(super) const SPIN: Duration = Duration::from_micros(300);
 pub(super) enum Order {
     /// Run on after a freeze that was called off.
     Run,
+    /// Run on after a pause in place; of it this much counts as stolen. Answered by `Entering`.
+    Resume { stolen: Duration },
     /// Come to rest; a kick follows.
     Park,
     /// Save, in this state format.

@@ -15,7 +15,8 @@ use super::placement::Home;
 use super::settle::{arm, disarm, settle, take_up_requests};
 use super::state::{self, Pause};
 use crate::bus::Bus;
-use crate::clock::{self, steal::RunDelay};
+use crate::clock;
+use crate::clock::steal::{self, RunDelay};
 use crate::event::Event;
 use crate::faults::{self, Spoilt};
 
@@ -149,20 +150,31 @@ impl Runner {
                 self.tell_of_pause();
                 return self.enter();
             }
+            Order::Resume { stolen } => {
+                // An account that can't be read is none that could be carried.
+                if let Ok(Some(account)) = msrs::steal_time(&self.fd) {
+                    steal::carry(&self.around.memory, account, stolen, Duration::ZERO);
+                }
+                return self.enter_and_tell();
+            }
             Order::Enter(bus) => {
                 self.bus = bus;
                 if let Err(error) = self.load_late() {
                     self.answer(Answer::Entering(Err(error)));
                     return Phase::Parked;
                 }
-                let told = self.tell_of_pause();
-                let phase = self.enter();
-                let tsc = clock::host_tsc();
-                self.answer(Answer::Entering(Ok(Entry { tsc, told })));
-                return phase;
+                return self.enter_and_tell();
             }
         }
         Phase::Parked
+    }
+
+    fn enter_and_tell(&mut self) -> Phase {
+        let told = self.tell_of_pause();
+        let phase = self.enter();
+        let tsc = clock::host_tsc();
+        self.answer(Answer::Entering(Ok(Entry { tsc, told })));
+        phase
     }
 
     fn load_late(&mut self) -> Result<(), VcpuError> {

@@ -27,6 +27,7 @@ fn vm(state: VmState, wanted: Wanted) -> VmRecord {
 fn swap(state: SwapState) -> SwapRecord {
     SwapRecord {
         id: SwapId("1".into()),
+        part_of: None,
         vm: VmName::try_from("a".to_owned()).expect("name"),
         component: "vmm".into(),
         from: ReleaseName::default(),

@@ -1,0 +1,241 @@
+//! `/v1/host/swaps`: guests stand still in their places while something of their host is changed.
+
+use std::collections::BTreeSet;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use stillpoint_control::clock::Policy;
+use utoipa::ToSchema;
+
+use super::Desk;
+use super::refusal::{Body, Refusal};
+use super::swaps::{check_budget, check_notice, new_id};
+use crate::execute::{self, unix_ns};
+use crate::model::{
+    Code, HOST, HostSwap, HostSwapState, Problem, SwapId, SwapRecord, SwapState, VmRecord, VmState,
+    Wanted,
+};
+use crate::store::Busy;
+
+/// The longest command, bytes of all its words.
+const MAX_COMMAND: usize = 100_000;
+
+/// A swap of the host to be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewHostSwap {
+    /// The program and its arguments that are run, as the daemon's user, while the guests stand still.
+    /// Empty: the operator does it by hand, and lets the guests go.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// What `/bin/sh -c` runs when that failed, once the guests run again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undo: Option<String>,
+    /// The guests that stand still; all that run when empty.
+    #[serde(default)]
+    pub vms: Vec<String>,
+    /// The longest a guest stands still, ns.
+    pub budget_ns: u64,
+    /// How long before the pause the guests hear of it, ns; each one's own notice when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notice_ns: Option<u64>,
+    /// Why the guests get no notice. Recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_notice: Option<String>,
+}
+
+/// Asks for a swap of the host. It is recorded, then done; `GET /v1/host/swaps/{id}` says how far it is.
+#[utoipa::path(
+    post, path = "/v1/host/swaps", request_body = NewHostSwap,
+    responses(
+        (status = 202, body = HostSwap), (status = "4XX", body = Problem),
+        (status = 507, description = "no room to record it; nothing was begun", body = Problem)
+    )
+)]
+pub(super) async fn ask(
+    State(desk): State<Desk>,
+    Body(new): Body<NewHostSwap>,
+) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
+    check(&new)?;
+    let vms = desk.guests(&new.vms).await?;
+    let swap = HostSwap {
+        id: new_id()?,
+        command: new.command,
+        undo: new.undo,
+        vms: vms.iter().map(|vm| vm.name.clone()).collect(),
+        budget_ns: new.budget_ns,
+        notice_ns: new.notice_ns,
+        no_notice: new.no_notice,
+        state: HostSwapState::Wanted,
+        step: "recorded".into(),
+        reason: None,
+        process: None,
+        ended: None,
+        undone: None,
+        output: String::new(),
+        pause_ns: None,
+        asked_at_unix_ns: unix_ns(),
+        ended_at_unix_ns: None,
+    };
+    let mut parts = Vec::with_capacity(vms.len());
+    for vm in &vms {
+        parts.push(desk.part(&swap, vm).await?);
+    }
+    if let Err(busy) = desk.host.store.add_host_swap(&swap, &parts).await? {
+        let message = match busy {
+            Busy::Host(id) => {
+                format!("another swap of this host is going on ({id}); wait for its end")
+            }
+            Busy::Vm(vm) => format!("a swap of `{vm}` is going on; wait for its end"),
+        };
+        return Err(Problem::new(Code::SwapInProgress, message).into());
+    }
+    tokio::spawn(execute::host_swap(desk.host.clone(), swap.clone()));
+    Ok((StatusCode::ACCEPTED, Json(swap)))
+}
+
+fn check(new: &NewHostSwap) -> Result<(), Problem> {
+    let bad = |message: String| Err(Problem::new(Code::BadRequest, message));
+    check_budget(Some(new.budget_ns))?;
+    check_notice(new.notice_ns, new.no_notice.as_deref())?;
+    let words = new.command.iter().chain(&new.undo);
+    if words.clone().any(|word| word.contains('\0')) {
+        return bad("fields `command` and `undo`: a word holds a zero byte".into());
+    }
+    if words.map(String::len).sum::<usize>() > MAX_COMMAND {
+        return bad(format!(
+            "fields `command` and `undo`: more than {MAX_COMMAND} bytes"
+        ));
+    }
+    if let Some(program) = new.command.first()
+        && !is_program(program)
+    {
+        return bad(format!(
+            "field `command`: {program:?} is no program that the daemon finds; give its path"
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the daemon finds a program of that name.
+fn is_program(name: &str) -> bool {
+    use rustix::fs::{Access, access};
+    let executable =
+        |path: &std::path::Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    if name.contains('/') {
+        return executable(std::path::Path::new(name));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    !name.is_empty() && std::env::split_paths(&path).any(|dir| executable(&dir.join(name)))
+}
+
+impl Desk {
+    /// The guests of these names, each of which must run; all that run if there are no names.
+    async fn guests(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
+        let mut vms = Vec::new();
+        if names.is_empty() {
+            vms = self.host.store.vms().await?;
+            vms.retain(|vm| vm.state.is_active() && vm.wanted == Wanted::Running);
+        }
+        // Each once, in whatever order they were named.
+        for name in names.iter().collect::<BTreeSet<_>>() {
+            vms.push(self.vm(name).await?);
+        }
+        for vm in &vms {
+            let name = &vm.name;
+            if vm.state != VmState::Running || vm.wanted != Wanted::Running {
+                let message = format!("`{name}` is {}; ask again when it is running", vm.state);
+                return Err(Problem::new(Code::NotRunning, message).into());
+            }
+            if vm.spec.clock.policy == Policy::Hold {
+                let message = format!(
+                    "`{name}` has the clock policy hold, which a pause in its place can't keep: KVM's \
+                     clocks go on meanwhile; leave it out by naming the others, or swap its VMM instead"
+                );
+                return Err(Problem::new(Code::BadRequest, message).into());
+            }
+        }
+        if vms.is_empty() {
+            let message = "no guest runs on this host: run the command yourself".to_owned();
+            return Err(Problem::new(Code::NotRunning, message).into());
+        }
+        Ok(vms)
+    }
+
+    async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
+        let release = self.release(&vm.release).await?.name();
+        Ok(SwapRecord {
+            id: SwapId(format!("{}.{}", swap.id, vm.name)),
+            part_of: Some(swap.id.clone()),
+            vm: vm.name.clone(),
+            component: HOST.into(),
+            from: release.clone(),
+            to: release,
+            state: SwapState::Wanted,
+            step: "recorded".into(),
+            reason: None,
+            budget_ns: Some(swap.budget_ns),
+            clock: None,
+            notice_ns: swap.notice_ns,
+            no_notice: swap.no_notice.clone(),
+            successor: None,
+            epoch_before: None,
+            asked_at_unix_ns: swap.asked_at_unix_ns,
+            ended_at_unix_ns: None,
+            report: None,
+        })
+    }
+
+    async fn host_swap(&self, id: &str) -> Result<HostSwap, Refusal> {
+        let swap = self.host.store.host_swap(&SwapId(id.to_owned())).await?;
+        swap.ok_or_else(|| {
+            let message =
+                format!("there is no swap `{id}` of this host; `stillpoint host ls` lists all");
+            Problem::new(Code::NotFound, message).into()
+        })
+    }
+}
+
+/// All swaps of the host, oldest first.
+#[utoipa::path(get, path = "/v1/host/swaps", responses((status = 200, body = [HostSwap])))]
+pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<HostSwap>>, Refusal> {
+    Ok(Json(desk.host.store.host_swaps().await?))
+}
+
+/// One swap of the host.
+#[utoipa::path(
+    get, path = "/v1/host/swaps/{id}", params(("id" = String, Path,)),
+    responses((status = 200, body = HostSwap), (status = "4XX", body = Problem))
+)]
+pub(super) async fn show(
+    State(desk): State<Desk>,
+    Path(id): Path<String>,
+) -> Result<Json<HostSwap>, Refusal> {
+    desk.host_swap(&id).await.map(Json)
+}
+
+/// Lets the guests go that stand still while an operator does something by hand.
+#[utoipa::path(
+    post, path = "/v1/host/swaps/{id}/release", params(("id" = String, Path,)),
+    responses((status = 202, body = HostSwap), (status = "4XX", body = Problem))
+)]
+pub(super) async fn release(
+    State(desk): State<Desk>,
+    Path(id): Path<String>,
+) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
+    let swap = desk.host_swap(&id).await?;
+    if desk.host.holds.let_go(&swap.id) {
+        return Ok((StatusCode::ACCEPTED, Json(swap)));
+    }
+    let why = match swap.state {
+        state if state.is_over() => format!("it is {state}; its guests run"),
+        HostSwapState::Wanted => {
+            "its guests do not stand still yet; `stillpoint events cancel` withdraws it".into()
+        }
+        _ => "it ends with its command".into(),
+    };
+    let message = format!("swap `{id}` has nothing to let go: {why}");
+    Err(Problem::new(Code::TooLate, message).into())
+}

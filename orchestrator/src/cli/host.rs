@@ -1,0 +1,313 @@
+//! `stillpoint swap host` and `stillpoint host`
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use hyper::Method;
+use indicatif::ProgressBar;
+
+use super::{Desk, format, progress, say, say_json};
+use crate::api::NewHostSwap;
+use crate::model::{Code, HostSwap, HostSwapState, Problem};
+
+/// Between two looks at how far it is.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long a daemon may stay away before the command stops waiting for it.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What both ways of standing still have in common.
+#[derive(Debug, clap::Args)]
+pub(super) struct Terms {
+    /// A guest that is to stand still; may be given more than once [all that run].
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// The longest a guest stands still, such as 10s, and at most 30s.
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    budget: Duration,
+    /// What a shell runs, once the guests run again, when it failed or the budget ended.
+    #[arg(long, value_name = "COMMAND")]
+    undo: Option<String>,
+    /// How long before the pause the guests hear of it, such as 15min; they may approve sooner [each
+    /// one's own, if any listens].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    notice: Option<Duration>,
+    /// Pause the guests without notice, for this reason, which is recorded.
+    #[arg(long, value_name = "REASON", conflicts_with = "notice")]
+    no_notice: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct SwapArgs {
+    #[command(flatten)]
+    terms: Terms,
+    /// The command, after `--`; the daemon runs it, as its own user.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    act: Act,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Act {
+    /// Has guests stand still until they are released, and no longer than the budget.
+    Hold(Terms),
+    /// Lets guests run on that are held.
+    Release {
+        /// The hold's id [the one there is].
+        id: Option<String>,
+    },
+    /// Lists what was done to this host while its guests stood still.
+    Ls,
+    /// Shows one of them, with what its command printed.
+    Show {
+        /// Its id.
+        id: String,
+    },
+}
+
+impl Terms {
+    fn with(self, command: Vec<String>) -> NewHostSwap {
+        NewHostSwap {
+            command,
+            undo: self.undo,
+            vms: self.vms,
+            budget_ns: format::whole_ns(self.budget),
+            notice_ns: self.notice.map(format::whole_ns),
+            no_notice: self.no_notice,
+        }
+    }
+}
+
+/// `stillpoint swap host`
+pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Problem> {
+    let new = args.terms.with(args.command);
+    let swap = ask(desk, &new, HostSwapState::is_over).await?;
+    show(desk, &swap)
+}
+
+/// `stillpoint host`
+pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    match args.act {
+        Act::Hold(terms) => hold(desk, terms).await,
+        Act::Release { id } => release(desk, id).await,
+        Act::Ls => ls(desk).await,
+        Act::Show { id } => show(desk, &get(desk, &id).await?),
+    }
+}
+
+async fn get(desk: &Desk, id: &str) -> Result<HostSwap, Problem> {
+    let path = format!("/v1/host/swaps/{}", super::path_part(id)?);
+    desk.api.get(&path).await
+}
+
+/// Asks for one, and waits until it is as far as that.
+async fn ask(
+    desk: &Desk,
+    new: &NewHostSwap,
+    is_far: impl Fn(HostSwapState) -> bool,
+) -> Result<HostSwap, Problem> {
+    let asked: HostSwap = desk.api.send(Method::POST, "/v1/host/swaps", new).await?;
+    let bar = progress::waiting(desk.json, &format!("swap {} of this host", asked.id));
+    let swap = follow(desk, &asked, &bar, is_far).await;
+    bar.finish_and_clear();
+    swap
+}
+
+async fn follow(
+    desk: &Desk,
+    asked: &HostSwap,
+    bar: &ProgressBar,
+    is_far: impl Fn(HostSwapState) -> bool,
+) -> Result<HostSwap, Problem> {
+    let mut seen = Instant::now();
+    loop {
+        match get(desk, &asked.id.0).await {
+            Ok(swap) if swap.state.is_over() || is_far(swap.state) => return Ok(swap),
+            Ok(swap) => {
+                seen = Instant::now();
+                bar.set_message(format!("{}: {}", swap.id, swap.step));
+            }
+            // The daemon was restarted: the guests run on by themselves, and it settles the record.
+            Err(problem) if problem.code == Code::NoDaemon && seen.elapsed() < DAEMON_PATIENCE => {
+                bar.set_message("waiting for the daemon to come back");
+            }
+            Err(problem) => return Err(problem),
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn hold(desk: &Desk, terms: Terms) -> Result<ExitCode, Problem> {
+    let budget = terms.budget;
+    let new = terms.with(Vec::new());
+    let swap = ask(desk, &new, |state| state == HostSwapState::InProgress).await?;
+    if swap.state != HostSwapState::InProgress {
+        return show(desk, &swap);
+    }
+    if desk.json {
+        say_json(&swap)?;
+    } else {
+        say(&format!(
+            "{} stand still, for {} at the longest; `stillpoint host release {}` lets them go",
+            swap.guests(),
+            format::time(budget),
+            swap.id
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn release(desk: &Desk, id: Option<String>) -> Result<ExitCode, Problem> {
+    let id = match id {
+        Some(id) => id,
+        None => the_hold(desk).await?,
+    };
+    let path = format!("/v1/host/swaps/{}/release", super::path_part(&id)?);
+    let asked: HostSwap = desk.api.send(Method::POST, &path, &()).await?;
+    let bar = progress::waiting(desk.json, "letting the guests go");
+    let swap = follow(desk, &asked, &bar, HostSwapState::is_over).await;
+    bar.finish_and_clear();
+    show(desk, &swap?)
+}
+
+async fn the_hold(desk: &Desk) -> Result<String, Problem> {
+    let swaps: Vec<HostSwap> = desk.api.get("/v1/host/swaps").await?;
+    let mut held = swaps
+        .iter()
+        .filter(|swap| swap.is_by_hand() && !swap.state.is_over());
+    held.next().map(|swap| swap.id.to_string()).ok_or_else(|| {
+        let message = "no guests are held; `stillpoint host ls` lists what was".to_owned();
+        Problem::new(Code::NotFound, message)
+    })
+}
+
+async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
+    let swaps: Vec<HostSwap> = desk.api.get("/v1/host/swaps").await?;
+    if desk.json {
+        say_json(&swaps)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if swaps.is_empty() {
+        say("nothing was done to this host while its guests stood still")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let row = |swap: &HostSwap| {
+        vec![
+            swap.id.to_string(),
+            swap.state.to_string(),
+            format::ago(swap.asked_at_unix_ns),
+            swap.pause_ns
+                .map_or_else(|| "-".into(), |ns| format::time(Duration::from_nanos(ns))),
+            swap.vms.len().to_string(),
+            what(swap),
+        ]
+    };
+    let rows: Vec<_> = swaps.iter().map(row).collect();
+    let head = ["SWAP", "STATE", "ASKED", "PAUSE", "GUESTS", "WHAT"];
+    say(&format::table(&head, &[3, 4], &rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn what(swap: &HostSwap) -> String {
+    match swap.is_by_hand() {
+        true => "by hand".into(),
+        false => swap.command.join(" "),
+    }
+}
+
+fn show(desk: &Desk, swap: &HostSwap) -> Result<ExitCode, Problem> {
+    if desk.json {
+        say_json(swap)?;
+    } else {
+        say(&text(swap))?;
+    }
+    Ok(match swap.state {
+        HostSwapState::Failed | HostSwapState::Refused => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    })
+}
+
+fn text(swap: &HostSwap) -> String {
+    let mut text = format!(
+        "swap {} of this host is {}: {}\n",
+        swap.id,
+        swap.state,
+        what(swap)
+    );
+    let mut line = |name: &str, value: String| {
+        let value = value.trim_end().replace('\n', "\n             ");
+        text.push_str(&format!("  {name:<10} {value}\n"));
+    };
+    if let Some(reason) = &swap.reason {
+        line("why", reason.clone());
+    }
+    line("guests", swap.guests());
+    let budget = format::time(Duration::from_nanos(swap.budget_ns));
+    match swap.pause_ns {
+        Some(ns) => line(
+            "pause",
+            format!(
+                "{} at the longest; budget {budget}",
+                format::time(Duration::from_nanos(ns))
+            ),
+        ),
+        None => line("pause", format!("none; budget {budget}")),
+    }
+    if let Some(ended) = &swap.ended {
+        line("command", ended.to_string());
+    }
+    if let (Some(undo), Some(undone)) = (&swap.undo, &swap.undone) {
+        line("undo", format!("{undo}: {undone}"));
+    }
+    if !swap.output.is_empty() {
+        line("printed", swap.output.clone());
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CommandEnd, SwapId, VmName};
+
+    #[test]
+    fn a_person_reads_what_became_of_it() {
+        let swap = HostSwap {
+            id: SwapId("1".into()),
+            command: vec!["modprobe".into(), "tg3".into()],
+            undo: Some("modprobe old".into()),
+            vms: vec![
+                VmName::new("a").expect("a name"),
+                VmName::new("b").expect("a name"),
+            ],
+            budget_ns: 2_000_000_000,
+            notice_ns: None,
+            no_notice: None,
+            state: HostSwapState::Failed,
+            step: "done".into(),
+            reason: Some("the command: exit status 3".into()),
+            process: None,
+            ended: Some(CommandEnd::Exit(3)),
+            undone: Some(CommandEnd::Exit(0)),
+            output: "no such module\ngiving up\n".into(),
+            pause_ns: Some(12_300_000),
+            asked_at_unix_ns: 0,
+            ended_at_unix_ns: None,
+        };
+        let expected = "\
+swap 1 of this host is failed: modprobe tg3
+  why        the command: exit status 3
+  guests     a, b
+  pause      12.3 ms at the longest; budget 2.00 s
+  command    exit status 3
+  undo       modprobe old: exit status 0
+  printed    no such module
+             giving up
+";
+        assert_eq!(text(&swap), expected);
+    }
+}
