@@ -274,16 +274,17 @@ mod tests {
     use super::*;
     use crate::model::{CommandEnd, SwapId, VmName};
 
+    fn name(text: &str) -> VmName {
+        VmName::try_from(text.to_owned()).expect("a name")
+    }
+
     #[test]
     fn a_person_reads_what_became_of_it() {
         let swap = HostSwap {
             id: SwapId("1".into()),
             command: vec!["modprobe".into(), "tg3".into()],
             undo: Some("modprobe old".into()),
-            vms: vec![
-                VmName::new("a").expect("a name"),
-                VmName::new("b").expect("a name"),
-            ],
+            vms: [name("a"), name("b")].into(),
             budget_ns: 2_000_000_000,
             notice_ns: None,
             no_notice: None,

@@ -151,7 +151,9 @@ fn clock(report: &SwapReport) -> String {
         .filter(|&&delta| delta != 0)
         .map(|delta| delta.to_string())
         .collect();
-    let tsc = if clock.tsc_offset_delta.is_empty() {
+    let tsc = if report.component == HOST {
+        "TSC left alone".to_owned()
+    } else if clock.tsc_offset_delta.is_empty() {
         "TSC offset not known".to_owned()
     } else if off.is_empty() {
         "TSC exact".to_owned()

@@ -6,7 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+    HostSwap, HostSwapState, Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName,
+    VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -189,4 +190,70 @@ fn a_store_in_use_is_refused() {
     let _first = Store::open(&path).expect("open");
     let error = Store::open(&path).expect_err("in use");
     assert!(matches!(error, OpenError::Locked(_)), "{error}");
+}
+
+#[tokio::test]
+async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let path = dir.path().join("s");
+    let store = Store::open(&path).expect("open");
+    for vm_name in ["a", "b"] {
+        store
+            .put_vm(&vm(vm_name, VmState::Running))
+            .await
+            .expect("put");
+    }
+    let host_swap = |id: &str, state| HostSwap {
+        id: SwapId(id.into()),
+        command: vec!["true".into()],
+        undo: None,
+        vms: vec![name("a"), name("b")],
+        budget_ns: 5,
+        notice_ns: None,
+        no_notice: None,
+        state,
+        step: String::new(),
+        reason: None,
+        process: None,
+        ended: None,
+        undone: None,
+        output: String::new(),
+        pause_ns: None,
+        asked_at_unix_ns: 1,
+        ended_at_unix_ns: None,
+    };
+    let part = |of: &str, vm: &str, state| SwapRecord {
+        part_of: Some(SwapId(of.into())),
+        ..swap(&format!("{of}.{vm}"), vm, state)
+    };
+    let parts = |of: &str, state| [part(of, "a", state), part(of, "b", state)];
+    let wanted = |id: &str| host_swap(id, HostSwapState::Wanted);
+    // A swap of one of them stands in the way, and nothing is left of the try.
+    let mut other = swap("9", "b", SwapState::Wanted);
+    assert!(store.add_swap(&other).await.expect("add"));
+    let added = store.add_host_swap(&wanted("1"), &parts("1", SwapState::Wanted));
+    assert_eq!(added.await.expect("asked"), Err(Busy::Vm("b".into())));
+    assert_eq!(store.host_swaps().await.expect("read"), []);
+    assert_eq!(store.open_swap(&name("a")).await.expect("read"), None);
+    other.state = SwapState::Kept;
+    store.update_swap(&other).await.expect("end");
+    let added = store.add_host_swap(&wanted("2"), &parts("2", SwapState::Wanted));
+    assert_eq!(added.await.expect("asked"), Ok(()));
+    let added = store.add_host_swap(&wanted("3"), &[]);
+    let busy = Busy::Host(SwapId("2".into()));
+    assert_eq!(added.await.expect("asked"), Err(busy));
+    let open = store.open_parts(&SwapId("2".into())).await.expect("read");
+    assert_eq!(open, parts("2", SwapState::Wanted));
+    store.close().await;
+    // All of it is there for the next daemon.
+    let store = Store::open(&path).expect("open again");
+    assert_eq!(store.host_swaps().await.expect("read"), [wanted("2")]);
+    let done = host_swap("2", HostSwapState::Done);
+    let ended = parts("2", SwapState::Resumed);
+    store.update_host_swap(&done, &ended).await.expect("end");
+    assert_eq!(store.host_swap(&done.id).await.expect("read"), Some(done));
+    let open = store.open_parts(&SwapId("2".into())).await.expect("read");
+    assert_eq!(open, []);
+    let added = store.add_host_swap(&wanted("3"), &[]);
+    assert_eq!(added.await.expect("asked"), Ok(()));
 }

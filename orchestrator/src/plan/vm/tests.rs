@@ -209,3 +209,33 @@ fn a_swap_is_settled_by_the_word_and_who_lives() {
         assert_eq!(settled, verdict, "{word:?} {predecessor} {successor}");
     }
 }
+
+/// A guest's part of a swap of its host holds up nothing that becomes of the guest itself.
+#[test]
+fn a_part_of_a_swap_of_the_host_is_left_to_the_host() {
+    for swap_state in [SwapState::Wanted, SwapState::InProgress, SwapState::InDoubt] {
+        let part = SwapRecord {
+            component: HOST.into(),
+            part_of: Some(SwapId("0".into())),
+            ..swap(swap_state)
+        };
+        let running = vm(VmState::Running, Wanted::Running);
+        assert_eq!(
+            next(&running, Some(&part), &Seen::Alive).step,
+            Step::Rest,
+            "{swap_state}"
+        );
+        for wanted in [Wanted::Running, Wanted::Stopped] {
+            for state in STATES {
+                for seen in SEEN() {
+                    if (wanted, &seen) == (Wanted::Running, &Seen::Alive) {
+                        continue;
+                    }
+                    let vm = vm(state, wanted);
+                    let with = next(&vm, Some(&part), &seen);
+                    assert_eq!(with, next(&vm, None, &seen), "{state} {wanted:?} {seen:?}");
+                }
+            }
+        }
+    }
+}
