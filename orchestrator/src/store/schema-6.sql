@@ -1,4 +1,4 @@
--- Version 4: swaps of the host itself, in which guests stand still in their places.
+-- Version 6: swaps of the host itself, in which guests stand still in their places.
 ALTER TABLE swaps ADD COLUMN part_of TEXT;
 
 CREATE TABLE host_swaps (
