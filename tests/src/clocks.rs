@@ -19,10 +19,6 @@ use page::Page;
 
 /// Bytes of a wall clock structure (`struct pvclock_wall_clock`).
 const WALL_CLOCK: usize = 12;
-/// What pulse keeps on a vCPU's page before its pvclock structure: the TSC of its latest timer
-/// interrupt (`LOCAL_TIMER_TSC` in traps.s).
-const TIMER_TSC: u64 = 16;
-
 /// How often a swap may be called off before the freeze.
 const TRIES: usize = 3;
 
@@ -75,12 +71,6 @@ impl Watched {
     /// A vCPU's clock as it computes it.
     pub fn page(&self, vcpu: usize) -> anyhow::Result<Page> {
         Page::read(self.pulse(), self.page_at(vcpu)?)
-    }
-
-    /// TSC of a vCPU's latest timer interrupt.
-    pub fn last_tick(&self, vcpu: usize) -> anyhow::Result<u64> {
-        let own = self.page_at(vcpu)? & !0xfff;
-        Ok(u64::from_le_bytes(self.pulse().physical(own + TIMER_TSC)?))
     }
 
     fn wall_clock(&self) -> anyhow::Result<[u8; WALL_CLOCK]> {

@@ -70,6 +70,11 @@ impl Daemon {
         wait_for("the daemon's first answer", PATIENCE, answers).with_context(|| self.log())
     }
 
+    /// Where everything of it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()

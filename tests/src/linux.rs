@@ -48,6 +48,8 @@ pub struct Recipe {
     pub cmdline: String,
     /// Further arguments of `stillpoint run`: disks, network interfaces.
     pub devices: Vec<String>,
+    /// Archives of `make images` behind its initramfs.
+    pub archives: Vec<&'static str>,
 }
 
 impl Recipe {
@@ -60,6 +62,7 @@ impl Recipe {
             memory_mib: 256,
             cmdline: String::new(),
             devices: Vec::new(),
+            archives: Vec::new(),
         }
     }
 
@@ -91,7 +94,15 @@ impl<'d> Linux<'d> {
     pub fn boot(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
         let files = Files::of(recipe.kernel)?;
         let kernel = files.kernel(recipe.form).display().to_string();
-        let initrd = files.initramfs().display().to_string();
+        let initrd = match recipe.archives.as_slice() {
+            [] => files.initramfs(),
+            archives => {
+                let path = daemon.dir().join(format!("{name}.initramfs"));
+                std::fs::write(&path, files.with_archives(archives)?)?;
+                path
+            }
+        };
+        let initrd = initrd.display().to_string();
         // The console costs an exit for each character, so the kernel keeps its log to itself.
         let cmdline = format!(
             "console=ttyS0 quiet loglevel=4 panic=-1 {}",

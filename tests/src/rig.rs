@@ -162,6 +162,13 @@ impl Rig {
         self
     }
 
+    /// An archive for guests' initramfs.
+    #[must_use]
+    pub fn archive(self, name: &str) -> Self {
+        let to = format!("{}/target/images/{name}", order::ROOT);
+        self.file(crate::linux::images::archive(name), to)
+    }
+
     /// QEMU too, as `/bin/qemu-microvm`: to see how another VMM does.
     #[must_use]
     pub fn with_qemu(mut self) -> Self {

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::Outcome;
 use stillpoint_tests::cli::{must_refuse, vmm};
-use stillpoint_tests::clocks::figures::{self, Part, must_keep};
+use stillpoint_tests::clocks::figures::{self, Part, Pause, must_keep};
 use stillpoint_tests::clocks::rigged::{Portion, figures_on};
 use stillpoint_tests::ground::ignores_tsc_offsets;
 use stillpoint_tests::linux::images::Kernel;
@@ -25,7 +25,7 @@ fn clock_timers_and_flags_over_swaps() -> anyhow::Result<()> {
 #[test]
 fn a_periodic_timer_keeps_its_phase() -> anyhow::Result<()> {
     needs_kvm!();
-    must_keep(&figures::periodic(10, |_| {})?)
+    must_keep(&figures::periodic(10, false, |_| {})?)
 }
 
 #[test]
@@ -43,8 +43,7 @@ fn what_is_spoilt_is_caught() -> anyhow::Result<()> {
 #[test]
 fn a_pause_of_seconds() -> anyhow::Result<()> {
     needs_kvm!();
-    let least = Duration::from_secs(2);
-    must_keep(&figures::long_pause("loaded=slow:2000", least)?)
+    must_keep(&figures::long_pause(Pause::SHORT)?)
 }
 
 #[test]

@@ -77,16 +77,23 @@ mod imp {
     pub fn reach(_: super::Point) -> Result<(), &'static str> {
         Ok(())
     }
+
+    /// Of no interest.
+    #[inline]
+    pub fn stands_still_since(_: impl FnOnce() -> std::time::Duration) {}
 }
 
 #[cfg(feature = "fault-injection")]
 mod imp {
     use super::{Point, Spoilt};
-    use std::sync::OnceLock;
-    use std::time::Duration;
+    use std::sync::{Mutex, OnceLock, PoisonError};
+    use std::time::{Duration, Instant};
 
     static SPOILT: OnceLock<Spoilt> = OnceLock::new();
-    static ARMED: OnceLock<(Point, Action)> = OnceLock::new();
+    /// At most one for each point.
+    static ARMED: Mutex<Vec<(Point, Action)>> = Mutex::new(Vec::new());
+    /// When the guest came to a standstill.
+    static STILL: OnceLock<Instant> = OnceLock::new();
 
     #[derive(Clone, Copy, Debug)]
     enum Action {
@@ -95,6 +102,8 @@ mod imp {
         Fail,
         Panic,
         Slow(Duration),
+        /// Waits until the guest has stood still for so long, however long the rest took.
+        Until(Duration),
         /// Stands still, all threads of it, until somebody outside lets it go on: so that things
         /// can be done to it, or to others, just then.
         Stop,
@@ -105,8 +114,17 @@ mod imp {
         SPOILT.get() == Some(&what)
     }
 
-    /// Arms faults, a comma between them: one written `point=crash`, `=hang`, `=fail`, `=panic`,
-    /// `=stop` or `=slow:MILLISECONDS`, and one `spoil=MEASURE`.
+    /// Tells how long ago the guest came to a standstill.
+    pub fn stands_still_since(ago: impl FnOnce() -> Duration) {
+        let _ = STILL.set(
+            Instant::now()
+                .checked_sub(ago())
+                .unwrap_or_else(Instant::now),
+        );
+    }
+
+    /// Arms faults, a comma between them: for each point one written `point=crash`, `=hang`, `=fail`,
+    /// `=panic`, `=stop`, `=slow:MILLISECONDS` or `=until:MILLISECONDS`, and one `spoil=MEASURE`.
     pub fn arm(text: &str) -> Result<(), String> {
         text.split(',').try_for_each(arm_one)
     }
@@ -136,40 +154,60 @@ mod imp {
             "panic" => Action::Panic,
             "stop" => Action::Stop,
             other => {
-                let ms = other.strip_prefix("slow:").and_then(|ms| ms.parse().ok());
-                Action::Slow(Duration::from_millis(ms.ok_or_else(bad)?))
+                let (how, ms) = other.split_once(':').ok_or_else(bad)?;
+                let time = Duration::from_millis(ms.parse().map_err(|_| bad())?);
+                match how {
+                    "slow" => Action::Slow(time),
+                    // Nobody else knows yet when the guest came to a standstill.
+                    "until" if matches!(point, Point::Loaded | Point::Take | Point::Taken) => {
+                        Action::Until(time)
+                    }
+                    _ => return Err(bad()),
+                }
             }
         };
-        ARMED
-            .set((point, action))
-            .map_err(|_| "only one fault at a time".to_owned())
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        if armed.iter().any(|(other, _)| *other == point) {
+            return Err("only one fault at a time and point".to_owned());
+        }
+        armed.push((point, action));
+        Ok(())
+    }
+
+    fn armed(point: Point) -> Option<Action> {
+        let armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = armed.iter().find(|(other, _)| *other == point);
+        here.map(|(_, action)| *action)
     }
 
     /// Fails here if this point is armed.
     pub fn reach(point: Point) -> Result<(), &'static str> {
-        match ARMED.get() {
-            Some((armed, action)) if *armed == point => match action {
-                Action::Crash => std::process::abort(),
-                Action::Hang => loop {
-                    std::thread::park();
-                },
-                Action::Fail => Err("a fault was injected here"),
-                Action::Panic => panic!("a panic was injected here"),
-                Action::Slow(time) => {
-                    std::thread::sleep(*time);
-                    Ok(())
-                }
-                Action::Stop => {
-                    let us = rustix::process::getpid();
-                    let stopped = rustix::process::kill_process(us, rustix::process::Signal::STOP);
-                    stopped.map_err(|_| "it could not stop itself")
-                }
+        match armed(point) {
+            Some(Action::Crash) => std::process::abort(),
+            Some(Action::Hang) => loop {
+                std::thread::park();
             },
-            _ => Ok(()),
+            Some(Action::Fail) => Err("a fault was injected here"),
+            Some(Action::Panic) => panic!("a panic was injected here"),
+            Some(Action::Slow(time)) => {
+                std::thread::sleep(time);
+                Ok(())
+            }
+            Some(Action::Until(time)) => {
+                let since = STILL.get().map(Instant::elapsed);
+                std::thread::sleep(time.saturating_sub(since.unwrap_or_default()));
+                Ok(())
+            }
+            Some(Action::Stop) => {
+                let us = rustix::process::getpid();
+                let stopped = rustix::process::kill_process(us, rustix::process::Signal::STOP);
+                stopped.map_err(|_| "it could not stop itself")
+            }
+            None => Ok(()),
         }
     }
 }
 
 #[cfg(feature = "fault-injection")]
 pub use imp::arm;
-pub use imp::{is_spoilt, reach};
+pub use imp::{is_spoilt, reach, stands_still_since};

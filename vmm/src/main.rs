@@ -22,7 +22,7 @@ use stillpoint_vmm::{doctor, release};
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Fail at a point of the handover: POINT=crash|hang|fail|panic|slow:MS.
+    /// Fail at a point of the handover: POINT=crash|hang|fail|panic|stop|slow:MS|until:MS.
     #[cfg(feature = "fault-injection")]
     #[arg(long, global = true, value_name = "POINT=ACTION")]
     fault: Option<String>,

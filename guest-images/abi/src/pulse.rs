@@ -7,8 +7,8 @@
 use crate::virtio::{Blk, Driver, Hostile, Net, Rng, Vsock};
 
 /// Version of what pulse writes: [`Globals::version`]. A pulse of before wrote 0, and had no
-/// virtio drivers.
-pub const VERSION: u32 = 2;
+/// virtio drivers; one of version 2 told no [`Report::count`].
+pub const VERSION: u32 = 3;
 /// Offset of [`Globals`] in the table's page.
 pub const GLOBALS_OFFSET: u64 = 64;
 /// Offset of [`Report`] in a vCPU's page.
@@ -69,6 +69,19 @@ pub struct Timers {
     pub early: u64,
     /// The longest a timer fired after its time, TSC cycles.
     pub worst_late: u64,
+}
+
+/// What is left of a periodic timer's count, between two readings of the TSC: the phase of its ticks,
+/// whatever keeps the vCPU from taking them.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// TSC before it was read.
+    pub before: u64,
+    /// TSC after.
+    pub after: u64,
+    /// Nanoseconds to the next tick; 0 for one that is due.
+    pub left_ns: u64,
 }
 
 /// What a vCPU is doing; [`Report::mode`].
@@ -164,6 +177,8 @@ pub struct Report {
     pub hostile: Hostile,
     /// Whole passes whose checksum was not what it should have been.
     pub ram_sums_wrong: u64,
+    /// The latest reading of a periodic timer.
+    pub count: Count,
 }
 
 const _: () = assert!(size_of::<Report>() <= 2048);

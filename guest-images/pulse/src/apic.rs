@@ -90,6 +90,11 @@ pub(crate) fn arm_periodic(us: u64) {
     write(INITIAL_COUNT, bus_cycles(us));
 }
 
+/// Nanoseconds to the timer's next tick.
+pub(crate) fn left_ns() -> u64 {
+    u64::from(read(CURRENT_COUNT)) * 1_000_000 / KVM_BUS_KHZ
+}
+
 /// Puts the timer into TSC-deadline mode and arms it.
 pub(crate) fn arm_deadline(at: u64) {
     write(LVT_TIMER, u32::from(idt::TIMER) | TSC_DEADLINE);

@@ -6,17 +6,16 @@
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use stillpoint_guest_abi::pulse::{Report, Timers as Counts};
+use stillpoint_guest_abi::pulse::{Count, Report, Timers as Counts};
 
 use crate::local::Local;
-use crate::options::Kinds;
-use crate::pages::{add, field, raise};
+use crate::options::{self, Kinds};
+use crate::pages::{add, field, place, raise, show};
 use crate::{apic, tsc};
 
-/// Periods of the one-shot, deadline and periodic timers in the loop.
+/// Periods of the one-shot and deadline timers in the loop.
 const ONESHOT_US: u64 = 2000;
 const DEADLINE_US: u64 = 3000;
-const PERIODIC_US: u64 = 2000;
 /// A timer may fire this early: its clock and the TSC are scaled to each other with some error.
 const TOLERANCE_US: u64 = 2;
 
@@ -31,6 +30,7 @@ pub(crate) struct Timers {
     local: &'static Local,
     report: *mut Report,
     kinds: Kinds,
+    period_us: u64,
     has_deadline: bool,
     /// The one armed last, and when it is due.
     kind: Kind,
@@ -50,6 +50,7 @@ impl Timers {
             local,
             report,
             kinds,
+            period_us: options::get().period_us,
             has_deadline: apic::has_deadline(),
             kind: Kind::Deadline,
             due: 0,
@@ -117,10 +118,17 @@ impl Timers {
         let report = self.report;
         if self.periodic_since != 0 {
             let count = self.local.timer_count.load(Relaxed);
-            let expected = (tsc::read() - self.periodic_since) / tsc::cycles(PERIODIC_US);
+            let expected = (tsc::read() - self.periodic_since) / tsc::cycles(self.period_us);
             field!(report.periodic.armed).store(expected, Relaxed);
             add(field!(report.periodic.fired), count - self.seen);
             self.seen = count;
+            let (before, left_ns, after) = (tsc::read(), apic::left_ns(), tsc::read());
+            let count = Count {
+                before,
+                after,
+                left_ns,
+            };
+            show(place!(report.count), &count);
             return;
         }
         let count = self.local.timer_count.load(Relaxed);
@@ -147,7 +155,7 @@ impl Timers {
     fn start_periodic(&mut self) {
         if self.periodic_since == 0 {
             self.periodic_since = tsc::read();
-            apic::arm_periodic(PERIODIC_US);
+            apic::arm_periodic(self.period_us);
         }
     }
 

@@ -9,6 +9,7 @@ use clap::Parser;
 use stillpoint_images::cache::Cache;
 use stillpoint_images::guest::{GuestRecipe, Made};
 use stillpoint_images::packages::{Kernel, Set, Unpacked};
+use stillpoint_images::phc2sys;
 use stillpoint_images::progress::Progress;
 
 /// Fetch Debian's packages and make the images that test guests boot.
@@ -80,6 +81,12 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
         };
         let written = write(&recipe, &args.out.join(kernel.name()), progress)?;
         idle.set(idle.get() && !written);
+    }
+    let clock = phc2sys::archive(&fetch(Set::Phc2sys)?)?;
+    let path = args.out.join("phc2sys");
+    if std::fs::read(&path).ok().as_ref() != Some(&clock) {
+        idle.set(false);
+        std::fs::write(&path, &clock).with_context(|| format!("writing {}", path.display()))?;
     }
     if idle.get() {
         progress.note(&format!(

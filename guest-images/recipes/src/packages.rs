@@ -62,6 +62,8 @@ pub enum Set {
     Qemu,
     /// A static busybox.
     Busybox,
+    /// A daemon that sets a guest's clock by ptp_kvm, and its C library.
+    Phc2sys,
 }
 
 /// Why a set can't be had.
@@ -107,11 +109,12 @@ pub struct Unpacked {
 
 impl Set {
     /// Every set.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Kernel(Kernel::Bookworm),
         Self::Kernel(Kernel::Backports),
         Self::Qemu,
         Self::Busybox,
+        Self::Phc2sys,
     ];
 
     /// Its name in the cache and in messages.
@@ -121,6 +124,7 @@ impl Set {
             Self::Kernel(Kernel::Backports) => "kernel-backports",
             Self::Qemu => "qemu",
             Self::Busybox => "busybox",
+            Self::Phc2sys => "phc2sys",
         }
     }
 
@@ -231,6 +235,7 @@ impl Set {
                 apt.with_dependencies(&names.iter().map(suite).collect::<Vec<_>>())?
             }
             Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
+            Self::Phc2sys => apt.alone(&["linuxptp".to_owned(), "libc6".to_owned()])?,
         };
         apt.download(&debs, into, progress, &format!("download {}", self.name()))?;
         Ok(debs)

@@ -16,13 +16,16 @@ use super::Seen;
 pub use apart::apart;
 pub use controls::controls;
 pub use latecomers::latecomers;
-pub use linux::{Part, Plan, linux};
-pub use pauses::{hold, long_pause};
+pub use linux::{Part, Plan, linux, ptp};
+pub use pauses::{Pause, hold, long_pause};
 pub use periodic::periodic;
 pub use swaps::{Swaps, swaps};
 
 /// The bound of kvmclock's discontinuity in each swap, ns.
 const DISCONTINUITY_NS: u64 = 12;
+
+/// The bound of a part that could not be carried out.
+const CARRIED_OUT: &str = "measured";
 
 /// Whether a bound was kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +65,11 @@ impl Figure {
         }
     }
 
+    /// Whether it stands for a part that could not be carried out.
+    pub fn is_missing(&self) -> bool {
+        self.verdict == Verdict::Broken && self.bound == CARRIED_OUT
+    }
+
     /// One that can't be measured here.
     pub fn skipped(name: &str, bound: &str, why: &str) -> Self {
         Self {
@@ -71,6 +79,19 @@ impl Figure {
             verdict: Verdict::Skipped,
         }
     }
+}
+
+/// What a part showed. One that could not be carried out is a promise that was not kept.
+pub fn or_broken(name: &str, part: anyhow::Result<Vec<Figure>>) -> Vec<Figure> {
+    part.unwrap_or_else(|error| {
+        eprintln!("{name}: {error:#}");
+        vec![Figure {
+            name: name.to_owned(),
+            bound: CARRIED_OUT.into(),
+            measured: format!("{error:#}").replace('\n', "; "),
+            verdict: Verdict::Broken,
+        }]
+    })
 }
 
 /// Insists that no bound is broken.

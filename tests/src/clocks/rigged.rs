@@ -11,7 +11,7 @@ use crate::linux::images::Kernel;
 use crate::rig::Rig;
 
 /// How long a host may take in all.
-const LIMIT: Duration = Duration::from_secs(2400);
+const LIMIT: Duration = Duration::from_secs(3600);
 const QUICK_LIMIT: Duration = Duration::from_secs(900);
 
 /// What a run of `clock` leaves behind.
@@ -37,39 +37,40 @@ pub enum Portion {
 }
 
 impl Portion {
-    /// All there are for a host with this kernel: long pauses for a guest with the same.
+    /// All there are for a host with this kernel: what takes long for a guest with the same.
     pub fn all(host: Kernel) -> Vec<Self> {
         let swaps = Kernel::ALL.map(|guest| Self::Linux(guest, Part::Swaps));
-        let pauses = Self::Linux(host, Part::Pauses);
-        [Self::Pulse, pauses].into_iter().chain(swaps).collect()
+        let same = [Part::Pauses, Part::Ptp].map(|part| Self::Linux(host, part));
+        let all = [Self::Pulse].into_iter().chain(swaps).chain(same);
+        all.collect()
     }
 
     fn name(self) -> String {
         match self {
             Self::Pulse => "pulse".into(),
-            Self::Linux(guest, Part::Swaps) => format!("{}-swaps", guest.name()),
-            Self::Linux(guest, Part::Pauses) => format!("{}-pauses", guest.name()),
+            Self::Linux(guest, part) => format!("{}-{}", guest.name(), word(part)),
         }
     }
 
     fn arguments(self) -> Vec<&'static str> {
         match self {
             Self::Pulse => vec!["--only", "pulse"],
-            Self::Linux(guest, part) => {
-                let part = match part {
-                    Part::Swaps => "swaps",
-                    Part::Pauses => "pauses",
-                };
-                vec![
-                    "--only",
-                    "linux",
-                    "--guest",
-                    guest.name(),
-                    "--of-guest",
-                    part,
-                ]
-            }
+            Self::Linux(guest, part) => [
+                ["--only", "linux"],
+                ["--guest", guest.name()],
+                ["--of-guest", word(part)],
+            ]
+            .concat(),
         }
+    }
+}
+
+/// A part as it is written.
+fn word(part: Part) -> &'static str {
+    match part {
+        Part::Swaps => "swaps",
+        Part::Pauses => "pauses",
+        Part::Ptp => "ptp",
     }
 }
 
@@ -80,8 +81,11 @@ pub fn figures_on(host: Kernel, portion: Portion, quick: bool) -> anyhow::Result
     command.extend(quick.then_some("--quick"));
     let name = format!("clock-{}-{}", host.name(), portion.name());
     let mut rig = Rig::new(&name, host).programs()?.again_if_it_dies();
-    if let Portion::Linux(guest, _) = portion {
+    if let Portion::Linux(guest, part) = portion {
         rig = rig.images(guest, &["vmlinux", "initramfs"]);
+        if part == Part::Ptp {
+            rig = rig.archive("phc2sys");
+        }
     }
     let limit = if quick { QUICK_LIMIT } else { LIMIT };
     let outcome = rig.command(&command).time_limit(limit).run()?;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 pub use stillpoint_images::packages::Kernel;
 
 use crate::releases::root;
@@ -13,6 +14,11 @@ pub enum Form {
     BzImage,
     /// Unpacked, an ELF.
     Vmlinux,
+}
+
+/// An archive to lay behind any of their initramfs.
+pub fn archive(name: &str) -> PathBuf {
+    root().join("target/images").join(name)
 }
 
 /// The files of one kernel's guests.
@@ -37,6 +43,21 @@ impl Files {
             Form::BzImage => "bzImage",
             Form::Vmlinux => "vmlinux",
         })
+    }
+
+    /// The initramfs, and behind it these archives: the kernel unpacks one after the other.
+    pub fn with_archives(&self, names: &[&str]) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = std::fs::read(self.initramfs())?;
+        for name in names {
+            let path = archive(name);
+            let archive = std::fs::read(&path);
+            bytes.extend(
+                archive.with_context(|| {
+                    format!("{} is not there; run `make images`", path.display())
+                })?,
+            );
+        }
+        Ok(bytes)
     }
 
     /// The initramfs with the agent as its init.

@@ -235,6 +235,10 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let pages = pages_before(&machine, &loaded);
     let wall = wall_before(&machine, &loaded);
     timing.mark("load");
+    faults::stands_still_since(|| {
+        let cycles = clock::host_tsc().saturating_sub(loaded.pause.from_tsc);
+        clock::duration(cycles, machine.tsc_khz())
+    });
     faults::reach(faults::Point::Loaded).map_err(AdoptError::Injected)?;
     let took_ns = timing.marks.iter().map(|(_, d)| d.as_nanos()).sum::<u128>() as u64;
     // A predecessor that died meanwhile can't hear this; what is next shows it.

@@ -8,7 +8,8 @@ use stillpoint_state::{Section, StateError};
 use super::error::VcpuError;
 use super::msrs::{self, Late};
 use super::settle::take_up_requests;
-use super::timer::{self, Lapic, Mode};
+use super::timer::phase::{self, Moment};
+use super::timer::{self, Lapic};
 use crate::faults::{self, Spoilt};
 use crate::{clock, raw};
 
@@ -120,17 +121,7 @@ pub fn load(
         .map_err(VcpuError::kvm("load debug registers"))?;
     msrs::write(fd, &plain)?;
     let lapic = Lapic(raw::from_bytes(NAME, &from.lapic)?);
-    // Only of a periodic timer is all of it the same the second time: a one-shot that is overdue fires
-    // at once.
-    match lapic.mode() {
-        Some(Mode::Periodic) => {
-            timer::undisturbed(|| {
-                let now = clock::host_tsc();
-                Ok((load_lapic(fd, lapic, from, pause)?, now))
-            })?;
-        }
-        _ => load_lapic(fd, lapic, from, pause)?,
-    }
+    load_lapic(fd, lapic, from, pause)?;
     if let Some(deadline) = deadline.filter(|&deadline| deadline != 0) {
         msrs::write(fd, &[(msrs::TSC_DEADLINE, deadline)])?;
     }
@@ -140,18 +131,22 @@ pub fn load(
     Ok((loaded, late))
 }
 
-/// Loads the local APIC as it is by now.
+/// Loads the local APIC as it is by now, by the guest's own time: what is held, its timers don't feel.
 fn load_lapic(
     fd: &VcpuFd,
     mut lapic: Lapic,
     from: &VcpuSection,
     pause: Pause,
 ) -> Result<(), VcpuError> {
+    let read = Moment {
+        host_tsc: from.lapic_tsc,
+        tsc_khz: from.tsc_khz,
+    };
+    if from.lapic_tsc != 0 && lapic.is_periodic() {
+        return phase::load(fd, lapic, read, pause.held);
+    }
     if from.lapic_tsc != 0 {
-        // The guest's own time: what is held, its timers don't feel.
-        let passed = clock::host_tsc().saturating_sub(from.lapic_tsc);
-        let passed = clock::duration(passed.saturating_sub(pause.held), from.tsc_khz);
-        lapic.advance(u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX));
+        lapic.advance(read.passed_ns(clock::host_tsc(), pause.held));
     }
     fd.set_lapic(&lapic.0)
         .map_err(VcpuError::kvm("load the local APIC"))

@@ -8,7 +8,10 @@
 //!   and after agrees: then a fired timer is in the IRR (or was taken), and nowhere else;
 //! * a one-shot timer that has fired is saved disarmed (initial count 0);
 //! * a count that still runs is moved on by the pause when it is loaded; a periodic timer keeps
-//!   its phase, and a tick that the pause swallowed is put into the IRR, as KVM would coalesce it.
+//!   its phase ([`phase`]), and a tick that the pause swallowed is put into the IRR, as KVM would
+//!   coalesce it.
+
+pub(super) mod phase;
 
 use kvm_bindings::kvm_lapic_state;
 use kvm_ioctls::VcpuFd;
@@ -37,11 +40,6 @@ pub enum Mode {
     /// Fires when the TSC passes IA32_TSC_DEADLINE.
     Deadline,
 }
-
-/// Cycles within which a local APIC is read or loaded by a thread that keeps its core, generously.
-const HELD_UP: u64 = 100_000;
-/// See [`undisturbed`].
-const TRIES: u32 = 8;
 
 /// A local APIC's registers by name.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +73,11 @@ impl Lapic {
         self.register(INITIAL_COUNT) != 0
     }
 
+    /// Whether its timer ticks again and again, now.
+    pub(super) fn is_periodic(&self) -> bool {
+        self.is_counting() && self.mode() == Some(Mode::Periodic)
+    }
+
     /// Bus cycles (1 ns each in KVM) a count lasts.
     fn divisor(&self) -> u64 {
         // SDM vol. 3, figure 11-10: bits 3,1,0; 0b111 divides by 1, n by 2^(n+1).
@@ -95,7 +98,8 @@ impl Lapic {
     /// Moves a running count on by `passed` nanoseconds.
     pub fn advance(&mut self, passed_ns: u64) {
         let (initial, current) = (self.register(INITIAL_COUNT), self.register(CURRENT_COUNT));
-        if initial == 0 || current == 0 {
+        // Of a periodic timer 0 is a tick that is due; of a one-shot one that has fired.
+        if initial == 0 || (current == 0 && self.mode() != Some(Mode::Periodic)) {
             return;
         }
         let passed = passed_ns / self.divisor();
@@ -125,22 +129,6 @@ fn read(fd: &VcpuFd) -> Result<Lapic, VcpuError> {
         .map_err(VcpuError::kvm("save the local APIC"))
 }
 
-/// Does what belongs to one moment until it was not held up, a few times at the most: a thread that
-/// lost its core between a count and the time that goes with it would move the timer's phase. `act`
-/// gives the host TSC at which it began.
-pub(super) fn undisturbed<T>(
-    mut act: impl FnMut() -> Result<(T, u64), VcpuError>,
-) -> Result<(T, u64), VcpuError> {
-    let mut tries = 0;
-    loop {
-        let (done, began) = act()?;
-        tries += 1;
-        if clock::host_tsc().saturating_sub(began) <= HELD_UP || tries >= TRIES {
-            return Ok((done, began));
-        }
-    }
-}
-
 /// A local APIC as it was saved.
 #[derive(Debug)]
 pub struct SavedLapic {
@@ -159,18 +147,7 @@ pub fn save(fd: &mut VcpuFd, deadline: Option<u64>) -> Result<SavedLapic, VcpuEr
     let host_tsc = clock::host_tsc();
     match lapic.mode() {
         Some(Mode::OneShot) if lapic.is_counting() => save_one_shot(fd, lapic, host_tsc),
-        Some(Mode::Periodic) if lapic.is_counting() => {
-            let (lapic, host_tsc) = undisturbed(|| {
-                settle(fd)?;
-                let now = clock::host_tsc();
-                Ok((read(fd)?, now))
-            })?;
-            Ok(SavedLapic {
-                lapic,
-                deadline: None,
-                host_tsc,
-            })
-        }
+        Some(Mode::Periodic) if lapic.is_periodic() => phase::save(fd),
         Some(Mode::Deadline) if deadline.is_some_and(|d| d != 0) => save_deadline(fd),
         _ => Ok(SavedLapic {
             lapic,
@@ -322,6 +299,15 @@ mod tests {
         let mut masked = lapic(0x30 | 1 << 17 | MASKED, 1_000, 800, 11);
         masked.advance(5_000);
         assert_eq!(masked.register(IRR + 16), 0);
+    }
+
+    /// One that is due, and that its host was late to fire, has not begun anew.
+    #[test]
+    fn a_periodic_tick_that_is_due_is_given_and_keeps_the_phase() {
+        let mut timer = lapic(0x30 | 1 << 17, 1_000, 0, 11);
+        timer.advance(300);
+        assert_eq!(timer.register(CURRENT_COUNT), 700);
+        assert_eq!(timer.register(IRR + 16), 1 << 16, "vector 0x30 pends");
     }
 
     #[test]

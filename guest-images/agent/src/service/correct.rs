@@ -4,10 +4,17 @@
 //! anything: how long the request was on its way does not matter. A correction that was made is
 //! not made again, however often it is asked for: the host can't tell a request that was lost from
 //! an answer that was.
+//!
+//! A clock that is slewed changes its rate where the kernel counts a second on (ntp.c, `second_overflow`),
+//! which it does at a tick; and an idle kernel has none until its next timer. Until then the old rate goes
+//! on, 500 ns too far for each millisecond, and nothing makes up for it: the kernel's own account
+//! (`ntp_error`) takes the rate that was in force for the one that was wanted. So as long as the rate
+//! changes somebody is awake ([`Attendance`]).
 #![allow(unsafe_code)] // clock_adjtime has no safe wrapper here.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use stillpoint_agent::protocol::{Corrected, Correction, Manner};
@@ -38,21 +45,77 @@ impl Corrections {
 
     /// Makes one.
     pub(super) fn make(&self, correction: &Correction) -> io::Result<Corrected> {
-        self.once(correction, |request| {
-            // SAFETY: the structure is whole, ours alone, and outlives the call.
-            let state = unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, request) };
-            match state {
-                -1 => Err(io::Error::last_os_error()),
-                _ => Ok(()),
-            }
-        })
+        let corrected = self.once(correction, adjust)?;
+        if correction.how == Manner::Slew && !corrected.again {
+            std::thread::spawn(attend);
+        }
+        Ok(corrected)
     }
+}
+
+fn adjust(request: &mut libc::timex) -> io::Result<()> {
+    // SAFETY: the structure is whole, ours alone, and outlives the call.
+    let state = unsafe { libc::clock_adjtime(libc::CLOCK_REALTIME, request) };
+    match state {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Microseconds that the kernel has still to slew.
+fn left_us() -> io::Result<i64> {
+    let mut request = nothing();
+    request.modes = libc::ADJ_OFFSET_SS_READ;
+    adjust(&mut request)?;
+    Ok(request.offset)
+}
+
+/// Keeps the kernel's tick going while a slew begins and ends.
+fn attend() {
+    let (began, mut attendance) = (Instant::now(), Attendance::default());
+    while let Ok(left) = left_us() {
+        match attendance.next(began.elapsed(), left) {
+            Some(sleep) => std::thread::sleep(sleep),
+            None => break,
+        }
+    }
+}
+
+/// When to look at a slew that is under way: often in its first second and in its last two, and not at all
+/// a second after nothing was left, which is when the last rate ends.
+#[derive(Debug, Default)]
+struct Attendance {
+    nothing_left: Option<Duration>,
+}
+
+impl Attendance {
+    /// Half of a tick of the fastest kernels that are about (250 a second), and a second with a margin.
+    const OFTEN: Duration = Duration::from_millis(2);
+    const SELDOM: Duration = Duration::from_millis(250);
+    const SECOND: Duration = Duration::from_millis(1100);
+    /// What the kernel slews in two seconds.
+    const SOON_US: i64 = 1000;
+
+    /// How long to sleep, `at` so long after it began with so much left.
+    fn next(&mut self, at: Duration, left_us: i64) -> Option<Duration> {
+        if left_us == 0 {
+            let since = *self.nothing_left.get_or_insert(at);
+            return (at - since < Self::SECOND).then_some(Self::OFTEN);
+        }
+        self.nothing_left = None;
+        let changes = at < Self::SECOND || left_us.abs() <= Self::SOON_US;
+        Some(if changes { Self::OFTEN } else { Self::SELDOM })
+    }
+}
+
+fn nothing() -> libc::timex {
+    // SAFETY: the structure is made of integers, for which zeroes are values.
+    unsafe { std::mem::zeroed() }
 }
 
 /// What the kernel is asked (adjtimex(2)).
 fn request(correction: &Correction) -> io::Result<libc::timex> {
-    // SAFETY: the structure is made of integers, for which zeroes are values.
-    let mut request: libc::timex = unsafe { std::mem::zeroed() };
+    let mut request = nothing();
     match correction.how {
         Manner::Step => {
             request.modes = libc::ADJ_SETOFFSET | libc::ADJ_NANO;
@@ -98,6 +161,22 @@ mod tests {
             (libc::ADJ_OFFSET_SINGLESHOT, 1_500)
         );
         request(&correction("a", 1, Manner::Other)).expect_err("of a later release");
+    }
+
+    #[test]
+    fn a_slew_is_attended_where_its_rate_changes() {
+        let mut attendance = Attendance::default();
+        let mut next = |ms: u64, left| attendance.next(Duration::from_millis(ms), left);
+        let (often, seldom) = (Some(Attendance::OFTEN), Some(Attendance::SELDOM));
+        assert_eq!(next(0, 5_000), often);
+        assert_eq!(next(2_000, 4_000), seldom);
+        assert_eq!(next(8_100, -900), often);
+        assert_eq!(next(9_000, 0), often);
+        // Another was asked for meanwhile.
+        assert_eq!(next(9_500, 20_000), seldom);
+        assert_eq!(next(50_000, 0), often);
+        assert_eq!(next(51_000, 0), often);
+        assert_eq!(next(51_200, 0), None);
     }
 
     #[test]

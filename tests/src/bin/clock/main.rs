@@ -1,10 +1,12 @@
 //! `make clock`: every promise about clocks, measured in full length, beside its bound.
 //!
-//! Prints a table, writes `report.json`, and fails if a bound is broken. What this machine can't show
-//! is a row that says why. Linux guests run here where KVM is hardware; elsewhere in the rig, where
+//! Takes one part after the other ([`parts`]), prints a table, writes `report.json` and `table.txt`, and
+//! fails if a bound is broken or a part could not be carried out. What this machine can't show is a row
+//! that says why. Linux guests run here where KVM is hardware; elsewhere in the rig, where
 //! this very program runs with `--in-rig`, and its figures are brought out.
 
 mod on_kvm;
+mod parts;
 mod table;
 
 use std::io::Write;
@@ -19,6 +21,8 @@ use stillpoint_tests::clocks::rigged::{Portion, Report, figures_on};
 use stillpoint_tests::linux::images::Kernel;
 use stillpoint_tests::releases::root;
 use stillpoint_tests::{ground, rig};
+
+use parts::Parts;
 
 /// Measures the guest's clock over swaps, and holds it against what is promised.
 #[derive(Clone, Debug, Parser)]
@@ -45,6 +49,10 @@ struct Args {
     /// This is the rig's emulated host, with this kernel.
     #[arg(long, value_name = "KERNEL", value_parser = kernel)]
     in_rig: Option<Kernel>,
+    /// Go on with a run that was interrupted: take over what it has measured, if the programs are the
+    /// same.
+    #[arg(long)]
+    resume: bool,
     /// Where the report goes [target/clock].
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,
@@ -79,33 +87,41 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<bool> {
     let began = Instant::now();
-    let mut figures = Vec::new();
+    let dir = args.results.clone();
+    let dir = dir.unwrap_or_else(|| root().join("target/clock"));
+    let mut parts = Parts::new(&dir, args.resume, args.quick)?;
     if args.wants(Only::Pulse) && args.host.is_none() {
-        figures.extend(match ground::no_kvm() {
-            Some(why) => vec![Figure::skipped("everything on /dev/kvm", "", &why)],
-            None => {
-                let emulated = args.in_rig.is_some();
-                on_kvm::pulse(args.quick || emulated, emulated, args.part.as_deref())
-            }
-        });
+        match ground::no_kvm() {
+            Some(why) => parts.note(Figure::skipped("everything on /dev/kvm", "", &why)),
+            None => on_kvm::pulse(&mut parts, args),
+        }
     }
-    let slow = ground::no_fast_kvm().filter(|_| args.in_rig.is_none());
-    figures.extend(match slow {
-        Some(why) => rigged(args, &why),
-        None if args.wants(Only::Linux) => on_kvm::linux(args),
-        None => Vec::new(),
-    });
-    write!(std::io::stdout(), "{}", table::of(&figures))?;
+    match ground::no_fast_kvm().filter(|_| args.in_rig.is_none()) {
+        Some(why) => rigged(&mut parts, args, &why),
+        None if args.wants(Only::Linux) => on_kvm::linux(&mut parts, args),
+        None => {}
+    }
+    let figures = parts.figures();
+    let table = format!("{}\n{}", table::of(&figures), parts.times());
+    write!(std::io::stdout(), "{table}")?;
     let report = Report {
         kernel: rustix::system::uname().release().to_string_lossy().into(),
         cores: ground::cores(),
         seconds: began.elapsed().as_secs(),
         figures,
     };
-    let dir = args.results.clone();
-    write_report(&dir.unwrap_or_else(|| root().join("target/clock")), &report)?;
-    let broken = |figure: &Figure| figure.verdict == Verdict::Broken;
-    Ok(!report.figures.iter().any(broken))
+    write_report(&dir, &report, &table)?;
+    let count = |verdict| {
+        report
+            .figures
+            .iter()
+            .filter(|f| f.verdict == verdict)
+            .count()
+    };
+    let (kept, broken) = (count(Verdict::Kept), count(Verdict::Broken));
+    let skipped = count(Verdict::Skipped);
+    println!("{kept} kept, {broken} broken, {skipped} skipped");
+    Ok(broken == 0 && kept > 0)
 }
 
 impl Args {
@@ -135,45 +151,35 @@ impl Args {
 }
 
 /// On emulated hosts, or a row that says why not. `why` is why it isn't done on this machine itself.
-fn rigged(args: &Args, why: &str) -> Vec<Figure> {
+fn rigged(parts: &mut Parts, args: &Args, why: &str) {
+    let wanted = |host, portion: &Portion| args.wants_portion(host, *portion);
+    let portions = Kernel::ALL.into_iter().flat_map(|host| {
+        let portions = Portion::all(host).into_iter();
+        portions.map(move |portion| (host, portion))
+    });
+    let portions: Vec<_> = portions
+        .filter(|(host, portion)| wanted(*host, portion))
+        .collect();
+    if portions.is_empty() {
+        return;
+    }
     if let Some(missing) = rig::missing() {
         let why = format!("{why}; and {missing}");
-        let name = "everything that takes a Linux guest";
-        return vec![Figure::skipped(name, "", &why)];
+        let name = "everything that takes an emulated host";
+        parts.note(Figure::skipped(name, "", &why));
+        return;
     }
-    let mut all = Vec::new();
-    for host in Kernel::ALL {
-        for portion in Portion::all(host) {
-            if args.wants_portion(host, portion) {
-                let name = format!("{portion:?} on a host with {}", host.name());
-                let began = Instant::now();
-                eprintln!("{name} ...");
-                all.extend(or_broken(&name, figures_on(host, portion, args.quick)));
-                eprintln!("{name}: {:.0?}", began.elapsed());
-            }
-        }
+    for (host, portion) in portions {
+        let name = format!("{portion:?} on a host with {}", host.name());
+        parts.take(&name, || figures_on(host, portion, args.quick));
     }
-    all
 }
 
-fn write_report(dir: &Path, report: &Report) -> anyhow::Result<()> {
-    std::fs::create_dir_all(dir)?;
+fn write_report(dir: &Path, report: &Report, table: &str) -> anyhow::Result<()> {
     let path = dir.join("report.json");
     std::fs::write(&path, serde_json::to_vec_pretty(report)?)
         .with_context(|| path.display().to_string())?;
+    std::fs::write(dir.join("table.txt"), table)?;
     println!("{} s; {}", report.seconds, path.display());
     Ok(())
-}
-
-/// A part that could not be carried out is a promise that was not kept.
-fn or_broken(name: &str, part: anyhow::Result<Vec<Figure>>) -> Vec<Figure> {
-    part.unwrap_or_else(|error| {
-        eprintln!("{name}: {error:#}");
-        vec![Figure {
-            name: name.to_owned(),
-            bound: "measured".into(),
-            measured: format!("{error:#}").replace('\n', "; "),
-            verdict: Verdict::Broken,
-        }]
-    })
 }

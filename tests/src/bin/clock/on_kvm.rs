@@ -1,11 +1,12 @@
 //! Figures of guests on this host's KVM.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use stillpoint_tests::clocks::figures::{self, Figure, Plan};
+use stillpoint_tests::clocks::figures::{self, Figure, Part, Pause, Plan};
 use stillpoint_tests::linux::images::Kernel;
 
-use crate::{Args, or_broken};
+use crate::Args;
+use crate::parts::Parts;
 
 /// Swaps whose every clock is judged.
 const SWAPS: usize = 1000;
@@ -19,36 +20,31 @@ const LINUX_SWAPS: usize = 20;
 const FEW: usize = 3;
 /// Its long pauses.
 const PAUSES: usize = 20;
-/// A pause of nearly the longest budget that there is, and a short one for a quick run.
-const LONG: (&str, Duration) = ("loaded=slow:29000", Duration::from_secs(29));
-/// The same where loading takes its time, and what follows must fit into the budget too.
-const LONG_IN_RIG: (&str, Duration) = ("loaded=slow:26500", Duration::from_millis(26_500));
-const SHORT: (&str, Duration) = ("loaded=slow:2000", Duration::from_secs(2));
 
-/// Of the bare-metal guest. One part after the other; one that fails is a broken row.
-/// What a swap costs on an emulated host is of no interest.
-pub(crate) fn pulse(quick: bool, emulated: bool, wanted: Option<&str>) -> Vec<Figure> {
+/// Of the bare-metal guest. What a swap costs on an emulated host is of no interest.
+pub(crate) fn pulse(parts: &mut Parts, args: &Args) {
+    let emulated = args.in_rig.is_some();
+    let quick = args.quick || emulated;
     let scale = |full: usize| if quick { full.div_ceil(50) } else { full };
     let late = if quick { LATE / 4 } else { LATE };
-    let (fault, least) = if quick { SHORT } else { LONG };
-    let mut all = Vec::new();
     let mut take = |name: &str, part: &dyn Fn() -> anyhow::Result<Vec<Figure>>| {
-        if wanted.is_some_and(|wanted| !name.contains(wanted)) {
-            return;
+        if args.part.as_ref().is_none_or(|part| name.contains(part)) {
+            parts.take(name, part);
         }
-        let began = Instant::now();
-        eprintln!("{name} ...");
-        all.extend(or_broken(name, part()));
-        eprintln!("{name}: {:.0?}", began.elapsed());
     };
     take("swaps", &|| swaps(scale(SWAPS), emulated));
-    take("periodic timer", &|| periodic(scale(PERIODIC), emulated));
+    take("periodic timer", &|| {
+        figures::periodic(scale(PERIODIC), emulated, tell)
+    });
     take("latecomers", &|| figures::latecomers(late));
-    take("a long pause", &|| figures::long_pause(fault, least));
+    take("a long pause", &|| figures::long_pause(pause(quick)));
     take("differing TSCs", &figures::apart);
     take("hold", &figures::hold);
     take("negative controls", &figures::controls);
-    all
+}
+
+fn pause(quick: bool) -> Pause {
+    if quick { Pause::SHORT } else { Pause::LONG }
 }
 
 fn tell(swap: usize) {
@@ -65,47 +61,31 @@ fn swaps(count: usize, emulated: bool) -> anyhow::Result<Vec<Figure>> {
     Ok(swaps.figures)
 }
 
-/// Reading and loading a local APIC takes longer on an emulated host than the phase is judged by.
-fn periodic(count: usize, emulated: bool) -> anyhow::Result<Vec<Figure>> {
-    if emulated {
-        let why = "an emulated host takes longer to load a timer than that";
-        return Ok(vec![Figure::skipped("periodic timer's phase", "", why)]);
-    }
-    figures::periodic(count, tell)
-}
-
 /// Of Linux guests with both kernels, or those that are wanted.
-pub(crate) fn linux(args: &Args) -> Vec<Figure> {
+pub(crate) fn linux(parts: &mut Parts, args: &Args) {
     let (quick, in_rig) = (args.quick, args.in_rig);
-    let (fault, least) = match (quick, in_rig) {
-        (true, _) => SHORT,
-        (false, Some(_)) => LONG_IN_RIG,
-        (false, None) => LONG,
-    };
-    let mut all = Vec::new();
-    for kernel in Kernel::ALL
-        .into_iter()
-        .filter(|&kernel| args.wants_guest(kernel))
-    {
+    let wanted = |kernel: &Kernel| args.wants_guest(*kernel);
+    for kernel in Kernel::ALL.into_iter().filter(wanted) {
         let is_another = in_rig.is_some_and(|host| host != kernel);
+        let few = quick || is_another;
         let plan = Plan {
             part: args.of_guest,
-            swaps: if quick || is_another {
-                FEW
-            } else {
-                LINUX_SWAPS
-            },
+            swaps: if few { FEW } else { LINUX_SWAPS },
             pauses: if quick { 1 } else { PAUSES },
-            fault,
-            least,
+            pause: pause(quick),
             with_control: !quick,
             // Of one of them, so that it is seen on and off.
             steal: kernel == Kernel::Backports,
             may_set_clock: in_rig.is_some(),
         };
+        let wants = |part| args.of_guest.is_none_or(|wanted| wanted == part);
         let name = format!("a guest with {}", kernel.name());
-        eprintln!("{name} ...");
-        all.extend(or_broken(&name, figures::linux(kernel, plan)));
+        if wants(Part::Swaps) || wants(Part::Pauses) {
+            parts.take(&name, || figures::linux(kernel, plan));
+        }
+        if wants(Part::Ptp) {
+            let name = format!("{name} and phc2sys");
+            parts.take(&name, || figures::ptp(kernel));
+        }
     }
-    all
 }

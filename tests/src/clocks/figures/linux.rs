@@ -6,9 +6,11 @@
 //! | [`vmclock`] | vmclock and ptp_kvm |
 //! | [`hosts_clock`] | a host whose clock is set and slewed meanwhile |
 //! | [`pauses`] | long pauses, and time stolen |
+//! | [`mod@ptp`] | a guest that corrects its clock by itself |
 
 mod hosts_clock;
 mod pauses;
+mod ptp;
 mod readings;
 mod vmclock;
 
@@ -20,11 +22,12 @@ use stillpoint_agent::protocol::{Correction, Manner};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::{ClockReceipt, SwapReport};
 
-use super::{Figure, receipt_of, worst};
+use super::{Figure, Pause, or_broken, receipt_of, worst};
 use crate::daemon::Daemon;
 use crate::linux::images::{Form, Kernel};
 use crate::linux::{Linux, Recipe};
 use crate::releases::Release;
+pub use ptp::ptp;
 use readings::Line;
 
 /// What a swap may do to a guest's wall clock, ns.
@@ -33,8 +36,9 @@ const WALL_NS: i64 = 5_000;
 const CORRECTED_NS: i64 = 1_000_000;
 /// What a clock is slewed by to see that it can be, ns, and how long that takes at the most.
 const SLEWED_NS: i64 = 1_000_000;
-/// How exact that is. The kernel changes its rate at a tick, so one that comes late (an emulated host's
-/// processor is taken away at times) slews on until then: 500 ns too far for each millisecond.
+/// How exact that is. The kernel changes its rate at a tick, so one that comes late slews on until then:
+/// 500 ns too far for each millisecond. The agent sees to it that a tick comes, but an emulated host's
+/// processor is taken away at times, and with it the guest's.
 const SLEW_NS: i64 = 500_000;
 const SLEWING: Duration = Duration::from_secs(5);
 /// A release that takes its time to load.
@@ -47,8 +51,6 @@ const SLOW: Slow = Slow {
 const LONG: &str = "slower";
 /// And one that doesn't tell the guest of it.
 const DEAF: &str = "deaf";
-/// A pause that no watchdog could let pass.
-const LONGEST: &str = "loaded=slow:26500";
 /// How often a swap may be called off for its budget, and what it says then.
 const CALLED_OFF: usize = 3;
 const OVER_BUDGET: [&str; 2] = [
@@ -70,6 +72,8 @@ pub enum Part {
     Swaps,
     /// Long pauses.
     Pauses,
+    /// A guest that corrects its clock by itself.
+    Ptp,
 }
 
 /// How much is to be done.
@@ -81,11 +85,9 @@ pub struct Plan {
     pub swaps: usize,
     /// Long pauses.
     pub pauses: usize,
-    /// What makes a pause long.
-    pub fault: &'static str,
-    /// How long it is then at the least.
-    pub least: Duration,
-    /// Also a pause of 26 s of which the guest is not told.
+    /// How long.
+    pub pause: Pause,
+    /// Also a pause of 30 s of which the guest is not told.
     pub with_control: bool,
     /// Pauses count as stolen from the guest.
     pub steal: bool,
@@ -101,39 +103,44 @@ struct Stage<'d> {
     called_off: Cell<usize>,
 }
 
-/// Every figure that takes a Linux guest, for one kernel.
+/// Every figure that takes a Linux guest with an agent's correction, for one kernel.
 pub fn linux(kernel: Kernel, plan: Plan) -> anyhow::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let daemon = Daemon::start(dir.path())?;
-    let deaf = format!("{LONGEST},spoil=watchdogs");
-    for (name, fault) in [(SLOW.name, SLOW.fault), (LONG, plan.fault), (DEAF, &deaf)] {
+    let deaf = format!("{},spoil=watchdogs", Pause::LONG.fault);
+    let long = plan.pause.fault;
+    for (name, fault) in [(SLOW.name, SLOW.fault), (LONG, long), (DEAF, &deaf)] {
         add_faulty(&daemon, name, fault)?;
     }
     let mut recipe = Recipe::new(kernel, Form::Vmlinux, 2);
     recipe.devices.push("--vmclock".into());
     recipe.devices.extend(plan.steal.then(|| "--steal".into()));
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
-    let stage = Stage {
-        guest,
-        daemon: &daemon,
-        kernel: kernel.name(),
-        called_off: Cell::new(0),
-    };
+    let stage = Stage::new(guest, &daemon, kernel);
     let wants = |part| plan.part.is_none_or(|wanted| wanted == part);
-    let mut figures = vec![stage.boots()?];
+    // One part after the other: one that fails is a broken row, and the next is measured all the same.
+    let mut figures = Vec::new();
+    let mut take = |what: &str, part: anyhow::Result<Vec<Figure>>| {
+        figures.extend(or_broken(&stage.name(what), part));
+    };
+    let one = |part: anyhow::Result<Figure>| part.map(|figure| vec![figure]);
+    take("boots", one(stage.boots()));
     if wants(Part::Swaps) {
-        figures.extend(stage.vmclock()?);
-        figures.extend(stage.swaps(plan.swaps)?);
-        figures.push(stage.host_clock(plan.may_set_clock)?);
-        figures.push(stage.stolen(plan.steal)?);
-        figures.extend(stage.hold()?);
-        figures.push(stage.ptp_kvm()?);
-        figures.push(stage.slewed()?);
+        take("vmclock", stage.vmclock());
+        take("wall clock over swaps", stage.swaps(plan.swaps));
+        take(
+            "host's clock set",
+            one(stage.host_clock(plan.may_set_clock)),
+        );
+        take("stolen time", one(stage.stolen(plan.steal)));
+        take("hold", stage.hold());
+        take("ptp_kvm", one(stage.ptp_kvm()));
+        take("slew", one(stage.slewed()));
     }
     if wants(Part::Pauses) {
-        figures.extend(stage.long_pauses(plan)?);
+        take("long pauses", stage.long_pauses(plan));
         if plan.with_control {
-            figures.push(stage.untold()?);
+            take("a pause it is not told of", one(stage.untold()));
         }
     }
     Ok(figures)
@@ -147,7 +154,16 @@ fn add_faulty(daemon: &Daemon, name: &str, fault: &str) -> anyhow::Result<()> {
         .map(drop)
 }
 
-impl Stage<'_> {
+impl<'d> Stage<'d> {
+    fn new(guest: Linux<'d>, daemon: &'d Daemon, kernel: Kernel) -> Self {
+        Self {
+            guest,
+            daemon,
+            kernel: kernel.name(),
+            called_off: Cell::new(0),
+        }
+    }
+
     fn name(&self, what: &str) -> String {
         format!("{}: {what}", self.kernel)
     }

@@ -15,8 +15,33 @@ use crate::vm::{Recipe, Vm};
 /// What a guest may see beside a pause, on a host with others.
 const SCHEDULING: Duration = Duration::from_millis(25);
 
-/// A pause of about as long as `fault` says, within a budget of 30 s.
-pub fn long_pause(fault: &'static str, least: Duration) -> anyhow::Result<Vec<Figure>> {
+/// A pause that ends when the guest has stood still for so long, whatever loading took: so it is as long
+/// on a busy machine as on another, and is not called off there. Most of it lies before the loading, which
+/// must make up for it, and its end after the guest was taken, when no budget calls a swap off any more.
+#[derive(Clone, Copy, Debug)]
+pub struct Pause {
+    /// What makes it.
+    pub fault: &'static str,
+    /// How long it is at the least.
+    pub least: Duration,
+}
+
+impl Pause {
+    /// As long as the longest budget.
+    pub const LONG: Self = Self {
+        fault: "load=slow:20000,taken=until:30000",
+        least: Duration::from_secs(30),
+    };
+    /// For a run in short.
+    pub const SHORT: Self = Self {
+        fault: "load=slow:1000,taken=until:2000",
+        least: Duration::from_secs(2),
+    };
+}
+
+/// A pause, within the longest budget or just beyond.
+pub fn long_pause(pause: Pause) -> anyhow::Result<Vec<Figure>> {
+    let Pause { fault, least } = pause;
     let mut guest = Watched::up(2, "ram=4M")?;
     let terms = Terms::budget(stillpoint_control::spec::MAX_BUDGET);
     let before = guest.page(0)?;

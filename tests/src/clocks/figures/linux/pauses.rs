@@ -67,7 +67,7 @@ impl Stage<'_> {
                     complaints.len(),
                     self.called_off.get()
                 ),
-                complaints.is_empty() && before == after && shortest >= plan.least,
+                complaints.is_empty() && before == after && shortest >= plan.pause.least,
             ),
             Figure::new(
                 &self.name("wall clock over each of them"),

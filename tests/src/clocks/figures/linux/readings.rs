@@ -94,6 +94,17 @@ impl Line {
         })
     }
 
+    /// How much more the second reading says than the first, of two clocks of the same time; `None` if one
+    /// of them was held up.
+    pub(super) fn apart(&self, one: &Reading, other: &Reading) -> Option<i64> {
+        let (from, to) = (middle(one).ok()?, middle(other).ok()?);
+        let cycles = to.wrapping_sub(from).cast_signed();
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
+        // Milliseconds of nanoseconds.
+        let between = (cycles as f64 * self.rate) as i64;
+        Some(other.ns.wrapping_sub(one.ns).cast_signed() - between)
+    }
+
     fn off(&self, before: &Reading, now: &Reading) -> anyhow::Result<i64> {
         let cycles = middle(now)?.checked_sub(middle(before)?);
         let cycles = cycles.context("the TSC went backwards")?;
@@ -125,6 +136,9 @@ mod tests {
         };
         let off = line.off(&line.realtime, &reading(6_007, 4_000));
         assert_eq!(off.expect("a reading"), 7);
+        // Read 1000 cycles, so 500 ns, before the other.
+        let apart = line.apart(&reading(9_000, 3_000), &reading(8_493, 2_000));
+        assert_eq!(apart, Some(-7));
         let held_up = Reading {
             tsc_after: 1 << 40,
             ..reading(6_000, 4_000)
