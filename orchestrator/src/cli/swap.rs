@@ -45,6 +45,9 @@ enum Component {
         /// Pause the guest without notice, for this reason, which is recorded.
         #[arg(long, value_name = "REASON", conflicts_with = "notice")]
         no_notice: Option<String>,
+        /// Swap to a release below the pinned minimum (`stillpoint release pin`).
+        #[arg(long)]
+        allow_downgrade: bool,
     },
 }
 
@@ -56,6 +59,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         clock,
         notice,
         no_notice,
+        allow_downgrade,
     } = args.component;
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
@@ -67,6 +71,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         notice_ns: notice.map(format::whole_ns),
         no_notice,
         clock,
+        allow_downgrade,
     };
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;
