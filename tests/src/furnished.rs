@@ -73,7 +73,11 @@ impl Furnished {
             vsock: Some(VsockSpec { cid: 42 }),
             rng: true,
         };
-        let (cpus, frames) = if wired { (5, "mode4=net") } else { (4, "") };
+        // Pulse counts its vCPUs by CPUID, in powers of two.
+        let (cpus, frames) = match wired {
+            true => (5, "online=5 mode4=net"),
+            false => (4, ""),
+        };
         let cmdline = format!(
             "ram=2M gap_us=500 duty=50 mode1=blk mode2=vsock port={HOST_PORT} mode3=rng {frames}"
         );

@@ -168,6 +168,8 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     let count = fds.len();
     let fds: [OwnedFd; OFFERED_FDS] = fds.try_into().map_err(|_| AdoptError::Fds(count))?;
     let [ram, ownership, state, predecessor, control, console, log] = fds;
+    // Before anything is refused: who closes with packets unread takes its last word back with it.
+    let mut files = await_files(channel, offer.files)?;
     let format = choose_format(&offer)?;
     let spec = MachineSpec::from_json(&offer.spec)?;
     let ram = Arc::new(GuestRam::adopt(ram, &spec.memory)?);
@@ -177,7 +179,6 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         tsc_offset: offer.tsc_offset,
         hold: offer.hold,
     };
-    let mut files = await_files(channel, offer.files)?;
     let plugs = backend::adopt(&spec, Path::new(&offer.dir), &mut files);
     let plugs = plugs.map_err(BuildError::from)?;
     let blank = Blank::new(&spec, &ram, events, plugs, promise, |_| Ok(()))?;
