@@ -43,9 +43,10 @@ rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--ker
 
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between
-	@mkdir -p $(RELEASES)/compat $(RELEASES)/faulty $(RELEASES)/current
+	@mkdir -p $(RELEASES)/compat $(RELEASES)/faulty $(RELEASES)/later $(RELEASES)/current
 	$(VMM) --features compat-0-1 && cp -f target/release/stillpoint-vmm $(RELEASES)/compat/
 	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
+	$(VMM) --features later && cp -f target/release/stillpoint-vmm $(RELEASES)/later/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
 
 .PHONY: bench
@@ -68,6 +69,10 @@ faults: releases programs ## the crash matrix, cell by cell (ONLY="take / succes
 
 faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n)
 	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED))
+
+.PHONY: compat
+compat: releases programs ## swaps to and fro between releases, with all devices (PREVIOUS=REV builds that revision)
+	target/release/compat $(if $(PREVIOUS),--previous $(PREVIOUS))
 
 .PHONY: fuzz
 fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a nightly; SECONDS_EACH=n)

@@ -17,6 +17,7 @@ use crate::agent::binaries::Binaries;
 use crate::agent::custody;
 use crate::agent::places::private_dir;
 use crate::agent::scope::Scopes;
+use crate::agent::trust::Trust;
 use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
 use crate::metadata::notices::Notices;
@@ -38,6 +39,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The API's socket.
     pub socket: PathBuf,
+    /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
+    pub trust: Vec<String>,
 }
 
 /// The run directory when none is given.
@@ -73,6 +76,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     private_dir(&config.state_dir)?;
     private_dir(&config.run_dir.join("vms"))?;
     let _lock = lock(&config.run_dir)?;
+    let trust = Trust::load(&config.trust)?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
@@ -83,7 +87,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         events,
         ways: Ways::new(notices.clone()),
         notices,
-        binaries: Binaries::new(&config.state_dir),
+        binaries: Binaries::new(&config.state_dir, trust),
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
@@ -186,7 +190,8 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// A daemon without any release adds the VMM that was installed beside it.
+/// A daemon without any release adds the VMM that was installed beside it. One that trusts keys adds
+/// it by its papers only; to one that trusts none, it is as good as the daemon's own binary.
 async fn add_first_release(host: &Host) -> anyhow::Result<()> {
     if !host.store.releases().await?.is_empty() {
         return Ok(());
@@ -202,13 +207,16 @@ async fn add_first_release(host: &Host) -> anyhow::Result<()> {
     }
     let new = NewRelease {
         path: path.clone(),
-        version: None,
-        args: Vec::new(),
+        unsigned: !host.binaries.trusts_somebody(),
+        ..NewRelease::default()
     };
     match api::add_release(host, new).await {
         Ok(release) => {
             let version = release.manifest.version;
-            tracing::info!(version, path = %path.display(), "no release was in the store: added the one beside the daemon");
+            let signed_by = release
+                .signed_by
+                .map_or("nobody".into(), |signer| signer.key_id);
+            tracing::info!(version, signed_by, path = %path.display(), "no release was in the store: added the one beside the daemon");
         }
         Err(problem) => tracing::warn!("the VMM beside the daemon was not added: {problem}"),
     }

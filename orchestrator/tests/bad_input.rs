@@ -184,7 +184,7 @@ fn swaps_that_can_not_be_are_refused_and_the_guest_goes_on() {
     );
     let far = daemon.toy("7.0.0", &[7], &[7]);
     daemon
-        .ask(&["release", "add", far.to_str().expect("UTF-8")])
+        .ask(&["release", "add", far.to_str().expect("UTF-8"), "--unsigned"])
         .good();
     let (code, message) = refused("web", "7.0.0");
     assert_eq!(code, "no_common_format");
@@ -252,12 +252,19 @@ fn a_binary_that_was_tampered_with_is_not_run() {
 #[test]
 fn a_file_that_is_no_release_is_not_added() {
     let daemon = Daemon::start();
-    let (code, message) = daemon.ask(&["release", "add", "/bin/true"]).bad();
+    let (code, message) = daemon
+        .ask(&["release", "add", "/bin/true", "--unsigned"])
+        .bad();
     assert_eq!(code, "not_a_release", "{message}");
     let text = daemon.path().join("text");
     std::fs::write(&text, "hello").expect("write");
     let (code, message) = daemon
-        .ask(&["release", "add", text.to_str().expect("UTF-8")])
+        .ask(&[
+            "release",
+            "add",
+            text.to_str().expect("UTF-8"),
+            "--unsigned",
+        ])
         .bad();
     assert_eq!(code, "not_a_release", "{message}");
     // A release never changes: the same version with other arguments is another release.
@@ -266,7 +273,15 @@ fn a_file_that_is_no_release_is_not_added() {
     let toy = daemon.path().join("toy-0.2.0");
     let toy = toy.to_str().expect("UTF-8");
     let (code, _) = daemon
-        .ask(&["release", "add", toy, "--as", "1", "--arg=--toy=hang"])
+        .ask(&[
+            "release",
+            "add",
+            toy,
+            "--unsigned",
+            "--as",
+            "1",
+            "--arg=--toy=hang",
+        ])
         .bad();
     assert_eq!(code, "release_exists");
     let releases = daemon.ask(&["release", "ls"]).good();

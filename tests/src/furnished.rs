@@ -1,20 +1,23 @@
 //! A guest with all kinds of devices, all of them at work: a vCPU drives each, and counts what it is
-//! owed. What a disk must hold, what a socket must bring back and which frames must come is checked
-//! here; RAM, clocks, timers and whether anything ran twice is in what pulse counts by itself.
+//! owed. What a disk must hold, what a socket must bring back, which frames must come, that a viewer
+//! of its console stays connected and that its vmclock counts swaps is checked here; RAM, clocks,
+//! timers and whether anything ran twice is in what pulse counts by itself.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use anyhow::{Context, ensure};
+use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::spec::{DiskSpec, NetSpec, VsockSpec};
 use stillpoint_guest_abi::pulse::Report;
 use stillpoint_guest_abi::virtio::VSOCK_ECHO_PORT;
+use stillpoint_vmm::devices::vmclock;
 use tempfile::NamedTempFile;
 
 use crate::console::Console;
 use crate::devices::{Devices, check_disk};
-use crate::patience::PATIENCE;
+use crate::patience::{PATIENCE, wait_for};
 use crate::releases::Release;
 use crate::vm::{Recipe, Vm};
 use crate::wire::TAP;
@@ -23,8 +26,12 @@ use crate::wire::TAP;
 const DISK: usize = 1;
 /// The vCPU that speaks with the host.
 const SOCKETS: usize = 2;
-/// The vCPU that sends frames where there is a wire, and draws entropy where there is none.
-const THIRD: usize = 3;
+/// The vCPU that draws entropy.
+const ENTROPY: usize = 3;
+/// The vCPU that sends frames where there is a wire.
+const FRAMES: usize = 4;
+/// Offset of the sequence in `struct vmclock_abi`.
+const SEQUENCE: u64 = 12;
 /// Port of the host to which the guest connects.
 pub const HOST_PORT: u32 = 5000;
 /// What is on its way over a swap.
@@ -40,8 +47,10 @@ pub struct Furnished {
     pub vm: Vm,
     image: NamedTempFile,
     call: BufReader<UnixStream>,
+    console: Console,
     wired: bool,
     rounds: u8,
+    sequence: u32,
 }
 
 impl Furnished {
@@ -64,18 +73,30 @@ impl Furnished {
             vsock: Some(VsockSpec { cid: 42 }),
             rng: true,
         };
-        let third = if wired { "net" } else { "rng" };
-        let cmdline =
-            format!("ram=2M gap_us=500 mode1=blk mode2=vsock port={HOST_PORT} mode3={third}");
-        let recipe = Recipe::pulse(4, &cmdline);
+        // Pulse counts its vCPUs by CPUID, in powers of two.
+        let (cpus, frames) = match wired {
+            true => (5, "online=5 mode4=net"),
+            false => (4, ""),
+        };
+        let cmdline = format!(
+            "ram=2M gap_us=500 duty=50 mode1=blk mode2=vsock port={HOST_PORT} mode3=rng {frames}"
+        );
+        let recipe = Recipe::pulse(cpus, &cmdline);
+        let clock = ClockSpec {
+            vmclock: true,
+            ..ClockSpec::default()
+        };
         let vm = Vm::up(&Recipe {
             devices,
             release,
+            clock,
             ..recipe
         })?;
         echo(&vm.dir())?;
         let call = call(&vm.dir())?;
         let guest = Self {
+            console: Console::open(&vm)?,
+            sequence: sequence(&vm)?,
             vm,
             image,
             call,
@@ -87,16 +108,16 @@ impl Furnished {
     }
 
     fn at_work(&self) -> Vec<(usize, u64, Done)> {
-        let third: Done = match self.wired {
-            true => |r| r.net.received,
-            false => |r| r.rng.bytes,
-        };
         let disk: Done = |r| r.blk.reads + r.blk.writes + r.blk.flushes;
-        vec![
+        let mut devices: Vec<(usize, u64, Done)> = vec![
             (DISK, 20, disk),
             (SOCKETS, 1, |r| r.vsock.rounds),
-            (THIRD, 20, third),
-        ]
+            (ENTROPY, 20, |r| r.rng.bytes),
+        ];
+        if self.wired {
+            devices.push((FRAMES, 20, |r| r.net.received));
+        }
+        devices
     }
 
     /// Waits until every device has done something more.
@@ -139,10 +160,33 @@ impl Furnished {
         self.works()
     }
 
+    /// After a swap that moved it: what was on its way came, its console is where it was, its vmclock
+    /// counted one swap, and it is whole.
+    pub fn came_through(&mut self) -> anyhow::Result<()> {
+        self.receive()?;
+        let sequence = sequence(&self.vm)?;
+        let before = std::mem::replace(&mut self.sequence, sequence);
+        ensure!(
+            sequence == before.wrapping_add(2),
+            "the sequence of its vmclock went from {before} to {sequence}"
+        );
+        self.console.ask("ping", "pong")?;
+        self.is_whole()
+    }
+
+    /// After a swap that did not move it: the same, and its vmclock counted none.
+    pub fn stayed(&mut self) -> anyhow::Result<()> {
+        self.receive()?;
+        let sequence = sequence(&self.vm)?;
+        ensure!(sequence == self.sequence, "its vmclock counted a swap");
+        self.console.ask("ping", "pong")?;
+        self.is_whole()
+    }
+
     /// Ends it in order; what its disk holds is what it was told.
-    pub fn end(self) -> anyhow::Result<()> {
+    pub fn end(mut self) -> anyhow::Result<()> {
         let command = format!("mode {DISK} spin");
-        Console::open(&self.vm)?.ask(&command, &command)?;
+        self.console.ask(&command, &command)?;
         let vm = &self.vm;
         vm.pulse.wait("the disk let go", PATIENCE, |s| {
             s.vcpus[DISK].driver.slot == 0
@@ -151,6 +195,15 @@ impl Furnished {
         vm.is_well()?;
         self.vm.power_off()
     }
+}
+
+/// The sequence in the guest's vmclock page, when nobody writes it.
+fn sequence(vm: &Vm) -> anyhow::Result<u32> {
+    let at = vmclock::PAGE.0 + SEQUENCE;
+    wait_for("a vmclock page at rest", PATIENCE, || {
+        let sequence = u32::from_le_bytes(vm.pulse.physical(at)?);
+        Ok((sequence & 1 == 0).then_some(sequence))
+    })
 }
 
 /// A host program that sends back what comes, on every connection.

@@ -9,6 +9,8 @@
 //! | [`guest`] | what pulse writes down, read from the RAM file |
 //! | [`devices`] | its virtio devices, and what its disks must hold |
 //! | [`furnished`] | a guest with all kinds of devices, all of them at work |
+//! | [`compat`] | swaps to and fro between releases that know different states, and refusals by name |
+//! | [`saved`] | a guest's saved state, and what was said of it before |
 //! | [`matrix`] | the crash matrix: a fault in every phase, on every side |
 //! | [`cli`] | its command line, for what it refuses |
 //! | [`console`] | a viewer at the guest's console |
@@ -22,6 +24,7 @@
 
 pub mod cli;
 pub mod clocks;
+pub mod compat;
 pub mod console;
 pub mod daemon;
 pub mod devices;
@@ -33,6 +36,7 @@ pub mod matrix;
 pub mod patience;
 pub mod releases;
 pub mod rig;
+pub mod saved;
 pub mod start;
 pub mod swap;
 pub mod vm;

@@ -13,6 +13,12 @@ pub enum Release {
     Compat,
     /// The tree with fault points, armed with one.
     Faulty(&'static str),
+    /// What a later release may be: a format more, and remarks in all its sections.
+    Later,
+    /// The same, made to write what older ones can't read.
+    Odd(&'static str),
+    /// The release before this one, as it was built from its own sources (`make compat`).
+    Previous,
 }
 
 /// Root of the work tree; `STILLPOINT_ROOT` names another place with the same `target` in it.
@@ -40,6 +46,8 @@ impl Release {
             Self::Current => "current/stillpoint-vmm",
             Self::Compat => "compat/stillpoint-vmm",
             Self::Faulty(_) => "faulty/stillpoint-vmm",
+            Self::Later | Self::Odd(_) => "later/stillpoint-vmm",
+            Self::Previous => "previous/stillpoint-vmm",
         })
     }
 
@@ -47,7 +55,20 @@ impl Release {
     pub fn version(self) -> &'static str {
         match self {
             Self::Compat => "0.1.0",
+            Self::Later | Self::Odd(_) => "0.9.0",
+            // No two releases of one name meet in a swap.
+            Self::Previous => "previous",
             Self::Current | Self::Faulty(_) => env!("CARGO_PKG_VERSION"),
+        }
+    }
+
+    /// It in a word, as a table shows it.
+    pub fn name(self) -> String {
+        match self {
+            Self::Odd(how) => format!("odd {how}"),
+            Self::Faulty(_) => "faulty".into(),
+            Self::Previous => "previous".into(),
+            Self::Current | Self::Compat | Self::Later => self.version().into(),
         }
     }
 
@@ -55,7 +76,8 @@ impl Release {
     pub fn arguments(self) -> Vec<&'static str> {
         match self {
             Self::Faulty(fault) => vec!["--fault", fault],
-            Self::Current | Self::Compat => Vec::new(),
+            Self::Odd(how) => vec!["--odd", how],
+            Self::Current | Self::Compat | Self::Later | Self::Previous => Vec::new(),
         }
     }
 }

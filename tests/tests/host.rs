@@ -23,11 +23,16 @@ const SLOW: &str = "0.2.9-slow";
 fn host(dir: &Path) -> anyhow::Result<(Daemon, Pulse)> {
     let daemon = Daemon::start(dir)?;
     for release in [Release::Current, Release::Compat] {
-        daemon.must(&["release", "add", &release.binary()?.display().to_string()])?;
+        daemon.must(&[
+            "release",
+            "add",
+            "--unsigned",
+            &release.binary()?.display().to_string(),
+        ])?;
     }
     let faulty = Release::Faulty("").binary()?.display().to_string();
     let slow = ["--as", SLOW, "--arg=--fault", "--arg=load=slow:700"];
-    daemon.must(&[&["release", "add", &faulty], &slow[..]].concat())?;
+    daemon.must(&[&["release", "add", "--unsigned", &faulty], &slow[..]].concat())?;
     run(&daemon, GUEST)?;
     let pulse = daemon.pulse(GUEST)?;
     pulse.wait_online(2)?;
@@ -170,7 +175,11 @@ fn what_is_refused_changes_nothing() -> anyhow::Result<()> {
         &[&swap[..], &["0.1.0", "--budget", "31s"]].concat(),
         &["30"],
     )?;
-    refused(&daemon, &["release", "add", "/bin/true"], &["no release"])?;
+    refused(
+        &daemon,
+        &["release", "add", "--unsigned", "/bin/true"],
+        &["no release"],
+    )?;
     tampered(&daemon, dir.path())?;
     second_swap(&daemon)?;
     ensure!(daemon.vmm_pid(GUEST)? != pid, "the slow swap itself moved");

@@ -16,6 +16,7 @@ pub mod vmclock;
 
 use std::time::Instant;
 
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{Saved, StateError};
 
 /// A device that did not come to rest in time.
@@ -52,6 +53,9 @@ pub trait Device: Send + Sync + std::fmt::Debug {
     /// interrupt that the guest has not acknowledged; a spurious one is allowed, a lost one not.
     /// Also undoes a drain or freeze that failed.
     fn resume(&self);
+
+    /// Says which sections there will be when it is saved. At any time.
+    fn announce(&self, to: &mut Contents);
 
     /// Adds the device's section. Only between freeze and resume.
     fn save(&self, to: &mut Saved) -> Result<(), StateError>;

@@ -41,6 +41,7 @@ use std::time::{Duration, Instant};
 use prost::{Message, Oneof};
 use rustix::event::{PollFd, PollFlags, poll};
 use stillpoint_control::frame::{self, FrameError};
+use stillpoint_state::contents::Contents;
 
 /// How long a wait spins before it sleeps: waking up costs more than most answers take.
 const SPIN: Duration = Duration::from_micros(100);
@@ -87,6 +88,10 @@ pub struct Offer {
     /// The guest's clocks are to leave out the pause. A successor that can't have it so refuses.
     #[prost(bool, tag = "12")]
     pub hold: bool,
+    /// What the state will hold, in each of `formats`. Empty from a release that doesn't say: then
+    /// only the state itself shows it.
+    #[prost(message, repeated, tag = "13")]
+    pub contents: Vec<Contents>,
 }
 
 /// Files of devices travel beside it, one for each name.

@@ -14,7 +14,8 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
-use stillpoint_state::sections::{Clock, VIRTIO_FORMAT};
+use stillpoint_state::contents::Contents;
+use stillpoint_state::sections::{self, Clock, Irqchip, VIRTIO_FORMAT, Vcpu};
 use stillpoint_state::{Saved, StateError};
 
 use crate::bus::Bus;
@@ -171,6 +172,24 @@ impl Machine {
         formats.filter(|&format| format >= least).collect()
     }
 
+    /// What its saved state will hold, in each of these formats. Nothing has to stand still for it.
+    pub fn contents(&self, formats: &[u32]) -> Vec<Contents> {
+        let contents = |&format: &u32| {
+            let mut to = Contents::new(format);
+            to.announce(&Clock::KIND, "");
+            to.announce_version(&Vcpu::KIND, "", Vcpu::version(format));
+            to.announce(&Irqchip::KIND, "");
+            for device in &self.devices {
+                device.announce(&mut to);
+            }
+            to.announce(&sections::Console::KIND, "");
+            #[cfg(feature = "later")]
+            stillpoint_state::later::announce(&mut to);
+            to
+        };
+        formats.iter().map(contents).collect()
+    }
+
     /// Has the guest hear of a swap, in which its TSC was disturbed or not. It is ours, and stands
     /// still.
     pub fn tell_of_swap(&self, disturbed: bool) {
@@ -288,6 +307,8 @@ impl Machine {
             device.save(&mut saved)?;
         }
         self.buffer.save(&self.viewers(), &mut saved)?;
+        #[cfg(feature = "later")]
+        stillpoint_state::later::save(&mut saved, format)?;
         Ok(saved)
     }
 }

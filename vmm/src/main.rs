@@ -26,6 +26,10 @@ struct Cli {
     #[cfg(feature = "fault-injection")]
     #[arg(long, global = true, value_name = "POINT=ACTION")]
     fault: Option<String>,
+    /// Write what older releases can't read: section, field, or hidden-field.
+    #[cfg(feature = "later")]
+    #[arg(long, global = true, value_name = "HOW")]
+    odd: Option<String>,
 }
 
 #[derive(Subcommand)]
@@ -115,6 +119,11 @@ fn main() -> ExitCode {
         .init();
     #[cfg(feature = "fault-injection")]
     if let Some(Err(error)) = cli.fault.as_deref().map(stillpoint_vmm::faults::arm) {
+        eprintln!("stillpoint-vmm: {error}");
+        return ExitCode::from(2);
+    }
+    #[cfg(feature = "later")]
+    if let Some(Err(error)) = cli.odd.as_deref().map(stillpoint_state::later::be_odd) {
         eprintln!("stillpoint-vmm: {error}");
         return ExitCode::from(2);
     }

@@ -1,28 +1,35 @@
-//! Releases on disk: `releases/VERSION/{stillpoint-vmm,manifest.json}`.
+//! Releases on disk: `releases/VERSION/{stillpoint-vmm,manifest.json,manifest.json.minisig}`.
 //!
-//! [`Binaries::verified`] opens a binary, takes its digest through that fd, and hands out the
-//! fd: what is executed is what was verified, whatever happens to the path.
+//! [`Binaries::verified`] verifies the manifest's signature, opens the binary, takes its digest
+//! through that fd, and hands out the fd: what is executed is what was verified, whatever happens to
+//! the path. Nothing of a release that is to be signed is executed before that.
+//!
+//! Unsigned releases are those that were added so, by an operator's word; it is recorded.
 
+mod describe;
+mod papers;
+
+use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
-
-use sha2::{Digest, Sha256};
 use stillpoint_control::secret::hex;
 
-use super::places::private_dir;
-use crate::model::{Code, Manifest, Problem, Release, VMM, validate_version};
+use super::places::{check_private, private_dir};
+use super::trust::{Papers, Trust};
+use crate::model::{Code, Manifest, Problem, Release, Signer, validate_version};
 
-/// How long a binary may take to say what it is.
-const PATIENCE: Duration = Duration::from_secs(10);
 const BINARY: &str = "stillpoint-vmm";
+const MANIFEST: &str = "manifest.json";
+const SIGNATURE: &str = "manifest.json.minisig";
 
-/// The directory of releases.
+/// The directory of releases, and whose signatures count.
 #[derive(Clone, Debug)]
-pub struct Binaries(PathBuf);
+pub struct Binaries {
+    dir: PathBuf,
+    trust: Trust,
+}
 
 /// What to add.
 #[derive(Clone, Debug)]
@@ -33,6 +40,8 @@ pub struct Addition {
     pub version: Option<String>,
     /// Arguments appended to its command line.
     pub args: Vec<String>,
+    /// Its signed manifest; `None` to add it without.
+    pub papers: Option<Papers>,
     /// When, nanoseconds since the Unix epoch.
     pub at_unix_ns: u64,
 }
@@ -55,18 +64,34 @@ fn failed(what: &str, path: &Path, error: &std::io::Error) -> Problem {
 
 impl Binaries {
     /// In that state directory.
-    pub fn new(state_dir: &Path) -> Self {
-        Self(state_dir.join("releases"))
+    pub fn new(state_dir: &Path, trust: Trust) -> Self {
+        Self {
+            dir: state_dir.join("releases"),
+            trust,
+        }
+    }
+
+    /// Whether there is a key whose signatures count.
+    pub fn trusts_somebody(&self) -> bool {
+        !self.trust.is_empty()
     }
 
     /// Where the binary of a version lies.
     pub fn path(&self, version: &str) -> PathBuf {
-        self.0.join(version).join(BINARY)
+        self.dir.join(version).join(BINARY)
     }
 
-    /// The binary, opened and verified.
+    /// The binary, opened and verified: by the signature of its manifest, if it has one, and by its
+    /// digest.
     pub fn verified(&self, release: &Release) -> Result<File, Problem> {
         let manifest = &release.manifest;
+        let dir = self.dir.join(&manifest.version);
+        for dir in [&self.dir, &dir] {
+            check_private(dir).map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
+        }
+        if release.signed_by.is_some() {
+            self.verify_papers(&dir, release)?;
+        }
         let path = self.path(&manifest.version);
         let mut file = File::open(&path).map_err(|e| failed("open the release", &path, &e))?;
         let found = digest(&mut file).map_err(|e| failed("read the release", &path, &e))?;
@@ -86,12 +111,32 @@ impl Binaries {
         ))
     }
 
+    /// What lies in the store is still what was signed, by a key that still counts.
+    fn verify_papers(&self, dir: &Path, release: &Release) -> Result<(), Problem> {
+        let papers = Papers {
+            manifest: dir.join(MANIFEST),
+            signature: dir.join(SIGNATURE),
+        };
+        let signed = papers::read(&papers, &self.trust, release.added_at_unix_ns)?;
+        if signed.manifest == release.manifest {
+            return Ok(());
+        }
+        let version = &release.manifest.version;
+        Err(papers::not_trusted(
+            &papers.manifest,
+            format_args!(
+                "it is signed, and is not the one that release {version} was added with; put that \
+                 one back, or remove the release and add it again"
+            ),
+        ))
+    }
+
     /// Copies a binary in, asks the copy what it is, and gives it its place. Recording it is the
     /// caller's. Blocks.
     pub fn import(&self, addition: &Addition) -> Result<Release, Problem> {
         let source = open_source(&addition.path)?;
-        private_dir(&self.0).map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
-        let incoming = self.0.join(format!(".incoming-{}", addition.at_unix_ns));
+        private_dir(&self.dir).map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
+        let incoming = self.incoming(addition.at_unix_ns);
         private_dir(&incoming).map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
         let imported = self.import_into(&incoming, source, addition);
         if imported.is_err() {
@@ -103,47 +148,54 @@ impl Binaries {
     fn import_into(
         &self,
         incoming: &Path,
-        mut source: File,
+        source: File,
         addition: &Addition,
     ) -> Result<Release, Problem> {
+        let copy = |e| failed("copy the release to", incoming, &e);
         let path = incoming.join(BINARY);
-        let copy = |e| failed("copy the release to", &path, &e);
-        let mut target = std::fs::OpenOptions::new()
-            .create_new(true)
-            .write(true)
-            .mode(0o700)
-            .open(&path)
-            .map_err(copy)?;
-        std::io::copy(&mut source, &mut target).map_err(copy)?;
-        target
-            .set_permissions(std::fs::Permissions::from_mode(0o500))
-            .and_then(|()| target.sync_all())
-            .map_err(copy)?;
-        // A file open for writing can't be executed (ETXTBSY).
-        drop(target);
-        let mut manifest = describe(&path).map_err(|why| not_a_release(&addition.path, why))?;
-        if let Some(version) = &addition.version {
-            manifest.version.clone_from(version);
-        }
-        validate_version(&manifest.version)?;
-        manifest.args.clone_from(&addition.args);
-        let mut file = File::open(&path).map_err(copy)?;
-        manifest.sha256 = digest(&mut file).map_err(copy)?;
-        let text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
-        std::fs::write(incoming.join("manifest.json"), text).map_err(copy)?;
+        let sha256 = copy_in(source, &path).map_err(copy)?;
+        let (manifest, signed_by) = match &addition.papers {
+            Some(papers) => {
+                let at = addition.at_unix_ns;
+                let signed = papers::read(papers, &self.trust, at)?;
+                papers::must_match(papers, &signed.manifest, addition, &sha256)?;
+                // Only now is it known whose it is, so only now it is run.
+                let said = describe::describe(&path);
+                let said = said.map_err(|why| not_a_release(&addition.path, why))?;
+                papers::must_be_so(papers, &signed.manifest, &said)?;
+                signed.keep(incoming).map_err(copy)?;
+                (signed.manifest, Some(signed.signer))
+            }
+            None => {
+                let said = describe::describe(&path);
+                let said = said.map_err(|why| not_a_release(&addition.path, why))?;
+                let manifest = Manifest {
+                    version: addition.version.clone().unwrap_or(said.version),
+                    args: addition.args.clone(),
+                    sha256,
+                    ..said
+                };
+                validate_version(&manifest.version)?;
+                let text = manifest_text(&manifest)?;
+                std::fs::write(incoming.join(MANIFEST), text).map_err(copy)?;
+                (manifest, None::<Signer>)
+            }
+        };
         Ok(Release {
             manifest,
+            signed_by,
             added_at_unix_ns: addition.at_unix_ns,
         })
     }
 
+    fn incoming(&self, at_unix_ns: u64) -> PathBuf {
+        self.dir.join(format!(".incoming-{at_unix_ns}"))
+    }
+
     /// Gives an imported release its place, when it is known that the version is free.
     pub fn keep(&self, release: &Release) -> Result<(), Problem> {
-        let from = self
-            .0
-            .join(format!(".incoming-{}", release.added_at_unix_ns));
-        let to = self.0.join(&release.manifest.version);
+        let from = self.incoming(release.added_at_unix_ns);
+        let to = self.dir.join(&release.manifest.version);
         // What lies there is of an addition that was never recorded.
         let _ = std::fs::remove_dir_all(&to);
         std::fs::rename(&from, &to).map_err(|e| failed("put the release at", &to, &e))
@@ -151,10 +203,18 @@ impl Binaries {
 
     /// Forgets an imported release that got no place.
     pub fn discard(&self, release: &Release) {
-        let from = self
-            .0
-            .join(format!(".incoming-{}", release.added_at_unix_ns));
-        let _ = std::fs::remove_dir_all(from);
+        let _ = std::fs::remove_dir_all(self.incoming(release.added_at_unix_ns));
+    }
+
+    /// Removes a release that is not recorded any more.
+    pub fn remove(&self, version: &str) -> Result<(), Problem> {
+        let dir = self.dir.join(version);
+        match std::fs::remove_dir_all(&dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(failed("remove the release at", &dir, &e))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -192,69 +252,44 @@ fn digest(file: &mut File) -> std::io::Result<String> {
     Ok(hex(&hasher.finalize()))
 }
 
-/// Asks a binary what it is.
-fn describe(path: &Path) -> Result<Manifest, String> {
-    let child = spawn_describe(path).map_err(|e| format!("it can't be run ({e})"))?;
-    let output = output_within(child, PATIENCE)?;
-    let manifest: Manifest = serde_json::from_slice(&output)
-        .map_err(|e| format!("`describe --json` prints no manifest ({e})"))?;
-    if manifest.component != VMM {
-        return Err(format!("it is a release of `{}`", manifest.component));
-    }
-    if manifest.reads.is_empty() || manifest.writes.is_empty() {
-        return Err("it says that it reads or writes no state format".into());
-    }
-    Ok(manifest)
+/// Copies a binary, so that nobody but us can change it; gives the digest of the copy.
+fn copy_in(mut source: File, path: &Path) -> std::io::Result<String> {
+    let mut target = std::fs::OpenOptions::new()
+        .create_new(true)
+        .write(true)
+        .mode(0o700)
+        .open(path)?;
+    std::io::copy(&mut source, &mut target)?;
+    target.set_permissions(std::fs::Permissions::from_mode(0o500))?;
+    target.sync_all()?;
+    // A file open for writing can't be executed (ETXTBSY).
+    drop(target);
+    digest(&mut File::open(path)?)
 }
 
-/// A child that another thread forks while the copy is open for writing keeps it open until its
-/// exec, and nobody can execute the copy until then (`ETXTBSY`).
-fn spawn_describe(path: &Path) -> std::io::Result<std::process::Child> {
-    let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        let spawned = Command::new(path)
-            .args(["describe", "--json"])
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn();
-        match spawned {
-            Err(error)
-                if error.kind() == std::io::ErrorKind::ExecutableFileBusy
-                    && std::time::Instant::now() < deadline =>
-            {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            other => return other,
-        }
-    }
-}
-
-/// What a child prints; it is killed when it takes longer than `patience`.
-fn output_within(mut child: std::process::Child, patience: Duration) -> Result<Vec<u8>, String> {
-    let Some(mut stdout) = child.stdout.take() else {
-        return Err("its output can't be read".into());
+/// The manifest of a binary, to be signed. Runs it.
+pub fn manifest_of(
+    path: &Path,
+    version: Option<String>,
+    args: Vec<String>,
+) -> Result<Vec<u8>, Problem> {
+    let mut source = open_source(path)?;
+    let said = describe::describe(path).map_err(|why| not_a_release(path, why))?;
+    let manifest = Manifest {
+        version: version.unwrap_or(said.version),
+        sha256: digest(&mut source).map_err(|e| failed("read", path, &e))?,
+        args,
+        ..said
     };
-    let (sender, output) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let read = stdout.by_ref().take(1 << 20).read_to_end(&mut bytes);
-        let _ = sender.send(read.map(|_| bytes));
-    });
-    let bytes = output.recv_timeout(patience);
-    if bytes.is_err() {
-        let _ = child.kill();
-    }
-    let status = child
-        .wait()
-        .map_err(|e| format!("it can't be waited for ({e})"))?;
-    match bytes {
-        Err(_) => Err(format!("`describe --json` took longer than {patience:?}")),
-        Ok(Err(e)) => Err(format!("its output can't be read ({e})")),
-        Ok(Ok(_)) if !status.success() => Err(format!("`describe --json` failed ({status})")),
-        Ok(Ok(bytes)) => Ok(bytes),
-    }
+    validate_version(&manifest.version)?;
+    manifest_text(&manifest)
+}
+
+fn manifest_text(manifest: &Manifest) -> Result<Vec<u8>, Problem> {
+    let mut text = serde_json::to_vec_pretty(manifest)
+        .map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`places`] | where things lie in the run and state directories |
 //! | [`binaries`] | releases on disk; hands out the very fd whose digest was verified |
+//! | [`trust`] | whose signatures of manifests count |
 //! | [`launch`] | what runs in the child between fork and the VMM: waits, then becomes it |
 //! | [`spawn`] | starts a VMM process and waits for its word |
 //! | [`process`] | one process, held by its pidfd |
@@ -25,3 +26,4 @@ pub mod places;
 pub mod process;
 pub mod scope;
 pub mod spawn;
+pub mod trust;

@@ -60,6 +60,15 @@ pub fn private_dir(path: &Path) -> Result<(), DirError> {
         .mode(0o700)
         .create(path)
         .map_err(io)?;
+    check_private(path)
+}
+
+/// Whether a directory is ours alone.
+pub fn check_private(path: &Path) -> Result<(), DirError> {
+    let io = |source| DirError::Io {
+        path: path.to_owned(),
+        source,
+    };
     let found = std::fs::symlink_metadata(path).map_err(io)?;
     let uid = rustix::process::geteuid().as_raw();
     let problem = if !found.is_dir() {

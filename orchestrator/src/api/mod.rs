@@ -24,7 +24,7 @@ use crate::reconcile::Waker;
 pub use host::NewHostSwap;
 pub use pauses::Cancel;
 pub use refusal::Refusal;
-pub use releases::{NewRelease, add as add_release};
+pub use releases::{NewPin, NewRelease, Verification, add as add_release};
 pub use serve::serve;
 pub use swaps::NewSwap;
 pub use vms::{NewVm, VmView};
@@ -65,6 +65,10 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))
         .routes(routes!(releases::list, releases::post))
+        .routes(routes!(releases::remove))
+        .routes(routes!(releases::verify))
+        .routes(routes!(releases::pins))
+        .routes(routes!(releases::pin, releases::unpin))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))
 }

@@ -12,7 +12,7 @@ use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::execute::unix_ns;
 use crate::model::{
-    Code, MAX_NOTICE_NS, Problem, Release, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
+    Code, MAX_NOTICE_NS, Problem, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
 };
 
 /// The longest reason for a swap without notice.
@@ -39,6 +39,9 @@ pub struct NewSwap {
     /// Why the guest gets no notice: what was announced a moment before starts at once. Recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_notice: Option<String>,
+    /// Swap to a release below the pinned minimum.
+    #[serde(default)]
+    pub allow_downgrade: bool,
 }
 
 /// Asks for a swap. It is recorded, then done; `GET /v1/swaps/{id}` and `/v1/events` say how far
@@ -67,18 +70,6 @@ pub(super) async fn ask(
 }
 
 impl Desk {
-    /// The release of that version.
-    pub(super) async fn release(&self, version: &str) -> Result<Release, Refusal> {
-        let found = self.host.store.release(version).await?;
-        found.ok_or_else(|| {
-            let message = format!(
-                "there is no release `{version}` of the VMM in the store; `stillpoint release \
-                 ls` shows those there are, `stillpoint release add PATH` adds one"
-            );
-            Problem::new(Code::NotFound, message).into()
-        })
-    }
-
     /// Checks everything that can be checked before the guest hears of it.
     async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
         let vm = self.vm(name).await?;
@@ -105,10 +96,10 @@ impl Desk {
         }
         let to = self.release(&new.to).await?;
         let from = self.release(&vm.release).await?;
-        let (binaries, checked) = (self.host.binaries.clone(), to.clone());
-        tokio::task::spawn_blocking(move || binaries.verified(&checked))
-            .await
-            .map_err(|e| Problem::new(Code::Failed, e.to_string()))??;
+        if !new.allow_downgrade {
+            self.pin_allows(&new.to).await?;
+        }
+        self.verified(&to).await?;
         to.can_follow(&from)?;
         Ok(SwapRecord {
             id: new_id()?,

@@ -30,6 +30,9 @@ pub struct NewVm {
     /// What its guest hears of itself, and how its pauses are announced.
     #[serde(default)]
     pub profile: Profile,
+    /// Start it with a release below the pinned minimum.
+    #[serde(default)]
+    pub allow_downgrade: bool,
 }
 
 /// A VM, as it is shown.
@@ -204,7 +207,7 @@ impl Desk {
         let vm_name = VmName::try_from(name.to_owned())?;
         let fits = self.host.dir(&vm_name).check_length();
         fits.map_err(|e| field("name", e.to_string()))?;
-        let release = self.release_for(new.release).await?;
+        let release = self.release_for(new.release, new.allow_downgrade).await?;
         let secret = Secret::random().map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
         let now = unix_ns();
         Ok(VmRecord {
@@ -223,19 +226,27 @@ impl Desk {
         })
     }
 
-    /// The version that was asked for, or the one that was added last.
-    async fn release_for(&self, version: Option<String>) -> Result<String, Refusal> {
-        if let Some(version) = version {
-            return Ok(self.release(&version).await?.manifest.version);
-        }
-        let newest = self.host.store.releases().await?.pop();
-        newest
-            .map(|release| release.manifest.version)
-            .ok_or_else(|| {
-                let message = "there is no release of the VMM to start it with; add one with \
+    /// The version that was asked for, or the one that was added last; not one below the pin, unless
+    /// that is asked for.
+    async fn release_for(
+        &self,
+        version: Option<String>,
+        allow_downgrade: bool,
+    ) -> Result<String, Refusal> {
+        let newest = match version {
+            Some(version) => Some(self.release(&version).await?),
+            None => self.host.store.releases().await?.pop(),
+        };
+        let Some(release) = newest else {
+            let message = "there is no release of the VMM to start it with; add one with \
                            `stillpoint release add PATH`";
-                Problem::new(Code::NotFound, message).into()
-            })
+            return Err(Problem::new(Code::NotFound, message).into());
+        };
+        let version = release.manifest.version;
+        if !allow_downgrade {
+            self.pin_allows(&version).await?;
+        }
+        Ok(version)
     }
 }
 

@@ -22,6 +22,10 @@ struct Args {
     /// The API's socket [api.sock in the run directory].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// A public key of minisign's whose signatures of releases count, to a date if there is one; may
+    /// be given again.
+    #[arg(long, value_name = "FILE[,until=DATE]")]
+    trust: Vec<String>,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -66,6 +70,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
+        trust: args.trust,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

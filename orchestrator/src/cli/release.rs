@@ -1,13 +1,14 @@
 //! `stillpoint release`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use hyper::Method;
 
-use super::{Desk, format, io_problem, progress, say, say_json};
-use crate::api::NewRelease;
-use crate::model::{Problem, Release};
+use super::{Desk, format, io_problem, path_part, progress, say, say_json};
+use crate::agent::binaries::manifest_of;
+use crate::api::{NewPin, NewRelease, Verification};
+use crate::model::{Pin, Problem, Release, Signer, VMM};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -17,54 +18,120 @@ pub(super) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
-    /// Copies a VMM binary into the store as a release.
-    Add {
+    /// Copies a VMM binary into the store as a release, if its manifest is signed by a key that the
+    /// daemon trusts.
+    Add(Add),
+    /// Lists releases.
+    Ls,
+    /// Verifies signature and digest of a release, or of all; exits 1 if one must not be run.
+    Verify {
+        /// Its version [all].
+        version: Option<String>,
+    },
+    /// Sets, shows or takes away the least version that may be run.
+    Pin {
+        /// That version [shows the pin].
+        version: Option<String>,
+        /// Takes the pin away.
+        #[arg(long, conflicts_with = "version")]
+        none: bool,
+    },
+    /// Removes a release that runs no guest.
+    Rm {
+        /// Its version.
+        version: String,
+    },
+    /// Prints the manifest of a binary, to be signed by `minisign -S`; needs no daemon, and runs the
+    /// binary.
+    Manifest {
         /// The binary.
         path: PathBuf,
-        /// Version to add it under [what it says itself].
+        /// Version of the release [what it says itself].
         #[arg(long = "as", value_name = "VERSION")]
         named: Option<String>,
         /// An argument to append to its command line; may be given again.
         #[arg(long = "arg", value_name = "ARG", allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Lists releases.
-    Ls,
+}
+
+#[derive(Debug, clap::Args)]
+struct Add {
+    /// The binary.
+    path: PathBuf,
+    /// Version to add it under [what its manifest says, or it says itself].
+    #[arg(long = "as", value_name = "VERSION")]
+    named: Option<String>,
+    /// An argument to append to its command line; may be given again.
+    #[arg(long = "arg", value_name = "ARG", allow_hyphen_values = true)]
+    args: Vec<String>,
+    /// Its signed manifest [PATH.json].
+    #[arg(long, value_name = "FILE", conflicts_with = "unsigned")]
+    manifest: Option<PathBuf>,
+    /// The manifest's signature, by minisign [MANIFEST.minisig].
+    #[arg(long, value_name = "FILE", conflicts_with = "unsigned")]
+    signature: Option<PathBuf>,
+    /// Add it without a signature; it is shown as unsigned ever after.
+    #[arg(long)]
+    unsigned: bool,
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.verb {
-        Verb::Add { path, named, args } => add(desk, path, named, args).await,
+        Verb::Add(new) => add(desk, new).await,
         Verb::Ls => ls(desk).await,
+        Verb::Verify { version } => verify(desk, version).await,
+        Verb::Pin { version, none } => pin(desk, version, none).await,
+        Verb::Rm { version } => rm(desk, &version).await,
+        Verb::Manifest { path, named, args } => {
+            let text = manifest_of(&path, named, args)?;
+            say(&String::from_utf8_lossy(&text))?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
-async fn add(
-    desk: &Desk,
-    path: PathBuf,
-    version: Option<String>,
-    args: Vec<String>,
-) -> Result<ExitCode, Problem> {
-    let path = std::path::absolute(&path)
-        .map_err(|e| io_problem(format_args!("make {} absolute", path.display()), &e))?;
+fn absolute(path: &Path) -> Result<PathBuf, Problem> {
+    std::path::absolute(path)
+        .map_err(|e| io_problem(format_args!("make {} absolute", path.display()), &e))
+}
+
+/// Who signed it, for people.
+fn signer(signed_by: Option<&Signer>) -> String {
+    signed_by.map_or("unsigned".into(), |signer| signer.key_id.clone())
+}
+
+async fn add(desk: &Desk, add: Add) -> Result<ExitCode, Problem> {
+    let path = absolute(&add.path)?;
     let waiting = progress::waiting(desk.json, &format!("adding {}", path.display()));
     let new = NewRelease {
         path,
-        version,
-        args,
+        version: add.named,
+        args: add.args,
+        manifest: add.manifest.as_deref().map(absolute).transpose()?,
+        signature: add.signature.as_deref().map(absolute).transpose()?,
+        unsigned: add.unsigned,
     };
     let added = desk.api.send(Method::POST, "/v1/releases", &new).await;
     waiting.finish_and_clear();
     let release: Release = added?;
     if desk.json {
         say_json(&release)?;
-    } else {
-        let manifest = &release.manifest;
-        say(&format!(
-            "release {} of the {} is in the store\n  sha256  {}\n  state   reads {:?}, writes {:?}",
-            manifest.version, manifest.component, manifest.sha256, manifest.reads, manifest.writes
-        ))?;
+        return Ok(ExitCode::SUCCESS);
     }
+    let manifest = &release.manifest;
+    let signed = release.signed_by.as_ref();
+    let comment = signed.map_or(String::new(), |signer| format!(" ({})", signer.comment));
+    say(&format!(
+        "release {} of the {} is in the store\n  sha256  {}\n  signed  {}{comment}\n  state   reads \
+         {:?}, writes {:?}",
+        manifest.version,
+        manifest.component,
+        manifest.sha256,
+        signer(signed),
+        manifest.reads,
+        manifest.writes
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -82,6 +149,7 @@ async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
             format!("{:?}", manifest.reads),
             format!("{:?}", manifest.writes),
             manifest.sha256.chars().take(12).collect(),
+            signer(release.signed_by.as_ref()),
             format::ago(release.added_at_unix_ns),
             manifest.args.join(" "),
         ]
@@ -93,9 +161,78 @@ async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         "READS",
         "WRITES",
         "SHA256",
+        "SIGNED BY",
         "ADDED",
         "ARGS",
     ];
     say(&format::table(&head, &[], &rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn verify(desk: &Desk, version: Option<String>) -> Result<ExitCode, Problem> {
+    let versions = match version {
+        Some(version) => vec![version],
+        None => {
+            let releases: Vec<Release> = desk.api.get("/v1/releases").await?;
+            releases.into_iter().map(|r| r.manifest.version).collect()
+        }
+    };
+    let mut found: Vec<Verification> = Vec::new();
+    for version in &versions {
+        let path = format!("/v1/releases/{}/verification", path_part(version)?);
+        found.push(desk.api.get(&path).await?);
+    }
+    if desk.json {
+        say_json(&found)?;
+    } else {
+        for one in &found {
+            let why = one.problem.as_ref();
+            say(&match why {
+                None => format!("{}: good, {}", one.version, signer(one.signed_by.as_ref())),
+                Some(problem) => format!("{}: must not be run: {problem}", one.version),
+            })?;
+        }
+    }
+    Ok(match found.iter().all(|one| one.good) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+async fn pin(desk: &Desk, version: Option<String>, none: bool) -> Result<ExitCode, Problem> {
+    let path = format!("/v1/pins/{VMM}");
+    if none {
+        desk.api.delete(&path).await?;
+    } else if let Some(minimum) = version {
+        let _: Pin = desk
+            .api
+            .send(Method::PUT, &path, &NewPin { minimum })
+            .await?;
+    }
+    let pins: Vec<Pin> = desk.api.get("/v1/pins").await?;
+    if desk.json {
+        say_json(&pins)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let lines = pins.iter().map(|pin| {
+        let (component, minimum) = (&pin.component, &pin.minimum);
+        format!("{component}: nothing below {minimum} is run")
+    });
+    let lines: Vec<_> = lines.collect();
+    say(&match lines.is_empty() {
+        true => "nothing is pinned".into(),
+        false => lines.join("\n"),
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn rm(desk: &Desk, version: &str) -> Result<ExitCode, Problem> {
+    let path = format!("/v1/releases/{}", path_part(version)?);
+    desk.api.delete(&path).await?;
+    if desk.json {
+        say_json(&serde_json::json!({ "removed": version }))?;
+    } else {
+        say(&format!("release {version} is removed"))?;
+    }
     Ok(ExitCode::SUCCESS)
 }

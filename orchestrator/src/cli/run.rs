@@ -94,6 +94,9 @@ pub(super) struct Args {
     /// Version of the release to start it with [the one added last].
     #[arg(long, value_name = "VERSION")]
     release: Option<String>,
+    /// Start it with a release below the pinned minimum (`stillpoint release pin`).
+    #[arg(long)]
+    allow_downgrade: bool,
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -141,7 +144,7 @@ impl From<CorrectionArg> for Correction {
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let release = args.release.clone();
+    let (release, allow_downgrade) = (args.release.clone(), args.allow_downgrade);
     let profile = Profile {
         availability_set: args.availability_set.clone(),
         update_domain: args.update_domain,
@@ -157,6 +160,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let name = spec.name.clone();
     let waiting = progress::waiting(desk.json, &format!("starting {name}"));
     let new = NewVm {
+        allow_downgrade,
         spec,
         release,
         profile,

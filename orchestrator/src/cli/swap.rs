@@ -25,44 +25,52 @@ pub(super) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Component {
     /// The process that runs a guest. Exits 0 when the successor runs it, 1 when it stayed.
-    Vmm {
-        /// Name of the guest.
-        name: String,
-        /// Version of the release to swap to.
-        #[arg(long, value_name = "VERSION")]
-        to: String,
-        /// The longest blackout allowed, such as 500ms [the guest's own].
-        #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
-        budget: Option<Duration>,
-        /// What the guest's clocks make of the pause: advance (they include it) or hold (they leave
-        /// it out, and its wall clock is corrected afterwards) [the guest's own].
-        #[arg(long, value_name = "POLICY")]
-        clock: Option<Policy>,
-        /// How long before the pause the guest hears of it, such as 15min; it may approve sooner [the
-        /// guest's own, if it listens].
-        #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
-        notice: Option<Duration>,
-        /// Pause the guest without notice, for this reason, which is recorded.
-        #[arg(long, value_name = "REASON", conflicts_with = "notice")]
-        no_notice: Option<String>,
-    },
+    Vmm(VmmArgs),
     /// Anything else of this host: its guests stand still in their places while a command changes it.
     /// Exits 0 when the command did, within the budget.
     Host(super::host::SwapArgs),
 }
 
+#[derive(Debug, clap::Args)]
+struct VmmArgs {
+    /// Name of the guest.
+    name: String,
+    /// Version of the release to swap to.
+    #[arg(long, value_name = "VERSION")]
+    to: String,
+    /// The longest blackout allowed, such as 500ms [the guest's own].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    budget: Option<Duration>,
+    /// What the guest's clocks make of the pause: advance (they include it) or hold (they leave
+    /// it out, and its wall clock is corrected afterwards) [the guest's own].
+    #[arg(long, value_name = "POLICY")]
+    clock: Option<Policy>,
+    /// How long before the pause the guest hears of it, such as 15min; it may approve sooner [the
+    /// guest's own, if it listens].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    notice: Option<Duration>,
+    /// Pause the guest without notice, for this reason, which is recorded.
+    #[arg(long, value_name = "REASON", conflicts_with = "notice")]
+    no_notice: Option<String>,
+    /// Swap to a release below the pinned minimum (`stillpoint release pin`).
+    #[arg(long)]
+    allow_downgrade: bool,
+}
+
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let (name, to, budget, clock, notice, no_notice) = match args.component {
+    let args = match args.component {
         Component::Host(args) => return super::host::swap(desk, args).await,
-        Component::Vmm {
-            name,
-            to,
-            budget,
-            clock,
-            notice,
-            no_notice,
-        } => (name, to, budget, clock, notice, no_notice),
+        Component::Vmm(args) => args,
     };
+    let VmmArgs {
+        name,
+        to,
+        budget,
+        clock,
+        notice,
+        no_notice,
+        allow_downgrade,
+    } = args;
     let name = super::path_part(&name)?;
     // Listening first: nothing is missed between the request and the stream.
     let events = desk.api.events().await?;
@@ -73,6 +81,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         notice_ns: notice.map(format::whole_ns),
         no_notice,
         clock,
+        allow_downgrade,
     };
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;

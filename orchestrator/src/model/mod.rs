@@ -24,7 +24,7 @@ pub use pause::{
 };
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
 pub use problem::{Code, Problem};
-pub use release::{Manifest, Release, VMM, validate_version};
+pub use release::{Manifest, Pin, Release, Signer, VMM, validate_minimum, validate_version};
 pub use swap::{HOST, SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

@@ -29,6 +29,12 @@ pub enum Code {
     NotARelease,
     /// The binary in the store is not the one that was added.
     DigestMismatch,
+    /// The manifest has no signature, or none that this daemon trusts.
+    NotTrusted,
+    /// The release is below the pinned minimum.
+    BelowPin,
+    /// A guest is run by the release, or is on its way to it.
+    ReleaseInUse,
     /// The release reads no state format that the running one writes.
     NoCommonFormat,
     /// The guest did not start.
@@ -55,10 +61,14 @@ impl Code {
             | Self::StillRunning
             | Self::SwapInProgress
             | Self::TooLate
-            | Self::ReleaseExists => 409,
-            Self::NotARelease | Self::DigestMismatch | Self::NoCommonFormat | Self::StartFailed => {
-                422
-            }
+            | Self::ReleaseExists
+            | Self::ReleaseInUse
+            | Self::BelowPin => 409,
+            Self::NotARelease
+            | Self::DigestMismatch
+            | Self::NotTrusted
+            | Self::NoCommonFormat
+            | Self::StartFailed => 422,
             Self::StoreFull => 507,
             Self::StoreFailed | Self::Failed => 500,
             Self::NoDaemon => 503,

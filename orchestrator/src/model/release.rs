@@ -8,7 +8,8 @@ use super::problem::{Code, Problem};
 /// The component `vmm`.
 pub const VMM: &str = "vmm";
 
-/// What a release says about itself; lies beside its binary as `manifest.json`.
+/// What a release says about itself; lies beside its binary as `manifest.json`. Whoever publishes a
+/// release signs these bytes, and by the digest in them the binary.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Manifest {
     /// Component, `vmm`.
@@ -27,12 +28,24 @@ pub struct Manifest {
     pub args: Vec<String>,
 }
 
+/// Who signed a manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Signer {
+    /// Id of the key, as `minisign` prints it.
+    pub key_id: String,
+    /// The signature's trusted comment.
+    pub comment: String,
+}
+
 /// A release in the store.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Release {
     /// What it says about itself.
     #[serde(flatten)]
     pub manifest: Manifest,
+    /// Who signed that; absent if it was added without a signature, by an operator who said so.
+    #[serde(default)]
+    pub signed_by: Option<Signer>,
     /// When it was added, nanoseconds since the Unix epoch.
     pub added_at_unix_ns: u64,
 }
@@ -61,6 +74,60 @@ impl Release {
             ),
         ))
     }
+}
+
+/// The least version of a component that may be run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pin {
+    /// Component, `vmm`.
+    pub component: String,
+    /// The least version.
+    pub minimum: String,
+    /// When it was set, nanoseconds since the Unix epoch.
+    pub pinned_at_unix_ns: u64,
+}
+
+impl Pin {
+    /// Whether a version may be run.
+    pub fn allows(&self, version: &str) -> Result<(), Problem> {
+        let minimum = &self.minimum;
+        let below = match (parse_version(version), parse_version(minimum)) {
+            (Some(version), Some(minimum)) if version >= minimum => return Ok(()),
+            (Some(_), _) => "is below",
+            (None, _) => "can't be compared with",
+        };
+        Err(Problem::new(
+            Code::BelowPin,
+            format!(
+                "release {version} {below} the pinned minimum {minimum} of the {}; take a later \
+                 one, change the pin (`stillpoint release pin`), or say `--allow-downgrade`",
+                self.component
+            ),
+        ))
+    }
+}
+
+/// A version that can be compared: `2`, `2.1` and `2.1.0-rc.1`.
+fn parse_version(version: &str) -> Option<semver::Version> {
+    let end = version.find(['-', '+']).unwrap_or(version.len());
+    let (numbers, rest) = version.split_at(end);
+    let zeros = match numbers.split('.').count() {
+        1 => ".0.0",
+        2 => ".0",
+        _ => "",
+    };
+    semver::Version::parse(&format!("{numbers}{zeros}{rest}")).ok()
+}
+
+/// Checks the version of a pin.
+pub fn validate_minimum(minimum: &str) -> Result<(), Problem> {
+    if parse_version(minimum).is_some() {
+        return Ok(());
+    }
+    let message = format!(
+        "field `minimum`: {minimum:?} is no version that others can be compared with, such as 0.2.0"
+    );
+    Err(Problem::new(Code::BadRequest, message))
 }
 
 /// Checks a version: it becomes the name of a directory.
@@ -97,6 +164,7 @@ mod tests {
                 writes: writes.to_vec(),
                 args: vec![],
             },
+            signed_by: None,
             added_at_unix_ns: 0,
         }
     }
@@ -111,6 +179,30 @@ mod tests {
         let error = far.can_follow(&old).expect_err("nothing in common");
         assert_eq!(error.code, Code::NoCommonFormat);
         assert!(error.message.contains("[3, 4]") && error.message.contains("[1]"));
+    }
+
+    #[test]
+    fn a_pin_holds_back_what_is_below_it_or_can_not_be_compared() {
+        let pin = |minimum: &str| Pin {
+            component: VMM.into(),
+            minimum: minimum.into(),
+            pinned_at_unix_ns: 0,
+        };
+        for good in ["0.2.0", "0.2.1-rc.1", "0.10", "1", "2026.11"] {
+            pin("0.2.0").allows(good).expect(good);
+        }
+        for bad in ["0.1.9", "0.2.0-rc.1", "0.1", "0", "good", "1.2.3.4"] {
+            let problem = pin("0.2.0").allows(bad).expect_err(bad);
+            assert_eq!(problem.code, Code::BelowPin);
+            let named = problem.message.contains(bad) && problem.message.contains("0.2.0");
+            assert!(named, "{problem}");
+        }
+        for good in ["1", "0.2", "0.2.0"] {
+            validate_minimum(good).expect(good);
+        }
+        for bad in ["", "good", "1.2.3.4", "-1"] {
+            assert_eq!(validate_minimum(bad).expect_err(bad).code, Code::BadRequest);
+        }
     }
 
     #[test]

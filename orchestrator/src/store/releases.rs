@@ -1,10 +1,10 @@
-//! Releases in the store.
+//! Releases in the store, and the least versions that may be run.
 
 use rusqlite::{OptionalExtension, Row, params};
 
-use super::rows::{from_json, json, signed, unsigned};
+use super::rows::{from_json, from_json_option, json, json_option, signed, unsigned};
 use super::{Store, StoreError};
-use crate::model::{Manifest, Release, VMM};
+use crate::model::{Manifest, Pin, Release, VMM};
 
 fn release(row: &Row<'_>) -> rusqlite::Result<Release> {
     let manifest: Manifest = from_json(row, 0)?;
@@ -15,10 +15,24 @@ fn release(row: &Row<'_>) -> rusqlite::Result<Release> {
             ..manifest
         },
         added_at_unix_ns: unsigned(row, 2)?,
+        signed_by: from_json_option(row, 3)?,
     })
 }
 
-const COLUMNS: &str = "SELECT manifest_json, sha256, added_at_unix_ns FROM releases";
+fn pin(row: &Row<'_>) -> rusqlite::Result<Pin> {
+    Ok(Pin {
+        component: row.get(0)?,
+        minimum: row.get(1)?,
+        pinned_at_unix_ns: unsigned(row, 2)?,
+    })
+}
+
+const COLUMNS: &str = "SELECT manifest_json, sha256, added_at_unix_ns, signed_json FROM releases";
+/// Who is run by a release, or on the way from or to it.
+const IN_USE: &str = "SELECT name FROM vms
+     WHERE release = ?1 AND state NOT IN ('stopped', 'crashed', 'failed')
+     UNION SELECT vm FROM swaps WHERE state IN ('wanted', 'in_progress', 'in_doubt')
+     AND ?1 IN (json_extract(from_json, '$.version'), json_extract(to_json, '$.version'))";
 
 impl Store {
     /// All, oldest first.
@@ -47,17 +61,68 @@ impl Store {
         self.call(move |tx| {
             let manifest = &added.manifest;
             tx.execute(
-                "INSERT INTO releases (component, version, sha256, manifest_json, added_at_unix_ns)
-                 VALUES (?1, ?2, ?3, ?4, ?5)",
+                "INSERT INTO releases (component, version, sha256, manifest_json,
+                                       added_at_unix_ns, signed_json)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
                 params![
                     manifest.component,
                     manifest.version,
                     manifest.sha256,
                     json(manifest)?,
-                    signed(added.added_at_unix_ns)
+                    signed(added.added_at_unix_ns),
+                    json_option(added.signed_by.as_ref())?
                 ],
             )
             .map(drop)
+        })
+        .await
+    }
+
+    /// Forgets one that no guest needs. Otherwise it stays: the names of those that do.
+    pub async fn remove_release(&self, version: &str) -> Result<Vec<String>, StoreError> {
+        let version = version.to_owned();
+        self.call(move |tx| {
+            let mut query = tx.prepare(IN_USE)?;
+            let names = query.query_map([&version], |row| row.get(0))?;
+            let users: Vec<String> = names.collect::<rusqlite::Result<_>>()?;
+            if users.is_empty() {
+                let delete = "DELETE FROM releases WHERE component = ?1 AND version = ?2";
+                tx.execute(delete, params![VMM, version])?;
+            }
+            Ok(users)
+        })
+        .await
+    }
+
+    /// All pins.
+    pub async fn pins(&self) -> Result<Vec<Pin>, StoreError> {
+        self.call(|tx| {
+            let mut query = tx.prepare("SELECT component, minimum, pinned_at_unix_ns FROM pins")?;
+            query.query_map([], pin)?.collect()
+        })
+        .await
+    }
+
+    /// Sets the pin of a component.
+    pub async fn set_pin(&self, new: &Pin) -> Result<(), StoreError> {
+        let new = new.clone();
+        self.call(move |tx| {
+            tx.execute(
+                "INSERT OR REPLACE INTO pins (component, minimum, pinned_at_unix_ns)
+                 VALUES (?1, ?2, ?3)",
+                params![new.component, new.minimum, signed(new.pinned_at_unix_ns)],
+            )
+            .map(drop)
+        })
+        .await
+    }
+
+    /// Takes the pin of a component away.
+    pub async fn remove_pin(&self, component: &str) -> Result<(), StoreError> {
+        let component = component.to_owned();
+        self.call(move |tx| {
+            tx.execute("DELETE FROM pins WHERE component = ?1", [component])
+                .map(drop)
         })
         .await
     }

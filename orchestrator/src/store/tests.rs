@@ -67,6 +67,7 @@ async fn everything_is_there_after_opening_again() {
         swap("s", "a", SwapState::InProgress),
     );
     let release = Release {
+        signed_by: None,
         manifest: Manifest {
             component: VMM.into(),
             version: "0.1.0".into(),

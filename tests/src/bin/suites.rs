@@ -56,6 +56,7 @@ const SUITES: &[Suite] = &[
     scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),
     scenario("swap", &["-p", "stillpoint-tests", "--test", "swap"], 1),
+    scenario("compat", &["-p", "stillpoint-tests", "--test", "compat"], 1),
     scenario("modes", &["-p", "stillpoint-tests", "--test", "modes"], 1),
     scenario(
         "several",

@@ -74,7 +74,7 @@ impl Host {
     pub fn start(dir: &Path) -> anyhow::Result<Self> {
         let daemon = Daemon::start(dir)?;
         let good = Release::Current.binary()?.display().to_string();
-        daemon.must(&["release", "add", &good, "--as", "good"])?;
+        daemon.must(&["release", "add", "--unsigned", &good, "--as", "good"])?;
         let faulty = Release::Faulty("").binary()?.display().to_string();
         for (point, _) in POINTS {
             for (name, act) in [(stops_at(point), "stop"), (fails_at(point), "fail")] {
@@ -82,6 +82,7 @@ impl Host {
                 let add = [
                     "release",
                     "add",
+                    "--unsigned",
                     &faulty,
                     "--as",
                     &name,

@@ -12,10 +12,11 @@ use stillpoint_agent::wire::{Lines, decode};
 use stillpoint_control::message::{Reply, Request};
 use stillpoint_control::report::SwapReport;
 use stillpoint_control::spec::MachineSpec;
+use stillpoint_state::contents::Contents;
 use stillpoint_state::golden::from_text;
 use stillpoint_state::sections::{
-    Clock, Console, Irqchip, Power, Probe, Serial, Vcpu, VirtioBlk, VirtioMmio, VirtioNet,
-    VirtioRng, VirtioVsock,
+    Clock, Console, Irqchip, KINDS, Power, Probe, Serial, Vcpu, VirtioBlk, VirtioMmio, VirtioNet,
+    VirtioRng, VirtioVsock, VmClock,
 };
 use stillpoint_state::{Section, Unclaimed};
 use stillpoint_vmm::devices::virtio::fuzz;
@@ -35,7 +36,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 7] = [
+pub static TARGETS: [Target; 7] = [
     Target {
         name: "saved_state",
         run: saved_state,
@@ -99,6 +100,7 @@ pub fn saved_state(bytes: &[u8]) {
     take::<Probe>(&mut state, &[""]);
     take::<Power>(&mut state, &[""]);
     take::<Console>(&mut state, &[""]);
+    take::<VmClock>(&mut state, &[""]);
     take::<VirtioMmio>(&mut state, &["disk0", "net0", "vsock", "rng"]);
     take::<VirtioBlk>(&mut state, &["disk0"]);
     take::<VirtioNet>(&mut state, &["net0"]);
@@ -114,6 +116,9 @@ pub fn handover(bytes: &[u8]) {
     };
     if let Body::Offer(offer) = body {
         let _ = MachineSpec::from_json(&offer.spec);
+        for contents in &offer.contents {
+            let _ = contents.check();
+        }
         let _ = stillpoint_vmm::boot::cpuid::from_bytes(&offer.cpuid);
     }
 }
@@ -166,7 +171,11 @@ fn machine_specs() -> Vec<Vec<u8>> {
 }
 
 fn handover_packets() -> Vec<Vec<u8>> {
+    let mut contents = Contents::new(3);
+    KINDS.iter().for_each(|kind| contents.announce(kind, "x"));
+    contents.sections[0].added.push(900);
     let offer = Offer {
+        contents: vec![contents],
         swap: "swap-1".into(),
         spec: SPEC.into(),
         epoch: 1,

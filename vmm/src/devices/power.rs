@@ -14,6 +14,7 @@ use stillpoint_guest_abi::power::{
     ACPI_RESET, BUTTON_PRESSED, CLOCK_CHANGED, CONTROL, EVENTS, POWER_OFF, RESET, RESET_REGISTER,
     SLEEP_CONTROL, SLEEP_ENABLE, SLEEP_TYPE_OFF, SLEEP_TYPE_SHIFT,
 };
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{Saved, Section, StateError, Unclaimed, sections};
 
 use super::{Busy, Device};
@@ -165,6 +166,11 @@ impl Device for Power {
         if inner.pending != 0 {
             inner.tell();
         }
+    }
+
+    fn announce(&self, to: &mut Contents) {
+        // What a press of the button would make of it shows when it is saved.
+        to.announce_version(&sections::Power::KIND, "", WITHOUT_EVENTS);
     }
 
     fn save(&self, to: &mut Saved) -> Result<(), StateError> {

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use stillpoint_guest_abi::probe as abi;
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -88,6 +89,10 @@ impl Device for Probe {
     }
 
     fn resume(&self) {}
+
+    fn announce(&self, to: &mut Contents) {
+        to.announce(&sections::Probe::KIND, "");
+    }
 
     fn save(&self, to: &mut Saved) -> Result<(), StateError> {
         let Registers { scratch, table } = *self.registers();

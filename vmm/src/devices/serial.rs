@@ -7,6 +7,7 @@ use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{Saved, Section, StateError, Unclaimed, sections};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
@@ -168,6 +169,10 @@ impl Device for SerialPort {
         {
             let _ = inner.uart.interrupt_evt().trigger();
         }
+    }
+
+    fn announce(&self, to: &mut Contents) {
+        to.announce(&sections::Serial::KIND, "");
     }
 
     fn save(&self, to: &mut Saved) -> Result<(), StateError> {

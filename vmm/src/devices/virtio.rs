@@ -37,6 +37,7 @@ pub mod vsock;
 mod driver;
 mod worker;
 
+use stillpoint_state::contents::Kind as SectionKind;
 use stillpoint_state::{Saved, StateError};
 
 use crate::handover::lend::Lending;
@@ -89,6 +90,9 @@ pub trait Kind: Send + std::fmt::Debug {
 
     /// Requests that were taken from a queue and not given back yet.
     fn in_flight(&self) -> usize;
+
+    /// The kind of its own section.
+    fn section(&self) -> SectionKind;
 
     /// Adds the kind's own section, as `instance`. The device stands still and nothing is in flight.
     fn save(&self, instance: &str, to: &mut Saved) -> Result<(), StateError>;

@@ -19,6 +19,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -154,6 +155,10 @@ impl Device for VmClock {
     }
 
     fn resume(&self) {}
+
+    fn announce(&self, to: &mut Contents) {
+        to.announce(&sections::VmClock::KIND, "");
+    }
 
     fn save(&self, to: &mut Saved) -> Result<(), StateError> {
         let Inner { sequence, marker } = *self.inner();

@@ -14,6 +14,7 @@ use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 use stillpoint_control::report::SwapReport;
 use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MachineSpec, SpecError};
+use stillpoint_state::contents::Contents;
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::lend::Borrowed;
@@ -66,6 +67,16 @@ pub enum AdoptError {
     Formats {
         /// What it writes.
         offered: Vec<u32>,
+    },
+    /// Its state would hold something that we can't read.
+    #[error(
+        "the guest's state could not be read here, so it was not paused; format {format}: {error}"
+    )]
+    Contents {
+        /// In which format.
+        format: u32,
+        /// What.
+        error: StateError,
     },
     /// Its offer lacks file descriptors.
     #[error("the offer came with {0} file descriptors, {OFFERED_FDS} belong to it")]
@@ -157,9 +168,9 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     let count = fds.len();
     let fds: [OwnedFd; OFFERED_FDS] = fds.try_into().map_err(|_| AdoptError::Fds(count))?;
     let [ram, ownership, state, predecessor, control, console, log] = fds;
-    let format = release::choose_format(&offer.formats).ok_or_else(|| AdoptError::Formats {
-        offered: offer.formats.clone(),
-    })?;
+    // Before anything is refused: who closes with packets unread takes its last word back with it.
+    let mut files = await_files(channel, offer.files)?;
+    let format = choose_format(&offer)?;
     let spec = MachineSpec::from_json(&offer.spec)?;
     let ram = Arc::new(GuestRam::adopt(ram, &spec.memory)?);
     let promise = Promise {
@@ -168,7 +179,6 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         tsc_offset: offer.tsc_offset,
         hold: offer.hold,
     };
-    let mut files = await_files(channel, offer.files)?;
     let plugs = backend::adopt(&spec, Path::new(&offer.dir), &mut files);
     let plugs = plugs.map_err(BuildError::from)?;
     let blank = Blank::new(&spec, &ram, events, plugs, promise, |_| Ok(()))?;
@@ -199,6 +209,22 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         doors: [control, console, log],
         timing,
     })
+}
+
+/// The first format offered that this release reads, all that the state will hold in it included.
+fn choose_format(offer: &Offer) -> Result<u32, AdoptError> {
+    let mut unreadable = None;
+    for format in release::readable(&offer.formats) {
+        let contents = offer.contents.iter().find(|c| c.format == format);
+        match contents.map_or(Ok(()), Contents::check) {
+            Ok(()) => return Ok(format),
+            // What stands in the way of the newest one says most.
+            Err(error) => drop(unreadable.get_or_insert(AdoptError::Contents { format, error })),
+        }
+    }
+    Err(unreadable.unwrap_or_else(|| AdoptError::Formats {
+        offered: offer.formats.clone(),
+    }))
 }
 
 /// Waits for the files of devices that belong to the offer.

@@ -281,13 +281,15 @@ fn offer(
     let machine = &guest.machine;
     let mut files = Lending::default();
     machine.lend(&mut files).map_err(FreezeError::Lend)?;
+    let formats = machine.formats(errand.clock);
     let offer = Offer {
         swap: errand.swap.clone(),
         spec: serde_json::to_string(machine.spec()).unwrap_or_default(),
         epoch: guest.owner.epoch().next().0,
         cpuid: cpuid::to_bytes(machine.cpuid()),
         tsc_khz: machine.tsc_khz(),
-        formats: machine.formats(errand.clock),
+        contents: machine.contents(&formats),
+        formats,
         files: u32::try_from(files.count()).unwrap_or(u32::MAX),
         secret: errand.secret.clone(),
         swaps: errand.swaps,

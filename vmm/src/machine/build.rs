@@ -340,6 +340,8 @@ impl Blank {
                 probe: Arc::new(Probe::restore(&mut state)?),
             })
         })?;
+        #[cfg(feature = "later")]
+        stillpoint_state::later::load(&mut state)?;
         state.finish()?;
         Ok((
             machine,

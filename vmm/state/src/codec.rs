@@ -1,7 +1,9 @@
 //! The container: header first, then named sections.
 
 use prost::Message;
-use prost::encoding::{WireType, decode_key, decode_varint};
+
+use crate::contents::Added;
+use crate::fields;
 
 /// First bytes of saved state.
 pub const MAGIC: [u8; 8] = *b"SPSTATE\0";
@@ -9,9 +11,7 @@ pub const MAGIC: [u8; 8] = *b"SPSTATE\0";
 pub const MAX_STATE: usize = 64 << 20;
 /// The most sections that are read.
 pub const MAX_SECTIONS: usize = 4096;
-/// The most messages, strings and byte strings in one section. An empty message is two bytes in a
-/// section and a hundred in memory: without a limit a state could ask for fifty times its size.
-pub const MAX_PARTS: usize = 4096;
+pub use crate::fields::MAX_PARTS;
 
 /// What can be known without decoding the rest.
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -56,6 +56,9 @@ pub trait Section: Message + Default {
     const VERSION: u32;
     /// The most bytes one may have: more than any machine of ours needs.
     const MOST: usize;
+    /// Fields that came to `VERSION` after its first release, and that no machine with such a
+    /// section has at their defaults: who doesn't know them can't read what we write.
+    const ADDED: &'static [Added];
 }
 
 /// Why saved state could not be written or read.
@@ -88,6 +91,17 @@ pub enum StateError {
         /// The newest we read.
         known: u32,
     },
+    /// A field that says something, and that this build does not know: guest state would be lost.
+    #[error(
+        "saved state: section {section} has a field {field} that this release does not know; what \
+         it says would be lost"
+    )]
+    Field {
+        /// Which.
+        section: String,
+        /// Its number, behind those of the fields around it, and its name if that is known.
+        field: String,
+    },
     /// There, but nobody takes it: guest state would be lost.
     #[error("saved state: nobody here knows these sections: {0}")]
     Leftover(String),
@@ -101,7 +115,7 @@ pub enum StateError {
     },
 }
 
-fn label(name: &str, instance: &str) -> String {
+pub(crate) fn label(name: &str, instance: &str) -> String {
     if instance.is_empty() {
         name.to_owned()
     } else {
@@ -149,7 +163,10 @@ impl Saved {
             name: S::NAME.to_owned(),
             instance: instance.to_owned(),
             version,
+            #[cfg(not(feature = "later"))]
             body: section.encode_to_vec(),
+            #[cfg(feature = "later")]
+            body: crate::later::amended::<S>(section.encode_to_vec()),
         };
         raw.encode_length_delimited(&mut self.body)
             .map_err(|_| StateError::Container("a section outgrew its buffer"))
@@ -252,6 +269,13 @@ impl Unclaimed {
         &self.header
     }
 
+    /// Name, instance and version of every section that nobody has taken.
+    pub fn list(&self) -> Vec<(String, String, u32)> {
+        let each = self.sections.iter();
+        each.map(|s| (s.name.clone(), s.instance.clone(), s.version))
+            .collect()
+    }
+
     /// Takes one section out.
     pub fn take<S: Section>(&mut self, instance: &str) -> Result<S, StateError> {
         let here = self
@@ -269,14 +293,25 @@ impl Unclaimed {
                 known: S::VERSION,
             });
         }
-        judge::<S>(&raw.body).map_err(|problem| StateError::Value {
+        let remarks = fields::judge(&raw.body, S::MOST).map_err(|problem| StateError::Value {
             section: S::NAME,
             problem,
         })?;
-        S::decode(raw.body.as_slice()).map_err(|source| StateError::Decode {
+        let section = S::decode(raw.body.as_slice()).map_err(|source| StateError::Decode {
             section: label(S::NAME, instance),
             source,
-        })
+        })?;
+        // Protobuf skips what it does not know. What was read is as long as what was written, or
+        // something of it was not read.
+        if section.encoded_len() + remarks != raw.body.len()
+            && let Some(field) = fields::lost::<S>(&raw.body)
+        {
+            return Err(StateError::Field {
+                section: label(S::NAME, instance),
+                field,
+            });
+        }
+        Ok(section)
     }
 
     /// Ends the reading: whatever is left is an error.
@@ -291,44 +326,6 @@ impl Unclaimed {
             .collect();
         Err(StateError::Leftover(names.join(", ")))
     }
-}
-
-/// Whether a section is within bounds, before anything is made of it.
-fn judge<S: Section>(body: &[u8]) -> Result<(), String> {
-    if body.len() > S::MOST {
-        return Err(format!(
-            "it has {} bytes, and none of ours more than {}",
-            body.len(),
-            S::MOST
-        ));
-    }
-    let mut rest = body;
-    let mut parts = 0;
-    // What is no protobuf ends the count; decoding says what is wrong with it.
-    while let Some(length_delimited) = skip(&mut rest) {
-        parts += usize::from(length_delimited);
-        if parts > MAX_PARTS {
-            return Err(format!("it has more than {MAX_PARTS} parts"));
-        }
-    }
-    Ok(())
-}
-
-/// Goes past one field; whether it was length-delimited.
-fn skip(rest: &mut &[u8]) -> Option<bool> {
-    let (_, kind) = decode_key(rest).ok()?;
-    let len = match kind {
-        WireType::Varint => {
-            decode_varint(rest).ok()?;
-            0
-        }
-        WireType::SixtyFourBit => 8,
-        WireType::ThirtyTwoBit => 4,
-        WireType::LengthDelimited => usize::try_from(decode_varint(rest).ok()?).ok()?,
-        WireType::StartGroup | WireType::EndGroup => return None,
-    };
-    *rest = rest.get(len..)?;
-    Some(kind == WireType::LengthDelimited)
 }
 
 #[cfg(test)]

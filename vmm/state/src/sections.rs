@@ -11,6 +11,7 @@ pub use virtio::{
 };
 
 use crate::codec::{Section, StateError};
+use crate::contents::{Added, Kind};
 
 /// Formats this code can write and read, newest first.
 ///
@@ -23,7 +24,8 @@ pub const FORMATS: [u32; 3] = [3, 2, 1];
 pub const VIRTIO_FORMAT: u32 = 3;
 
 macro_rules! sections {
-    ($($type:ident = $name:literal, version $version:literal $(, at most $most:expr)?;)*) => {
+    ($($type:ident = $name:literal, version $version:literal
+        $(, at most $most:expr)? $(, added $number:literal $field:literal)*;)*) => {
         $(impl Section for $type {
             const NAME: &'static str = $name;
             const VERSION: u32 = $version;
@@ -32,7 +34,20 @@ macro_rules! sections {
                 $(let most = if most > $most { most } else { $most };)?
                 most
             };
+            const ADDED: &'static [Added] = &[$(Added { number: $number, name: $field }),*];
+        }
+
+        impl $type {
+            /// What a reader must know of such a section.
+            pub const KIND: Kind = Kind {
+                name: Self::NAME,
+                version: Self::VERSION,
+                added: Self::ADDED,
+            };
         })*
+
+        /// Every kind of section that this build reads.
+        pub const KINDS: [Kind; [$($name),*].len()] = [$($type::KIND),*];
     };
 }
 
@@ -120,12 +135,18 @@ pub struct Vcpu {
 impl Vcpu {
     /// Stores the MSRs the way `format` does; gives the section version to write.
     pub fn set_msrs(&mut self, format: u32, msrs: impl Iterator<Item = (u32, u64)>) -> u32 {
-        if format == 1 {
+        let version = Self::version(format);
+        if version == 1 {
             self.msrs = msrs.map(|(index, value)| Msr { index, value }).collect();
-            return 1;
+        } else {
+            (self.msr_indices, self.msr_values) = msrs.unzip();
         }
-        (self.msr_indices, self.msr_values) = msrs.unzip();
-        2
+        version
+    }
+
+    /// The version of the section in `format`.
+    pub fn version(format: u32) -> u32 {
+        if format == 1 { 1 } else { 2 }
     }
 
     /// The MSRs, whichever way they were stored.

@@ -1,10 +1,12 @@
 use super::*;
+use crate::model::VMM;
 
 fn addition(path: &Path) -> Addition {
     Addition {
         path: path.to_owned(),
         version: None,
         args: vec!["--x".into()],
+        papers: None,
         at_unix_ns: 1,
     }
 }
@@ -12,7 +14,7 @@ fn addition(path: &Path) -> Addition {
 #[test]
 fn what_is_no_release_is_refused_and_leaves_nothing() {
     let dir = tempfile::tempdir().expect("temp dir");
-    let binaries = Binaries::new(dir.path());
+    let binaries = Binaries::new(dir.path(), Trust::default());
     let refused = |path: &Path| {
         let problem = binaries.import(&addition(path)).expect_err("no release");
         assert_eq!(problem.code, Code::NotARelease, "{problem}");
@@ -37,11 +39,12 @@ fn what_is_no_release_is_refused_and_leaves_nothing() {
 #[test]
 fn a_changed_binary_is_not_handed_out() {
     let dir = tempfile::tempdir().expect("temp dir");
-    let binaries = Binaries::new(dir.path());
+    let binaries = Binaries::new(dir.path(), Trust::default());
     let path = binaries.path("1");
-    std::fs::create_dir_all(path.parent().expect("parent")).expect("dir");
+    private_dir(path.parent().expect("parent")).expect("dir");
     std::fs::write(&path, "one").expect("write");
     let mut release = Release {
+        signed_by: None,
         manifest: Manifest {
             component: VMM.into(),
             version: "1".into(),

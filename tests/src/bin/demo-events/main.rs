@@ -42,8 +42,8 @@ fn tell() -> anyhow::Result<()> {
         .tempdir()?;
     let daemon = Daemon::start(dir.path())?;
     let current = Release::Current.binary()?.display().to_string();
-    daemon.must(&["release", "add", &current, "--as", "0.2.0"])?;
-    daemon.must(&["release", "add", &current, "--as", "0.2.1"])?;
+    daemon.must(&["release", "add", "--unsigned", &current, "--as", "0.2.0"])?;
+    daemon.must(&["release", "add", "--unsigned", &current, "--as", "0.2.1"])?;
     let kernel = releases::pulse()?.display().to_string();
     let run = [
         "run",

@@ -64,10 +64,16 @@ fn add_releases(daemon: &Daemon) -> anyhow::Result<()> {
     println!(
         "\nTwo builds that really differ: 0.1.0 knows saved-state format 1 alone, 0.2.0 prefers newer ones"
     );
-    told(daemon, &["release", "add", &path(Release::Compat)?])?;
-    told(daemon, &["release", "add", &path(Release::Current)?])?;
+    told(
+        daemon,
+        &["release", "add", "--unsigned", &path(Release::Compat)?],
+    )?;
+    told(
+        daemon,
+        &["release", "add", "--unsigned", &path(Release::Current)?],
+    )?;
     println!("\nAnd two that don't");
-    let add = ["release", "add", &faulty, "--as"];
+    let add = ["release", "add", "--unsigned", &faulty, "--as"];
     told(
         daemon,
         &[&add[..], &[CRASHES, "--arg=--fault", "--arg=load=crash"]].concat(),

@@ -150,7 +150,7 @@ fn add_faulty(daemon: &Daemon, name: &str, fault: &str) -> anyhow::Result<()> {
     let binary = Release::Faulty("").binary()?.display().to_string();
     let args = ["--as", name, "--arg", "--fault", "--arg", fault];
     daemon
-        .must(&[&["release", "add", &binary], &args[..]].concat())
+        .must(&[&["release", "add", "--unsigned", &binary], &args[..]].concat())
         .map(drop)
 }
 

@@ -29,6 +29,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+use stillpoint_state::contents::Kind as SectionKind;
 use stillpoint_state::{Saved, Section as _, StateError, Unclaimed, sections};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -256,6 +257,10 @@ impl Kind for Blk {
 
     fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    fn section(&self) -> SectionKind {
+        sections::VirtioBlk::KIND
     }
 
     fn save(&self, instance: &str, to: &mut Saved) -> Result<(), StateError> {

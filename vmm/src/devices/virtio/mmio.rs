@@ -15,6 +15,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use stillpoint_state::contents::{Contents, Kind as SectionKind};
 use stillpoint_state::sections::{VirtioMmio as Section, VirtioQueue};
 use stillpoint_state::{Saved, Section as _, StateError, Unclaimed};
 use virtio_bindings::virtio_config::{
@@ -102,6 +103,7 @@ pub struct VirtioMmio {
     device_type: u32,
     features: u64,
     sizes: &'static [u16],
+    kind: SectionKind,
 }
 
 impl VirtioMmio {
@@ -137,6 +139,7 @@ impl VirtioMmio {
             device_type: kind.device_type(),
             features: kind.features() | TRANSPORT,
             sizes,
+            kind: kind.section(),
             slot,
         }
     }
@@ -499,6 +502,11 @@ impl Device for VirtioMmio {
 
     fn resume(&self) {
         self.slot.worker.go();
+    }
+
+    fn announce(&self, to: &mut Contents) {
+        to.announce(&Section::KIND, &self.slot.name);
+        to.announce(&self.kind, &self.slot.name);
     }
 
     fn save(&self, to: &mut Saved) -> Result<(), StateError> {

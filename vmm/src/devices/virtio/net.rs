@@ -29,6 +29,7 @@ mod transmit;
 mod tests;
 
 use rustix::io::Errno;
+use stillpoint_state::contents::Kind as SectionKind;
 use stillpoint_state::sections::VirtioNet;
 use stillpoint_state::{Saved, Section, StateError, Unclaimed};
 use virtio_bindings::virtio_net::*;
@@ -300,6 +301,10 @@ impl Kind for Net {
 
     fn in_flight(&self) -> usize {
         0
+    }
+
+    fn section(&self) -> SectionKind {
+        VirtioNet::KIND
     }
 
     fn save(&self, instance: &str, to: &mut Saved) -> Result<(), StateError> {

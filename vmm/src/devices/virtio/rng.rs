@@ -1,6 +1,7 @@
 //! Entropy device (virtio 1.2, section 5.4): the host kernel's random bytes.
 
 use rustix::rand::{GetRandomFlags, getrandom};
+use stillpoint_state::contents::Kind as SectionKind;
 use stillpoint_state::{Saved, StateError, Unclaimed, sections};
 
 use super::Kind;
@@ -80,6 +81,10 @@ impl Kind for Rng {
 
     fn in_flight(&self) -> usize {
         0
+    }
+
+    fn section(&self) -> SectionKind {
+        sections::VirtioRng::KIND
     }
 
     fn save(&self, instance: &str, to: &mut Saved) -> Result<(), StateError> {

@@ -30,6 +30,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Instant;
 
+use stillpoint_state::contents::Kind as SectionKind;
+use stillpoint_state::sections::VirtioVsock;
 use stillpoint_state::{Saved, StateError, Unclaimed};
 
 use super::poller::Poller;
@@ -201,6 +203,10 @@ impl Kind for Vsock {
 
     fn in_flight(&self) -> usize {
         0
+    }
+
+    fn section(&self) -> SectionKind {
+        VirtioVsock::KIND
     }
 
     fn save(&self, instance: &str, to: &mut Saved) -> Result<(), StateError> {
