@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stillpoint_control::message::ProcessId;
 use tokio::sync::{Notify, mpsc};
 
 use crate::agent::custody;
@@ -172,6 +173,9 @@ impl Keeper {
         let dir = self.host.dir(&vm.name);
         match exit {
             Exit::Code(0) => Ending::PoweredOff,
+            Exit::Unknown if is_of_another_boot(vm) || !dir.path().exists() => {
+                Ending::Failed("the host was restarted while it ran, or lost its power".into())
+            }
             Exit::Unknown if !dir.control().exists() => Ending::PoweredOff,
             _ => {
                 let log = log_tail(&dir.log());
@@ -311,6 +315,12 @@ impl Keeper {
             self.host.dir(&vm.name).remove_stale_sockets();
         }
     }
+}
+
+/// Whether its process ran before the host was started last.
+fn is_of_another_boot(vm: &VmRecord) -> bool {
+    let now = ProcessId::of(std::process::id());
+    matches!((&vm.process, now), (Some(then), Some(now)) if then.boot_id != now.boot_id)
 }
 
 /// Tells that a VM's record is gone.

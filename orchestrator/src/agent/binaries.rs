@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -132,6 +133,7 @@ impl Binaries {
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
         std::fs::write(incoming.join("manifest.json"), text).map_err(copy)?;
+        sync(&incoming.join("manifest.json")).map_err(copy)?;
         Ok(Release {
             manifest,
             added_at_unix_ns: addition.at_unix_ns,
@@ -146,7 +148,21 @@ impl Binaries {
         let to = self.0.join(&release.manifest.version);
         // What lies there is of an addition that was never recorded.
         let _ = std::fs::remove_dir_all(&to);
-        std::fs::rename(&from, &to).map_err(|e| failed("put the release at", &to, &e))
+        // Its place is on disk before anybody is told that it has one: a power cut leaves all of it, or
+        // a folder that no record names.
+        sync(&from)
+            .and_then(|()| std::fs::rename(&from, &to))
+            .and_then(|()| sync(&self.0))
+            .map_err(|e| failed("put the release at", &to, &e))
+    }
+
+    /// Removes what additions left behind that were cut off. To be called before there can be others.
+    pub fn clear_away(&self) {
+        let left = std::fs::read_dir(&self.0).into_iter().flatten().flatten();
+        for entry in left.filter(|entry| entry.file_name().as_bytes().starts_with(b".incoming-")) {
+            tracing::warn!(path = %entry.path().display(), "removed a release that was not added to its end");
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 
     /// Forgets an imported release that got no place.
@@ -156,6 +172,11 @@ impl Binaries {
             .join(format!(".incoming-{}", release.added_at_unix_ns));
         let _ = std::fs::remove_dir_all(from);
     }
+}
+
+/// Puts a file, or the names in a folder, on disk.
+fn sync(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 fn open_source(path: &Path) -> Result<File, Problem> {

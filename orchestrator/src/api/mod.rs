@@ -4,6 +4,7 @@
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
 mod events;
+mod journal;
 mod pauses;
 mod refusal;
 mod releases;
@@ -60,6 +61,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))
         .routes(routes!(releases::list, releases::post))
+        .routes(routes!(journal::list))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))
 }

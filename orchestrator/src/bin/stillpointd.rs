@@ -28,6 +28,11 @@ struct Args {
     /// Prints the API's OpenAPI document and exits.
     #[arg(long)]
     print_openapi: bool,
+    /// Puts the store on a disk that forgets what was not synced, and cuts its power: sync=N, torn=N,
+    /// synced=N, or never.
+    #[cfg(feature = "fault-injection")]
+    #[arg(long, value_name = "CUT", value_parser = orchestrator::store::disk::arm)]
+    disk: Option<()>,
     #[command(subcommand)]
     command: Option<Internal>,
 }

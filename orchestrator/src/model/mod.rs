@@ -3,6 +3,7 @@
 mod amount;
 mod event;
 mod fleet;
+mod journal;
 mod moment;
 mod pause;
 mod policy;
@@ -15,6 +16,7 @@ mod window;
 pub use amount::{Amount, NoAmount};
 pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, MOST_DOMAINS, Rung};
+pub use journal::{JournalEntry, JournalKind};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,

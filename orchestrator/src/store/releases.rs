@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::rows::{from_json, json, signed, unsigned};
-use super::{Store, StoreError};
+use super::{Store, StoreError, journal};
 use crate::model::{Manifest, Release, VMM};
 
 fn release(row: &Row<'_>) -> rusqlite::Result<Release> {
@@ -56,8 +56,8 @@ impl Store {
                     json(manifest)?,
                     signed(added.added_at_unix_ns)
                 ],
-            )
-            .map(drop)
+            )?;
+            journal::added(tx, &added)
         })
         .await
     }

@@ -7,7 +7,7 @@ use super::rows::{
     unsigned_option, word,
 };
 use super::vms::{Observed, write_observed};
-use super::{Store, StoreError};
+use super::{Store, StoreError, journal};
 use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
@@ -62,8 +62,8 @@ fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqlite::Result<
             swap.notice_ns.map(signed),
             swap.no_notice,
         ],
-    )
-    .map(drop)
+    )?;
+    journal::got_on(tx, swap)
 }
 
 impl Store {

@@ -6,7 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+    JournalKind, Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState,
+    Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -188,4 +189,53 @@ fn a_store_in_use_is_refused() {
     let _first = Store::open(&path).expect("open");
     let error = Store::open(&path).expect_err("in use");
     assert!(matches!(error, OpenError::Locked(_)), "{error}");
+}
+
+#[tokio::test]
+async fn the_journal_says_what_a_daemon_found_unfinished() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = Store::open(&dir.path().join("s")).expect("open");
+    let lines = store.begin_journal("0.2.0").await.expect("begin");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    store.put_vm(&vm("a", VmState::Running)).await.expect("put");
+    store
+        .put_vm(&vm("b", VmState::Starting))
+        .await
+        .expect("put");
+    let mut first = swap("1", "a", SwapState::InProgress);
+    assert!(store.add_swap(&first).await.expect("add"));
+    let found = store.begin_journal("0.2.0").await.expect("begin");
+    assert!(
+        found[0].text.ends_with("the one before was cut off"),
+        "{found:?}"
+    );
+    let of: Vec<_> = found[1..]
+        .iter()
+        .map(|line| {
+            (
+                line.kind,
+                line.vm.clone().expect("a machine"),
+                line.swap.clone(),
+            )
+        })
+        .collect();
+    let expected = [("a", Some(SwapId("1".into()))), ("b", None)];
+    let expected = expected.map(|(vm, swap)| (JournalKind::Found, name(vm), swap));
+    assert_eq!(of, expected);
+    first.state = SwapState::Kept;
+    store.end_swap(&first, None).await.expect("end");
+    store.end_journal().await.expect("end");
+    let found = store.begin_journal("0.2.0").await.expect("begin");
+    assert!(
+        found[0].text.ends_with("the one before ended in order"),
+        "{found:?}"
+    );
+    assert_eq!(found.len(), 2, "the start of b alone: {found:?}");
+    let of_a = store.journal(Some(&name("a")), 100).await.expect("lines");
+    let last = of_a.last().expect("a line");
+    assert_eq!(
+        (last.kind, last.vm.as_ref()),
+        (JournalKind::Undone, Some(&name("a")))
+    );
+    assert_eq!(store.journal(None, 1).await.expect("lines").len(), 1);
 }
