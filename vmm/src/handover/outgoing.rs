@@ -372,7 +372,9 @@ fn blackout(
     let given_up = result?;
     let told = faults::reach(faults::Point::GivenUp).is_ok()
         && (channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[])).is_ok();
+    // Given up and taken back, it stood still until now.
     await_running(given_up, channel, deadline, told)
+        .inspect_err(|_| log.blackout = kicked.elapsed())
 }
 
 fn frozen_to_given_up<'g>(
