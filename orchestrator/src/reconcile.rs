@@ -60,16 +60,31 @@ pub async fn start(host: Host) -> Result<Waker, StoreError> {
                 continue;
             }
             let woken = Arc::new(Notify::new());
-            let keeper = Keeper {
-                host: host.clone(),
-                name: vm.clone(),
-                held: None,
-                woken: woken.clone(),
-            };
-            tasks.insert(vm, (woken, tokio::spawn(keeper.keep())));
+            let task = tokio::spawn(keep(host.clone(), vm.clone(), woken.clone()));
+            tasks.insert(vm, (woken, task));
         }
     });
     Ok(waker)
+}
+
+/// Keeps a VM to its end. A bug in a turn must not leave its guest to itself, and a swap on record as one in
+/// progress: another keeper looks at everything afresh, as after a start of the daemon.
+async fn keep(host: Host, name: VmName, woken: Arc<Notify>) {
+    loop {
+        let keeper = Keeper {
+            host: host.clone(),
+            name: name.clone(),
+            held: None,
+            woken: woken.clone(),
+        };
+        match tokio::spawn(keeper.keep()).await {
+            Err(error) if error.is_panic() => {
+                tracing::error!(vm = %name, "its keeper panicked, which is a bug; another takes over");
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            _ => return,
+        }
+    }
 }
 
 /// The task of one VM.

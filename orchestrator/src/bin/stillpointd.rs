@@ -88,6 +88,8 @@ fn log(json: bool) {
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would complain of a log that can't be written by a panic, in whatever task just logs.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     if json {
         logs.json().init();
