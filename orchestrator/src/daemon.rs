@@ -80,6 +80,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
+    for line in store.begin_journal(env!("CARGO_PKG_VERSION")).await? {
+        match line.vm {
+            Some(vm) => tracing::warn!(%vm, "{}", line.text),
+            None => tracing::info!("{}", line.text),
+        }
+    }
     let (events, _) = broadcast::channel(EVENTS);
     let notices = Notices::open(&store, events.clone()).await?;
     let host = Host {
@@ -93,6 +99,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         holds: execute::Holds::default(),
     };
     execute::settle_pauses(&host).await?;
+    host.binaries.clear_away();
     add_first_release(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
@@ -121,6 +128,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // Listeners of events never hang up by themselves.
     let _ = tokio::time::timeout(LAST_REQUESTS, serving).await;
     let _ = std::fs::remove_file(&config.socket);
+    // One that can't be written makes the next daemon say that this one was cut off: no harm.
+    let _ = store.end_journal().await;
     store.close().await;
     Ok(())
 }

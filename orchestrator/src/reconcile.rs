@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use stillpoint_control::message::ProcessId;
 use tokio::sync::{Notify, mpsc};
 
 use crate::agent::custody;
@@ -59,16 +60,31 @@ pub async fn start(host: Host) -> Result<Waker, StoreError> {
                 continue;
             }
             let woken = Arc::new(Notify::new());
-            let keeper = Keeper {
-                host: host.clone(),
-                name: vm.clone(),
-                held: None,
-                woken: woken.clone(),
-            };
-            tasks.insert(vm, (woken, tokio::spawn(keeper.keep())));
+            let task = tokio::spawn(keep(host.clone(), vm.clone(), woken.clone()));
+            tasks.insert(vm, (woken, task));
         }
     });
     Ok(waker)
+}
+
+/// Keeps a VM to its end. A bug in a turn must not leave its guest to itself, and a swap on record as one in
+/// progress: another keeper looks at everything afresh, as after a start of the daemon.
+async fn keep(host: Host, name: VmName, woken: Arc<Notify>) {
+    loop {
+        let keeper = Keeper {
+            host: host.clone(),
+            name: name.clone(),
+            held: None,
+            woken: woken.clone(),
+        };
+        match tokio::spawn(keeper.keep()).await {
+            Err(error) if error.is_panic() => {
+                tracing::error!(vm = %name, "its keeper panicked, which is a bug; another takes over");
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            _ => return,
+        }
+    }
 }
 
 /// The task of one VM.
@@ -172,6 +188,9 @@ impl Keeper {
         let dir = self.host.dir(&vm.name);
         match exit {
             Exit::Code(0) => Ending::PoweredOff,
+            Exit::Unknown if is_of_another_boot(vm) || !dir.path().exists() => {
+                Ending::Failed("the host was restarted while it ran, or lost its power".into())
+            }
             Exit::Unknown if !dir.control().exists() => Ending::PoweredOff,
             _ => {
                 let log = log_tail(&dir.log());
@@ -311,6 +330,12 @@ impl Keeper {
             self.host.dir(&vm.name).remove_stale_sockets();
         }
     }
+}
+
+/// Whether its process ran before the host was started last.
+fn is_of_another_boot(vm: &VmRecord) -> bool {
+    let now = ProcessId::of(std::process::id());
+    matches!((&vm.process, now), (Some(then), Some(now)) if then.boot_id != now.boot_id)
 }
 
 /// Tells that a VM's record is gone.

@@ -70,6 +70,21 @@ fn what_can_not_be_recorded_is_not_done() {
     assert_eq!(daemon.swap("web", "1")["state"], "moved");
 }
 
+/// Standard error on a full disk, whose page is just at its end: each line that is logged fails.
+#[test]
+fn a_log_that_can_not_be_written_costs_nothing() {
+    let mut daemon = Daemon::prepare();
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let mut command = daemon.command();
+    let child = command.stderr(full.expect("/dev/full")).spawn();
+    daemon.adopt(child.expect("stillpointd"));
+    daemon.add("1", None);
+    daemon.run("web", "1").good();
+    assert_eq!(daemon.swap("web", "1")["state"], "moved");
+    daemon.ask(&["stop", "web"]).good();
+    assert!(daemon.terminate().success());
+}
+
 #[test]
 fn a_swap_that_ends_on_a_full_disk_is_recorded_when_there_is_room() {
     let Some((daemon, filler)) = on_a_small_disk() else {

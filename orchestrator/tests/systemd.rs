@@ -71,6 +71,35 @@ fn systemd_hears_of_start_end_and_keeps_what_guests_need() {
     ear.hear("STOPPING=1");
 }
 
+/// The unit as it is shipped: a daemon that dies is there again at once, however often. A key in a section
+/// where systemd does not look for it is ignored with a warning that nobody reads.
+#[test]
+fn the_unit_starts_a_daemon_that_died_at_once_and_for_ever() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/systemd/stillpointd.service");
+    let unit = std::fs::read_to_string(path).expect("the unit");
+    let (of_unit, rest) = unit.split_once("[Service]").expect("sections");
+    let has = |text: &str, line: &str| text.lines().any(|l| l == line);
+    assert!(has(of_unit, "StartLimitIntervalSec=0"), "{of_unit}");
+    assert!(has(rest, "Restart=always"), "{rest}");
+    assert!(has(rest, "RestartSec=100ms"), "{rest}");
+    let dir = tempfile::tempdir().expect("temp dir");
+    let copy = dir.path().join("stillpointd.service");
+    // It need not be installed to be looked at.
+    let unit = unit.replace("/usr/bin/stillpointd", "/bin/true");
+    std::fs::write(&copy, unit).expect("copy");
+    let verify = std::process::Command::new("systemd-analyze")
+        .args(["verify", "--man=no"])
+        .arg(&copy)
+        .output();
+    match verify {
+        Ok(said) => {
+            let said = String::from_utf8_lossy(&said.stderr).into_owned();
+            assert!(!said.contains("stillpointd.service:"), "{said}");
+        }
+        Err(error) => eprintln!("systemd-analyze does not look at it: {error}"),
+    }
+}
+
 #[test]
 fn what_systemd_kept_for_no_guest_is_let_go() {
     let mut daemon = Daemon::prepare();

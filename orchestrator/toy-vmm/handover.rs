@@ -63,6 +63,7 @@ fn report(offer: &Offer, to: ReleaseName, outcome: Outcome, reason: Option<Strin
         state_format: 1,
         state_bytes: 0,
         budget: Duration::from_nanos(offer.budget),
+        margin: None,
         phases: vec![Phase {
             name: "load".into(),
             side: Side::Successor,

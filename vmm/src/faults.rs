@@ -48,8 +48,7 @@ impl Point {
     ];
 }
 
-/// A measure for the guest's clock that a build for tests can be made to leave out: the checks must
-/// then fail.
+/// A measure that a build for tests can be made to leave out: the checks must then fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spoilt {
     /// kvmclock is set once, and not in a loop (`spoil=loop`).
@@ -62,6 +61,8 @@ pub enum Spoilt {
     Watchdogs,
     /// The masterclock updates that making vCPUs asks for are left to wait (`spoil=latecomers`).
     Latecomers,
+    /// The predecessor runs on the guest that it gave up (`spoil=ownership`): two run it.
+    Ownership,
 }
 
 #[cfg(not(feature = "fault-injection"))]
@@ -139,6 +140,7 @@ mod imp {
                 "offset" => Spoilt::Offset,
                 "watchdogs" => Spoilt::Watchdogs,
                 "latecomers" => Spoilt::Latecomers,
+                "ownership" => Spoilt::Ownership,
                 _ => return Err(bad()),
             };
             return SPOILT

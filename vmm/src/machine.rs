@@ -7,7 +7,7 @@ pub mod frozen;
 pub mod vcpus;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -92,6 +92,8 @@ pub struct Machine {
     cpuid: Vec<kvm_cpuid_entry2>,
     tsc_khz: u32,
     tsc_offset: Option<i64>,
+    /// What letting its vCPUs in took.
+    entry: OnceLock<Duration>,
 }
 
 impl Machine {
@@ -217,7 +219,17 @@ impl Machine {
             device.resume();
         }
         self.buffer.thaw();
-        self.vcpus.enter(&self.bus, patience)
+        let began = clock::host_tsc();
+        let entered = self.vcpus.enter(&self.bus, patience)?;
+        let cycles = entered.tsc.saturating_sub(began);
+        // A machine is entered once in its life.
+        let _ = self.entry.set(clock::duration(cycles, self.tsc_khz));
+        Ok(entered)
+    }
+
+    /// What it took to let its vCPUs in, from the order to the last one's entry.
+    pub fn entry_cost(&self) -> Duration {
+        self.entry.get().copied().unwrap_or_default()
     }
 
     /// Ends it for good: vCPUs parked, devices and console at rest. Gives the viewers' sockets and

@@ -12,6 +12,7 @@ mod papers;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use stillpoint_control::secret::hex;
@@ -181,6 +182,11 @@ impl Binaries {
                 (manifest, None::<Signer>)
             }
         };
+        for paper in [MANIFEST, SIGNATURE].map(|name| incoming.join(name)) {
+            if paper.exists() {
+                sync(&paper).map_err(copy)?;
+            }
+        }
         Ok(Release {
             manifest,
             signed_by,
@@ -198,7 +204,21 @@ impl Binaries {
         let to = self.dir.join(&release.manifest.version);
         // What lies there is of an addition that was never recorded.
         let _ = std::fs::remove_dir_all(&to);
-        std::fs::rename(&from, &to).map_err(|e| failed("put the release at", &to, &e))
+        // Its place is on disk before anybody is told that it has one: a power cut leaves all of it, or
+        // a folder that no record names.
+        sync(&from)
+            .and_then(|()| std::fs::rename(&from, &to))
+            .and_then(|()| sync(&self.dir))
+            .map_err(|e| failed("put the release at", &to, &e))
+    }
+
+    /// Removes what additions left behind that were cut off. To be called before there can be others.
+    pub fn clear_away(&self) {
+        let left = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        for entry in left.filter(|entry| entry.file_name().as_bytes().starts_with(b".incoming-")) {
+            tracing::warn!(path = %entry.path().display(), "removed a release that was not added to its end");
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
 
     /// Forgets an imported release that got no place.
@@ -216,6 +236,11 @@ impl Binaries {
             _ => Ok(()),
         }
     }
+}
+
+/// Puts a file, or the names in a folder, on disk.
+fn sync(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 fn open_source(path: &Path) -> Result<File, Problem> {

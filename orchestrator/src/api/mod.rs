@@ -5,6 +5,7 @@
 
 mod events;
 mod host;
+mod journal;
 mod pauses;
 mod refusal;
 mod releases;
@@ -69,6 +70,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(releases::verify))
         .routes(routes!(releases::pins))
         .routes(routes!(releases::pin, releases::unpin))
+        .routes(routes!(journal::list))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))
 }

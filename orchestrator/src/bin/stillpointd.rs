@@ -32,6 +32,11 @@ struct Args {
     /// Prints the API's OpenAPI document and exits.
     #[arg(long)]
     print_openapi: bool,
+    /// Puts the store on a disk that forgets what was not synced, and cuts its power: sync=N, torn=N,
+    /// synced=N, or never.
+    #[cfg(feature = "fault-injection")]
+    #[arg(long, value_name = "CUT", value_parser = orchestrator::store::disk::arm)]
+    disk: Option<()>,
     #[command(subcommand)]
     command: Option<Internal>,
 }
@@ -88,6 +93,8 @@ fn log(json: bool) {
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would complain of a log that can't be written by a panic, in whatever task just logs.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     if json {
         logs.json().init();

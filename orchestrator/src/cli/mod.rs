@@ -8,6 +8,7 @@ mod console;
 mod doctor;
 mod events;
 mod format;
+mod history;
 mod host;
 mod http;
 mod logs;
@@ -73,6 +74,8 @@ enum Verb {
     Events(events::Args),
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
+    /// Shows what was asked of the daemon and what came of it, line by line.
+    History(history::Args),
     /// Says what this host can and can't do, with remedies.
     Doctor(doctor::Args),
     /// Adds and lists releases.
@@ -162,6 +165,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Host(args) => host::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
+        Verb::History(args) => history::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,
         Verb::Simulate(args) => simulate::run(desk, &args),

@@ -75,7 +75,13 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
     if let Some(last) = swaps.last() {
         rows.push((
             "last swap",
-            format!("{} to {}: {}", last.id, last.to.version, last.state),
+            match last.state.is_over() {
+                true => format!("{} to {}: {}", last.id, last.to.version, last.state),
+                false => format!(
+                    "{} to {}: {}, at `{}`",
+                    last.id, last.to.version, last.state, last.step
+                ),
+            },
         ));
     }
     rows.retain(|(key, value)| *key != "disks" || !value.is_empty());

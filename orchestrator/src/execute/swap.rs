@@ -395,6 +395,7 @@ fn report_of_agent(vm: &VmRecord, swap: &SwapRecord, reason: String) -> SwapRepo
         budget: swap
             .budget_ns
             .map_or(vm.spec.blackout_budget, Duration::from_nanos),
+        margin: None,
         phases: Vec::new(),
         blackout: Blackout::default(),
         clock: None,

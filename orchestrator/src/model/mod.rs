@@ -4,6 +4,7 @@ mod amount;
 mod event;
 mod fleet;
 mod host_swap;
+mod journal;
 mod moment;
 mod pause;
 mod policy;
@@ -17,6 +18,7 @@ pub use amount::{Amount, NoAmount};
 pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, MOST_DOMAINS, Rung};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
+pub use journal::{JournalEntry, JournalKind};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,

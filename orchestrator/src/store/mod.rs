@@ -5,7 +5,10 @@
 //! returned `Ok` the change is on disk. A file that is locked, damaged or not ours is refused at
 //! the start and left as it is. Must never: be written while a guest stands still.
 
+#[cfg(feature = "fault-injection")]
+pub mod disk;
 mod host_swaps;
+mod journal;
 mod open;
 mod pauses;
 mod releases;

@@ -15,6 +15,7 @@ const STEPS: &[M<'static>] = &[
     M::up(include_str!("schema-1.sql")),
     M::up(include_str!("schema-2.sql")),
     M::up(include_str!("schema-3.sql")),
+    M::up(include_str!("schema-4.sql")),
     M::up(include_str!("schema-5.sql")),
     M::up(include_str!("schema-6.sql")),
 ];
@@ -74,11 +75,7 @@ pub enum OpenError {
 pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
     create_private(path)?;
     let failed = |source| explain(path, source);
-    let mut connection = Connection::open_with_flags(
-        path,
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )
-    .map_err(failed)?;
+    let mut connection = connect(path).map_err(failed)?;
     connection.busy_timeout(PATIENCE).map_err(failed)?;
     // Exclusive: one daemon per state directory, and no shared-memory file that a full disk
     // could take from under us.
@@ -112,6 +109,14 @@ pub(super) fn open(path: &Path) -> Result<Connection, OpenError> {
         .execute_batch("BEGIN IMMEDIATE; COMMIT")
         .map_err(failed)?;
     Ok(connection)
+}
+
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    #[cfg(feature = "fault-injection")]
+    return super::disk::connect(path, flags);
+    #[cfg(not(feature = "fault-injection"))]
+    Connection::open_with_flags(path, flags)
 }
 
 /// Whether the database is empty; an error if it is damaged or another program's.

@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::rows::{from_json, from_json_option, json, json_option, signed, unsigned};
-use super::{Store, StoreError};
+use super::{Store, StoreError, journal};
 use crate::model::{Manifest, Pin, Release, VMM};
 
 fn release(row: &Row<'_>) -> rusqlite::Result<Release> {
@@ -72,8 +72,8 @@ impl Store {
                     signed(added.added_at_unix_ns),
                     json_option(added.signed_by.as_ref())?
                 ],
-            )
-            .map(drop)
+            )?;
+            journal::added(tx, &added)
         })
         .await
     }

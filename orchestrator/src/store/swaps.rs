@@ -7,7 +7,7 @@ use super::rows::{
     unsigned_option, word,
 };
 use super::vms::{Observed, write_observed};
-use super::{Store, StoreError};
+use super::{Store, StoreError, journal};
 use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
@@ -65,8 +65,8 @@ pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqli
             swap.no_notice,
             swap.part_of.as_ref().map(|id| id.0.as_str()),
         ],
-    )
-    .map(drop)
+    )?;
+    journal::got_on(tx, swap)
 }
 
 impl Store {

@@ -6,8 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    HostSwap, HostSwapState, Manifest, Release, SwapId, SwapRecord, SwapState, VMM, VmName,
-    VmRecord, VmState, Wanted,
+    HostSwap, HostSwapState, JournalKind, Manifest, Release, SwapId, SwapRecord, SwapState, VMM,
+    VmName, VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -257,4 +257,53 @@ async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
     assert_eq!(open, []);
     let added = store.add_host_swap(&wanted("3"), &[]);
     assert_eq!(added.await.expect("asked"), Ok(()));
+}
+
+#[tokio::test]
+async fn the_journal_says_what_a_daemon_found_unfinished() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = Store::open(&dir.path().join("s")).expect("open");
+    let lines = store.begin_journal("0.2.0").await.expect("begin");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    store.put_vm(&vm("a", VmState::Running)).await.expect("put");
+    store
+        .put_vm(&vm("b", VmState::Starting))
+        .await
+        .expect("put");
+    let mut first = swap("1", "a", SwapState::InProgress);
+    assert!(store.add_swap(&first).await.expect("add"));
+    let found = store.begin_journal("0.2.0").await.expect("begin");
+    assert!(
+        found[0].text.ends_with("the one before was cut off"),
+        "{found:?}"
+    );
+    let of: Vec<_> = found[1..]
+        .iter()
+        .map(|line| {
+            (
+                line.kind,
+                line.vm.clone().expect("a machine"),
+                line.swap.clone(),
+            )
+        })
+        .collect();
+    let expected = [("a", Some(SwapId("1".into()))), ("b", None)];
+    let expected = expected.map(|(vm, swap)| (JournalKind::Found, name(vm), swap));
+    assert_eq!(of, expected);
+    first.state = SwapState::Kept;
+    store.end_swap(&first, None).await.expect("end");
+    store.end_journal().await.expect("end");
+    let found = store.begin_journal("0.2.0").await.expect("begin");
+    assert!(
+        found[0].text.ends_with("the one before ended in order"),
+        "{found:?}"
+    );
+    assert_eq!(found.len(), 2, "the start of b alone: {found:?}");
+    let of_a = store.journal(Some(&name("a")), 100).await.expect("lines");
+    let last = of_a.last().expect("a line");
+    assert_eq!(
+        (last.kind, last.vm.as_ref()),
+        (JournalKind::Undone, Some(&name("a")))
+    );
+    assert_eq!(store.journal(None, 1).await.expect("lines").len(), 1);
 }

@@ -8,7 +8,7 @@ use stillpoint_control::secret::Secret;
 use super::rows::{
     from_json, from_json_option, from_word, json, json_option, signed, unsigned, word,
 };
-use super::{Store, StoreError};
+use super::{Store, StoreError, journal};
 use crate::model::{VmName, VmRecord, VmState, Wanted};
 
 const COLUMNS: &str = "SELECT name, spec_json, release, wanted, state, reason, process_json, \
@@ -64,8 +64,8 @@ pub(super) fn write_observed(
             json_option(observed.process.as_ref())?,
             signed(observed.at_unix_ns)
         ],
-    )
-    .map(drop)
+    )?;
+    journal::observed(tx, name, observed)
 }
 
 impl Store {
@@ -122,6 +122,7 @@ impl Store {
                     json(&vm.profile)?
                 ],
             )?;
+            journal::wanted(tx, &vm)?;
             Ok(true)
         })
         .await
@@ -132,8 +133,11 @@ impl Store {
         let name = name.clone();
         self.call(move |tx| {
             let query = "UPDATE vms SET wanted = ?2 WHERE name = ?1";
-            tx.execute(query, params![name.as_str(), word(&wanted)?])
-                .map(drop)
+            tx.execute(query, params![name.as_str(), word(&wanted)?])?;
+            match wanted {
+                Wanted::Stopped => journal::unwanted(tx, &name),
+                Wanted::Running => Ok(()),
+            }
         })
         .await
     }
@@ -151,7 +155,11 @@ impl Store {
         self.call(move |tx| {
             let query =
                 "DELETE FROM vms WHERE name = ?1 AND state IN ('stopped', 'crashed', 'failed')";
-            Ok(tx.execute(query, [name.as_str()])? == 1)
+            let was_over = tx.execute(query, [name.as_str()])? == 1;
+            if was_over {
+                journal::removed(tx, &name)?;
+            }
+            Ok(was_over)
         })
         .await
     }

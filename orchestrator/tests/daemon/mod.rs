@@ -109,6 +109,49 @@ impl Daemon {
         });
     }
 
+    /// Takes one that may die before it answers; whether it did not.
+    pub(crate) fn try_adopt(&mut self, child: Child) -> bool {
+        self.child = Some(child);
+        let socket = self.path().join("run/api.sock");
+        until("the daemon answers, or has died", || {
+            UnixStream::connect(&socket).is_ok() || self.has_died()
+        });
+        !self.has_died()
+    }
+
+    /// Whether it has ended, by whatever.
+    pub(crate) fn has_died(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let stat = stat.unwrap_or_default();
+        stat.rsplit_once(") ")
+            .is_none_or(|(_, rest)| rest.starts_with(['Z', 'X']))
+    }
+
+    /// It has ended; another may be started.
+    pub(crate) fn bury(&mut self) {
+        let mut child = self.child.take().expect("a daemon");
+        child.wait().expect("wait");
+    }
+
+    /// Asks for a swap, and does not wait for a daemon that dies of it; whether it was told that the
+    /// guest moved.
+    pub(crate) fn swap_or_die(&self, name: &str, to: &str) -> bool {
+        let mut asked = self
+            .cli(&["swap", "vmm", name, "--to", to, "--budget", "500ms"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("stillpoint");
+        let mut told = None;
+        until("the swap's end, or the daemon's", || {
+            told = asked.try_wait().expect("wait");
+            told.is_some() || self.has_died()
+        });
+        let _ = asked.kill();
+        let _ = asked.wait();
+        told.is_some_and(|status| status.success())
+    }
+
     /// What it logged.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.path().join("log")).unwrap_or_default()

@@ -187,6 +187,29 @@ pub struct Step {
     pub problem: Option<String>,
 }
 
+/// The budget at the point of no return. The guest is given up only if both together are no more
+/// than the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Margin {
+    /// For how long the guest had stood still.
+    #[serde(rename = "used_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub used: Duration,
+    /// What is kept for what follows: what the successor's load took a moment ago, or what the
+    /// guest's entry into its present process took, whichever was more.
+    #[serde(rename = "reserve_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub reserve: Duration,
+}
+
+impl Margin {
+    /// Whether the guest may be given up within this budget.
+    pub fn is_within(&self, budget: Duration) -> bool {
+        self.used + self.reserve <= budget
+    }
+}
+
 /// The report of one swap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -219,6 +242,10 @@ pub struct SwapReport {
     #[serde(rename = "budget_ns", with = "crate::nanos")]
     #[cfg_attr(feature = "openapi", schema(value_type = u64))]
     pub budget: Duration,
+    /// How the budget stood when the predecessor had to decide whether to give the guest up; absent
+    /// if it never came to that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin: Option<Margin>,
     /// Every phase, in order.
     pub phases: Vec<Phase>,
     /// How long the guest stood still. For a swap that was kept: how long it was frozen in vain.

@@ -42,6 +42,9 @@ const OFFER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a successor that has loaded waits for the word: longer than the daemon is patient with
 /// a predecessor that hangs (any budget, and a margin), or nobody would be there to take over.
 const WORD_PATIENCE: Duration = Duration::from_secs(600);
+/// Memory that is kept for what a process needs when it owns the guest: the stacks of its threads. One that
+/// gets none from the kernel before it takes the guest must not take it to its grave.
+const RESERVE: usize = 64 << 20;
 /// How long the predecessor may take to tell its part of the report.
 const TELL_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a vCPU may take to enter; after the take there is no way back, so this only bounds
@@ -105,6 +108,12 @@ pub enum AdoptError {
     /// Sockets and log.
     #[error("cannot serve the guest's sockets: {0}")]
     Doors(std::io::Error),
+    /// No memory for the time after the take.
+    #[error(
+        "no memory left: {} MiB are kept for when the guest is taken; free some on the host",
+        RESERVE >> 20
+    )]
+    Reserve,
     /// It died too early.
     #[error("the predecessor died before its saved state was complete: the guest died with it")]
     Unsealed,
@@ -143,6 +152,8 @@ struct Prepared {
     predecessor: OwnedFd,
     doors: [OwnedFd; 3],
     timing: Timing,
+    /// See [`RESERVE`]. Never touched.
+    reserve: Vec<u8>,
 }
 
 /// Adopts the guest that is offered on `channel`, and runs it. On an error before the take the
@@ -186,6 +197,10 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     let populated = ram.populate(|| true);
     timing.mark("populate");
     let ownership = Ownership::map(ownership)?;
+    let mut reserve = Vec::new();
+    reserve
+        .try_reserve_exact(RESERVE)
+        .map_err(|_| AdoptError::Reserve)?;
     faults::reach(faults::Point::Adopt).map_err(AdoptError::Injected)?;
     let adopted = Adopted {
         format,
@@ -207,6 +222,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         state,
         predecessor,
         doors: [control, console, log],
+        reserve,
         timing,
     })
 }
@@ -291,6 +307,8 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
         brownout: std::mem::take(&mut prepared.timing.marks),
         blackout: timing.marks,
     };
+    // The guest runs: now is the time for all that needs memory.
+    drop(prepared.reserve);
     let owner = Owner::Taken(epoch);
     let guest = Guest {
         machine,

@@ -128,6 +128,7 @@ fn unheard(machine: &Machine, swap: &str) -> SwapReport {
         state_format: 0,
         state_bytes: 0,
         budget: machine.spec().blackout_budget,
+        margin: None,
         phases: Vec::new(),
         blackout: Blackout::default(),
         clock: None,

@@ -12,13 +12,15 @@ use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::message::Handover;
 use stillpoint_control::ownership::Owner;
 use stillpoint_control::report::{
-    Blackout, ClockReceipt, Outcome, Phase, ReleaseName, Side, SwapReport, WallClock,
+    Blackout, ClockReceipt, Margin, Outcome, Phase, ReleaseName, Side, SwapReport, WallClock,
 };
 
 use super::correct;
 use super::hold;
 use super::lend::Lending;
-use super::{Body, Channel, ChannelError, Files, GiveUp, Offer, Phases, State, out_of_turn};
+use super::{
+    Body, Channel, ChannelError, Files, GiveUp, Loaded, Offer, Phases, State, out_of_turn,
+};
 use crate::boot::cpuid;
 use crate::faults;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
@@ -27,6 +29,9 @@ use crate::vcpu::placement;
 
 /// What follows give-up costs at least this much, however quick loading was.
 const LEAST_RESERVE: Duration = Duration::from_millis(1);
+/// The part of the budget that an entry measured earlier may claim: one that met a busy moment must not
+/// keep its guest from every swap.
+const ENTRY_SHARE: u32 = 4;
 /// How often the wait for the successor looks whether the guest still wants to be swapped.
 const GLANCE: Duration = Duration::from_millis(10);
 /// The longest a predecessor stays when it has nothing left to do.
@@ -116,6 +121,7 @@ struct Log {
     format: u32,
     state_bytes: u64,
     blackout: Duration,
+    margin: Option<Margin>,
     lending: Lending,
     /// The guest's wall clock less the host's, as its agent says.
     wall_error_ns: Option<i64>,
@@ -146,6 +152,7 @@ pub fn hand_over(
         format: 0,
         state_bytes: 0,
         blackout: Duration::ZERO,
+        margin: None,
         lending: Lending::default(),
         wall_error_ns: None,
     };
@@ -212,6 +219,7 @@ fn report(
         state_format: log.format,
         state_bytes: log.state_bytes,
         budget: errand.budget,
+        margin: log.margin,
         phases: log.phases.clone(),
         blackout: Blackout {
             host: log.blackout,
@@ -366,7 +374,9 @@ fn blackout(
     let given_up = result?;
     let told = faults::reach(faults::Point::GivenUp).is_ok()
         && (channel.send(Body::GiveUp(GiveUp { kicked_tsc }), &[])).is_ok();
+    // Given up and taken back, it stood still until now.
     await_running(given_up, channel, deadline, told)
+        .inspect_err(|_| log.blackout = kicked.elapsed())
 }
 
 fn frozen_to_given_up<'g>(
@@ -395,10 +405,14 @@ fn frozen_to_given_up<'g>(
         (other, _) => return Err(failed(out_of_turn(&other))),
     };
     log.add("load", Side::Successor, true, sent.elapsed());
-    // What is left (late MSRs, one entry) costs less than the load did.
-    let reserve = Duration::from_nanos(loaded.took_ns).max(LEAST_RESERVE);
-    if Instant::now() + reserve > deadline {
-        let (budget, used) = (errand.budget, frozen.kicked.elapsed());
+    let margin = Margin {
+        reserve: reserve(&frozen, loaded, errand.budget),
+        used: frozen.kicked.elapsed(),
+    };
+    log.margin = Some(margin);
+    if !margin.is_within(errand.budget) {
+        let Margin { used, reserve } = margin;
+        let budget = errand.budget;
         return Err(KeptReason::Budget {
             budget,
             used,
@@ -406,6 +420,15 @@ fn frozen_to_given_up<'g>(
         });
     }
     Ok(frozen.give_up()?)
+}
+
+/// What follows give-up (late MSRs, one entry) will cost, by what was measured: it has cost less than
+/// the load on every host so far, and this guest's last entry is known.
+fn reserve(frozen: &Frozen<'_>, loaded: Loaded, budget: Duration) -> Duration {
+    let entry = frozen.machine().entry_cost().min(budget / ENTRY_SHARE);
+    Duration::from_nanos(loaded.took_ns)
+        .max(entry)
+        .max(LEAST_RESERVE)
 }
 
 fn save(

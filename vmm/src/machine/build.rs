@@ -289,6 +289,7 @@ impl Blank {
             cpuid: self.cpuid,
             tsc_khz: self.tsc_khz,
             tsc_offset: self.tsc_offset,
+            entry: std::sync::OnceLock::new(),
         })
     }
 

@@ -138,6 +138,9 @@ impl<'g> Frozen<'g> {
         };
         self.guest.ownership.give_up(epoch)?;
         self.given_up = true;
+        if faults::is_spoilt(faults::Spoilt::Ownership) {
+            self.guest.machine.run_on();
+        }
         Ok(GivenUp {
             frozen: self,
             epoch,

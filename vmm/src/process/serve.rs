@@ -32,14 +32,13 @@ pub(super) fn start(
         .name("control".into())
         .spawn(move || {
             loop {
-                let caller = handover::wait_readable(&listener, Instant::now() + GLANCE)
-                    .then(|| desk.is_open().then(|| accept(&listener)))
-                    .flatten()
-                    .flatten();
-                match caller {
+                let knocks = handover::wait_readable(&listener, Instant::now() + GLANCE);
+                let may_enter = knocks && desk.is_open();
+                match may_enter.then(|| accept(&listener)).flatten() {
                     Some(caller) => admit(caller, &desk, &events, &callers),
-                    // Callers wait in the backlog while the guest is handed over.
-                    None if !desk.is_open() => std::thread::sleep(GLANCE),
+                    // Callers wait in the backlog while the guest is handed over, or while there is
+                    // no file descriptor for them: not at the cost of the guest's core.
+                    None if knocks => std::thread::sleep(GLANCE),
                     None => {}
                 }
             }
