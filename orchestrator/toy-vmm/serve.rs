@@ -52,6 +52,11 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         // A toy's guest has no driver for its power button.
         Request::PressPowerButton => Reply::Pressed { heard: false },
         Request::HandOver { .. } => handover::offer(toy, client, request, fds)?,
+        // As of a release that does not know them yet.
+        Request::Rehearse { .. } | Request::Signs => Reply::Error {
+            code: "bad_request".into(),
+            message: "not a request of this protocol".into(),
+        },
     };
     Ok(frame::send_json(client, &reply, &[])?)
 }

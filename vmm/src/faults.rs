@@ -16,6 +16,8 @@ pub enum Point {
     Taken,
     /// Successor: the guest runs, which was not said yet.
     Entered,
+    /// Rehearsal: saved state has come, nothing is loaded.
+    Rehearsing,
     /// Predecessor: the guest is offered, and runs.
     Offered,
     /// Predecessor: all vCPUs parked.
@@ -32,13 +34,14 @@ pub enum Point {
 
 impl Point {
     /// All of them, as they are written.
-    pub const ALL: [(&'static str, Self); 12] = [
+    pub const ALL: [(&'static str, Self); 13] = [
         ("adopt", Self::Adopt),
         ("load", Self::Load),
         ("loaded", Self::Loaded),
         ("take", Self::Take),
         ("taken", Self::Taken),
         ("entered", Self::Entered),
+        ("rehearsing", Self::Rehearsing),
         ("offered", Self::Offered),
         ("frozen", Self::Frozen),
         ("saved", Self::Saved),
@@ -48,8 +51,8 @@ impl Point {
     ];
 }
 
-/// A measure for the guest's clock that a build for tests can be made to leave out: the checks must
-/// then fail.
+/// A measure that a build for tests can be made to leave out, or a defect that it can be made to
+/// have: the checks must then fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spoilt {
     /// kvmclock is set once, and not in a loop (`spoil=loop`).
@@ -62,6 +65,15 @@ pub enum Spoilt {
     Watchdogs,
     /// The masterclock updates that making vCPUs asks for are left to wait (`spoil=latecomers`).
     Latecomers,
+    /// A guest that was handed over is not run, though all is said to be well (`spoil=vcpu`).
+    Vcpu,
+    /// Devices take nothing from their queues (`spoil=queue`).
+    Queue,
+    /// A register of a device is another after it was loaded (`spoil=state`).
+    State,
+    /// Saved state is refused (`spoil=load`): what such a release does only after the freeze, and a
+    /// rehearsal before it.
+    Load,
 }
 
 #[cfg(not(feature = "fault-injection"))]
@@ -121,6 +133,10 @@ mod imp {
                 "offset" => Spoilt::Offset,
                 "watchdogs" => Spoilt::Watchdogs,
                 "latecomers" => Spoilt::Latecomers,
+                "vcpu" => Spoilt::Vcpu,
+                "queue" => Spoilt::Queue,
+                "state" => Spoilt::State,
+                "load" => Spoilt::Load,
                 _ => return Err(bad()),
             };
             return SPOILT

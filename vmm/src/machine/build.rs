@@ -37,6 +37,7 @@ use crate::devices::virtio::mmio::VirtioMmio;
 use crate::devices::virtio::slot::{Place, Slot};
 use crate::devices::vmclock::VmClock;
 use crate::event::Event;
+use crate::faults::{self, Spoilt};
 use crate::handover::lend::Borrowed;
 use crate::irq::{IrqError, Line};
 use crate::memory::{self, GuestRam, MemoryError};
@@ -300,6 +301,11 @@ impl Blank {
         late: &mut Borrowed,
         patience: Duration,
     ) -> Result<(Machine, Loaded), BuildError> {
+        if faults::is_spoilt(Spoilt::Load) {
+            let problem = "this build refuses all state, as it was told to".into();
+            let section = "vcpu";
+            return Err(StateError::Value { section, problem }.into());
+        }
         self.vcpus.stand_by()?;
         let count = self.vcpus.count();
         let saved_clock: Clock = state.take("")?;
@@ -341,6 +347,10 @@ impl Blank {
             })
         })?;
         state.finish()?;
+        if faults::is_spoilt(Spoilt::State) {
+            let at = probe_abi::REG_SCRATCH;
+            machine.probe.write(at, &u64::MAX.to_le_bytes());
+        }
         Ok((
             machine,
             Loaded {

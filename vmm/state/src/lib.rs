@@ -17,6 +17,7 @@
 
 pub mod codec;
 pub mod golden;
+pub mod likeness;
 pub mod sections;
 
 pub use codec::{Header, Saved, Section, StateError, Unclaimed};
