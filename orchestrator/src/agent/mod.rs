@@ -23,5 +23,6 @@ pub mod pair;
 mod pidfd;
 pub mod places;
 pub mod process;
+pub mod reserves;
 pub mod scope;
 pub mod spawn;

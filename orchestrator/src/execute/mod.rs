@@ -2,6 +2,9 @@
 //! afterwards.
 
 mod announce;
+mod health;
+mod preflight;
+mod rehearsal;
 mod relieve;
 mod settle;
 mod start;
@@ -24,6 +27,8 @@ use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState};
 use crate::store::{Observed, Store, StoreError};
 
 pub use announce::{Clearance, clear, forget, settle_pauses};
+pub use health::{Next, Watching, supersede, watch};
+pub use preflight::{preflight, updatable};
 pub use settle::settle;
 pub use start::start;
 pub use stop::power_off;
@@ -148,6 +153,10 @@ impl Host {
             self.tell(Event::Vm { vm, state, reason });
         }
         self.tell_swap(swap);
+        if let Err(error) = health::note_way_back(self, swap).await {
+            // The two records name each other all the same.
+            tracing::error!(vm = %swap.vm, swap = %swap.id, "not noted with the swap before: {error}");
+        }
         announce::end_pause(self, swap).await;
     }
 

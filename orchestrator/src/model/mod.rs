@@ -6,8 +6,10 @@ mod fleet;
 mod moment;
 mod pause;
 mod policy;
+mod preflight;
 mod problem;
 mod release;
+mod safeguards;
 mod swap;
 mod vm;
 mod window;
@@ -21,8 +23,12 @@ pub use pause::{
     PauseState, Profile,
 };
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
+pub use preflight::Preflight;
 pub use problem::{Code, Problem};
 pub use release::{Manifest, Release, VMM, validate_version};
+pub use safeguards::{
+    Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,
+};
 pub use swap::{SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

@@ -15,6 +15,7 @@ const STEPS: &[M<'static>] = &[
     M::up(include_str!("schema-1.sql")),
     M::up(include_str!("schema-2.sql")),
     M::up(include_str!("schema-3.sql")),
+    M::up(include_str!("schema-6.sql")),
 ];
 const MIGRATIONS: Migrations<'static> = Migrations::from_slice(STEPS);
 

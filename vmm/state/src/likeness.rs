@@ -89,37 +89,54 @@ fn same<S: Section + Debug + PartialEq>(a: &[u8], b: &[u8]) -> Result<Vec<String
     Ok(fields(&decode::<S>(a)?, &decode::<S>(b)?))
 }
 
-/// Names of the fields in which two structures differ, by how they are printed.
+/// The fields in which two structures differ, by how they are printed, each with its first difference.
 fn fields<S: Debug + PartialEq>(a: &S, b: &S) -> Vec<String> {
     if a == b {
         return Vec::new();
     }
-    let split = |value: &S| -> BTreeMap<String, String> {
-        let mut fields = BTreeMap::new();
-        let mut current = String::new();
-        for line in format!("{value:#?}").lines() {
-            let own = line
-                .strip_prefix("    ")
-                .filter(|rest| !rest.starts_with(' '));
-            if let Some((field, _)) = own.and_then(|rest| rest.split_once(": ")) {
+    let (a, b) = (printed(a), printed(b));
+    let mut found: Vec<String> = a
+        .iter()
+        .filter_map(|(field, was)| {
+            let is = b.get(field).filter(|is| *is != was)?;
+            Some(format!("{field} {}", first_difference(was, is)))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// Each field with the lines it takes.
+fn printed<S: Debug>(value: &S) -> BTreeMap<String, Vec<String>> {
+    let mut fields: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut current = String::new();
+    for line in format!("{value:#?}").lines() {
+        let own = line.strip_prefix("    ");
+        let own = own.filter(|rest| !rest.starts_with(' '));
+        let line = match own.and_then(|rest| rest.split_once(": ")) {
+            Some((field, value)) => {
                 current = field.to_owned();
+                value
             }
-            fields
-                .entry(current.clone())
-                .or_insert_with(String::new)
-                .push_str(line);
+            None => line,
+        };
+        let lines = fields.entry(current.clone()).or_default();
+        lines.push(line.trim().trim_end_matches(',').to_owned());
+    }
+    fields.remove("");
+    fields
+}
+
+fn first_difference(was: &[String], is: &[String]) -> String {
+    let at = was.iter().zip(is).position(|(was, is)| was != is);
+    match (was, is, at) {
+        ([was], [is], _) => format!("is {is}, and was {was}"),
+        // A line for what the field is, and one for each element of it.
+        (_, _, Some(at)) if at > 0 => {
+            format!("is {} at {}, and was {}", is[at], at - 1, was[at])
         }
-        fields
-    };
-    let (a, b) = (split(a), split(b));
-    let differ = a
-        .keys()
-        .chain(b.keys())
-        .filter(|key| a.get(*key) != b.get(*key));
-    let mut names: Vec<String> = differ.filter(|key| !key.is_empty()).cloned().collect();
-    names.sort();
-    names.dedup();
-    names
+        _ => format!("is {} long, and was {}", is.len(), was.len()),
+    }
 }
 
 fn word(registers: &[u8], at: usize) -> u32 {

@@ -78,8 +78,8 @@ fn every_other_change_is_named() {
             "{what}: {found:?}"
         );
     };
-    named(|v| v.regs = vec![1], "vcpu/0: regs");
-    named(|v| v.sregs[0] = 1, "sregs");
+    named(|v| v.regs = vec![1], "vcpu/0: regs is");
+    named(|v| v.sregs[9] = 1, "sregs is 1 at 9, and was 7");
     named(|v| v.xsave = vec![1], "xsave");
     named(|v| v.tsc_offset = Some(4), "tsc_offset");
     named(|v| v.mp_state = 0, "mp_state");
@@ -113,7 +113,8 @@ fn an_interrupt_that_waits_is_not_lost() {
 fn devices_and_sections_are_named() {
     let smaller = VirtioBlk { size: 512, ..DISK };
     let found = differences(&machine(&vcpu(), &DISK), &machine(&vcpu(), &smaller));
-    assert_eq!(found.expect("states"), ["virtio-blk/disk0: size"]);
+    let size = ["virtio-blk/disk0: size is 512, and was 1048576"];
+    assert_eq!(found.expect("states"), size);
     let mut short = Saved::default();
     short.put("0", &vcpu()).expect("put");
     short.put("", &Irqchip::default()).expect("put");

@@ -1,0 +1,2 @@
+-- What guards a swap before its freeze and after it, and what came of that.
+ALTER TABLE swaps ADD COLUMN safeguards_json TEXT;
