@@ -49,11 +49,13 @@ pub struct Check {
 }
 
 impl Check {
-    fn ok(check: &str, found: impl Into<String>) -> Self {
+    /// All is well.
+    pub fn ok(check: &str, found: impl Into<String>) -> Self {
         Self::new(check, Status::Ok, found, "")
     }
 
-    fn new(check: &str, status: Status, found: impl Into<String>, remedy: &str) -> Self {
+    /// A finding.
+    pub fn new(check: &str, status: Status, found: impl Into<String>, remedy: &str) -> Self {
         Self {
             check: check.into(),
             status,

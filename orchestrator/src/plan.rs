@@ -7,5 +7,6 @@
 //! | [`vm`] | what is next for one VM on its host, and who runs a guest after a swap nobody watched | [`crate::reconcile`] |
 //! | [`rollout`] | which VMs and hosts of a fleet are next, why these, and why not each of the others | [`crate::simulate`] |
 
+pub mod health;
 pub mod rollout;
 pub mod vm;

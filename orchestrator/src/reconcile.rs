@@ -22,7 +22,7 @@ use crate::agent::custody;
 use crate::agent::find::{FindError, Held};
 use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
-use crate::execute::{self, Clearance, Host};
+use crate::execute::{self, Clearance, Host, Next, Watching};
 use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
 use crate::plan;
 use crate::plan::vm::{Ending, Planned, Seen, Step};
@@ -75,6 +75,7 @@ async fn keep(host: Host, name: VmName, woken: Arc<Notify>) {
             host: host.clone(),
             name: name.clone(),
             held: None,
+            watching: None,
             woken: woken.clone(),
         };
         match tokio::spawn(keeper.keep()).await {
@@ -92,6 +93,8 @@ struct Keeper {
     host: Host,
     name: VmName,
     held: Option<Held>,
+    /// The watch over the guest after its swap.
+    watching: Option<Watching>,
     woken: Arc<Notify>,
 }
 
@@ -120,8 +123,32 @@ impl Keeper {
         if !matches!(planned.step, Step::Rest | Step::LookAgain) {
             tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
         }
+        let watched = self.host.store.watched_swap(&self.name).await?;
+        if let Some(watched) = watched {
+            match (&planned.step, &seen) {
+                (Step::Rest, Seen::Alive) => {
+                    self.watch(&vm, watched).await?;
+                    return Ok(true);
+                }
+                (step, _) if ends_watch(step) => {
+                    execute::supersede(&self.host, watched, &planned.why).await?;
+                }
+                _ => {}
+            }
+        }
         self.execute(&vm, swap, planned).await?;
         Ok(true)
+    }
+
+    /// One look at a guest that was swapped; then waits until the next is due, or something changes.
+    async fn watch(&mut self, vm: &VmRecord, swap: SwapRecord) -> Result<(), StoreError> {
+        match execute::watch(&self.host, vm, swap, &mut self.watching).await? {
+            Next::Over => self.watching = None,
+            Next::Look(after) => {
+                let _ = tokio::time::timeout(after, self.rest()).await;
+            }
+        }
+        Ok(())
     }
 
     async fn look(&mut self, vm: &VmRecord, swap: Option<&SwapRecord>) -> Seen {
@@ -336,6 +363,16 @@ impl Keeper {
 fn is_of_another_boot(vm: &VmRecord) -> bool {
     let now = ProcessId::of(std::process::id());
     matches!((&vm.process, now), (Some(then), Some(now)) if then.boot_id != now.boot_id)
+}
+
+/// Whether a guest that is watched after its swap is no longer what was swapped.
+fn ends_watch(step: &Step) -> bool {
+    match step {
+        Step::Swap(_) | Step::PowerOff | Step::Start => true,
+        Step::Record(state) => !state.is_active(),
+        // It can't be spoken to just now, which says nothing yet; and so with all the others.
+        Step::LookAgain | Step::Rest | Step::Refuse(_) | Step::Settle(_) => false,
+    }
 }
 
 /// Tells that a VM's record is gone.

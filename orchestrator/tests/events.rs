@@ -324,3 +324,36 @@ fn a_guest_that_ends_takes_its_event_and_its_way_with_it() {
     let socket = daemon.path().join("run/vms/web/vsock.sock_80");
     until("its way is gone", || !socket.exists());
 }
+
+#[test]
+fn a_guest_that_listens_is_not_peeked_at_without_a_word() {
+    let daemon = with_guests(&[("web", &[]), ("deaf", &[])]);
+    let pauses = || daemon.ask(&["events", "ls", "--all"]).good();
+    let check = |guest, more: &[&str]| {
+        let line = ["swap", "vmm", guest, "--to", "next", "--check"];
+        let line: Vec<&str> = line.iter().chain(more).copied().collect();
+        daemon.ask(&line).good()
+    };
+    // Nobody listens: it starts at once, and is on record.
+    let look = check("deaf", &[]);
+    assert_eq!(pauses()[0]["swap"], look["id"]);
+    assert_eq!(pauses()[0]["state"], "over");
+    check("deaf", &["--no-peek"]);
+    assert_eq!(
+        pauses().as_array().map(Vec::len),
+        Some(1),
+        "no pause, no event"
+    );
+    let before = events(&daemon, "web")["DocumentIncarnation"].clone();
+    check("web", &[]);
+    assert_eq!(pauses().as_array().map(Vec::len), Some(1), "left alone");
+    assert_eq!(events(&daemon, "web")["DocumentIncarnation"], before);
+    let look = check("web", &["--no-notice", "patch night"]);
+    let all = pauses();
+    let all = all.as_array().expect("pauses");
+    let pause = all.iter().find(|pause| pause["swap"] == look["id"]);
+    let pause = pause.expect("the peek's event");
+    assert_eq!(pause["no_notice"], "patch night");
+    assert_eq!(pause["state"], "over");
+    until_gone(&daemon, "web");
+}

@@ -52,10 +52,13 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         // A toy's guest has no driver for its power button.
         Request::PressPowerButton => Reply::Pressed { heard: false },
         Request::HandOver { .. } => handover::offer(toy, client, request, fds)?,
-        // Its guest is no guest: there is nothing that could stand still.
-        Request::Freeze { .. } | Request::Resume { .. } => Reply::Error {
+        // As of a release that does not know them yet; and its guest is none that could stand still.
+        Request::Rehearse { .. }
+        | Request::Signs
+        | Request::Freeze { .. }
+        | Request::Resume { .. } => Reply::Error {
             code: "bad_request".into(),
-            message: "a toy does not stand still".into(),
+            message: "not a request of this protocol".into(),
         },
     };
     Ok(frame::send_json(client, &reply, &[])?)

@@ -16,6 +16,8 @@ pub enum Point {
     Taken,
     /// Successor: the guest runs, which was not said yet.
     Entered,
+    /// Rehearsal: saved state has come, nothing is loaded.
+    Rehearsing,
     /// Predecessor: the guest is offered, and runs.
     Offered,
     /// Predecessor: all vCPUs parked.
@@ -32,13 +34,14 @@ pub enum Point {
 
 impl Point {
     /// All of them, as they are written.
-    pub const ALL: [(&'static str, Self); 12] = [
+    pub const ALL: [(&'static str, Self); 13] = [
         ("adopt", Self::Adopt),
         ("load", Self::Load),
         ("loaded", Self::Loaded),
         ("take", Self::Take),
         ("taken", Self::Taken),
         ("entered", Self::Entered),
+        ("rehearsing", Self::Rehearsing),
         ("offered", Self::Offered),
         ("frozen", Self::Frozen),
         ("saved", Self::Saved),
@@ -48,7 +51,8 @@ impl Point {
     ];
 }
 
-/// A measure that a build for tests can be made to leave out: the checks must then fail.
+/// A measure that a build for tests can be made to leave out, or a defect that it can be made to
+/// have: the checks must then fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spoilt {
     /// kvmclock is set once, and not in a loop (`spoil=loop`).
@@ -63,6 +67,15 @@ pub enum Spoilt {
     Latecomers,
     /// The predecessor runs on the guest that it gave up (`spoil=ownership`): two run it.
     Ownership,
+    /// A guest that was handed over is not run, though all is said to be well (`spoil=vcpu`).
+    Vcpu,
+    /// Devices take nothing from their queues (`spoil=queue`).
+    Queue,
+    /// A register of a device is another after it was loaded (`spoil=state`).
+    State,
+    /// Saved state is refused (`spoil=load`): what such a release does only after the freeze, and a
+    /// rehearsal before it.
+    Load,
 }
 
 #[cfg(not(feature = "fault-injection"))]
@@ -141,6 +154,10 @@ mod imp {
                 "watchdogs" => Spoilt::Watchdogs,
                 "latecomers" => Spoilt::Latecomers,
                 "ownership" => Spoilt::Ownership,
+                "vcpu" => Spoilt::Vcpu,
+                "queue" => Spoilt::Queue,
+                "state" => Spoilt::State,
+                "load" => Spoilt::Load,
                 _ => return Err(bad()),
             };
             return SPOILT

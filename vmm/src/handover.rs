@@ -34,6 +34,7 @@ pub mod incoming;
 pub mod lend;
 pub mod measure;
 pub mod outgoing;
+pub mod rehearsal;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -167,7 +168,7 @@ pub struct Refused {
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Packet {
     /// What it says.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub body: Option<Body>,
 }
 
@@ -201,6 +202,12 @@ pub enum Body {
     /// See [`Files`].
     #[prost(message, tag = "9")]
     Files(Files),
+    /// See [`rehearsal::Rehearse`].
+    #[prost(message, tag = "10")]
+    Rehearse(rehearsal::Rehearse),
+    /// See [`rehearsal::Rehearsed`].
+    #[prost(message, tag = "11")]
+    Rehearsed(rehearsal::Rehearsed),
 }
 
 /// Why the other side could not be heard or told.

@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod frozen;
+mod signs;
 pub mod vcpus;
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -303,8 +304,18 @@ impl Machine {
         let _ = self.vcpus.unpark();
     }
 
-    /// Saves everything. It stands still.
-    fn save(&self, format: u32, policy: Policy, deadline: Instant) -> Result<Saved, FreezeError> {
+    /// In a rehearsal: loads what may write guest RAM, which is a view of it.
+    pub fn load_rest(&self, patience: Duration) -> Result<(), VcpusError> {
+        self.vcpus.load_rest(patience)
+    }
+
+    /// Saves everything. It stands still, or has never run.
+    pub fn save(
+        &self,
+        format: u32,
+        policy: Policy,
+        deadline: Instant,
+    ) -> Result<Saved, FreezeError> {
         let mut saved = Saved::with_capacity(64 << 10);
         let patience = deadline.saturating_duration_since(Instant::now());
         let vcpus = self.vcpus.save(format, patience)?;

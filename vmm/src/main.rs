@@ -13,6 +13,7 @@ use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::message::Ready;
 use stillpoint_control::secret::{self, Secret};
 use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec, parse_size};
+use stillpoint_vmm::handover::{Channel, rehearsal};
 use stillpoint_vmm::process::{End, Process, Start};
 use stillpoint_vmm::{doctor, release};
 
@@ -38,6 +39,8 @@ enum Command {
     Run(Run),
     /// Take a guest over from its predecessor (started by the daemon).
     Adopt(Adopt),
+    /// Rehearse taking a guest over: nothing comes of it but the answer (started by the daemon).
+    Rehearse(Adopt),
     /// Say what this release is.
     Describe {
         /// As JSON.
@@ -131,6 +134,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(run) => boot(run),
         Command::Adopt(adopt) => take_over(adopt),
+        Command::Rehearse(adopt) => rehearse(adopt),
         Command::Describe { json } => describe(json),
         Command::Doctor { json } => examine(json),
     };
@@ -273,6 +277,13 @@ fn take_over(adopt: Adopt) -> anyhow::Result<()> {
     match Process::adopt(socket, release)?.run()? {
         End::PoweredOff | End::Moved => Ok(()),
     }
+}
+
+fn rehearse(adopt: Adopt) -> anyhow::Result<()> {
+    let mut ready = adopt.told.ready_fd.map(inherited).transpose()?;
+    let socket = told(&mut ready, inherited(adopt.handover_fd))?;
+    tell(ready, &Ready::Yes);
+    Ok(rehearsal::perform(&mut Channel::new(socket))?)
 }
 
 fn describe(json: bool) -> anyhow::Result<()> {

@@ -5,19 +5,24 @@
 //! registers and the APICs. In the file the two parts lie one after the other.
 //!
 //! Must never: write a byte of a guest that another process owns. [`GuestRam::populate`] maps
-//! pages that the file already holds and changes no content.
+//! pages that the file already holds and changes no content. A rehearsal has a [`GuestRam::view`],
+//! whose writes are its own, over a file that it can't write to.
 #![allow(unsafe_code)] // Memory slots and madvise take raw addresses.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use stillpoint_control::spec::{MemorySpec, Pages};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 /// The one type of mapped guest memory.
 pub type Memory = GuestMemoryMmap<()>;
@@ -60,6 +65,12 @@ pub enum MemoryError {
     /// It could not be mapped.
     #[error("cannot map guest RAM: {0}")]
     Map(#[from] vm_memory::mmap::FromRangesError),
+    /// It could not be mapped for a rehearsal.
+    #[error("cannot map a private view of guest RAM: {0}")]
+    View(vm_memory::mmap::MmapRegionError),
+    /// Its regions don't fit together.
+    #[error("cannot map a private view of guest RAM: {0}")]
+    Regions(vm_memory::GuestRegionCollectionError),
     /// KVM refused a memory slot.
     #[error("KVM refused a memory slot: {0}")]
     Slot(#[from] kvm_ioctls::Error),
@@ -171,6 +182,56 @@ impl GuestRam {
             let _ = ram.advise(0..spec.size, Advice::LinuxHugepage);
         }
         Ok(ram)
+    }
+
+    /// A view of RAM that another process's guest runs in: read from the file page by page, and
+    /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process. The
+    /// file may be open for reading only.
+    pub fn view(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
+        let file = |what| {
+            move |source| MemoryError::File {
+                what,
+                source,
+                remedy: "",
+            }
+        };
+        let len = rustix::fs::fstat(&fd).map_err(file("look at"))?.st_size;
+        if u64::try_from(len) != Ok(spec.size) {
+            return Err(file("view: its size is not the spec's;")(Errno::INVAL));
+        }
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (start, len) in ranges(spec.size) {
+            let dup = fd
+                .try_clone()
+                .map_err(|_| file("duplicate")(Errno::MFILE))?;
+            let backing = FileOffset::new(File::from(dup), offset);
+            let region = MmapRegion::build(
+                Some(backing),
+                usize::try_from(len).unwrap_or(usize::MAX),
+                libc::PROT_READ | libc::PROT_WRITE,
+                // Nothing is reserved: next to none of it is written.
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            )
+            .map_err(MemoryError::View)?;
+            let region = GuestRegionMmap::new(region, start);
+            regions.push(region.ok_or(file("view: it ends beyond all addresses;")(Errno::INVAL))?);
+            offset += len;
+        }
+        let map = Memory::from_regions(regions).map_err(MemoryError::Regions)?;
+        let size = spec.size;
+        Ok(Self { fd, map, size })
+    }
+
+    /// The same file, open for reading only.
+    pub fn read_only(&self) -> Result<OwnedFd, MemoryError> {
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty()).map_err(|source| MemoryError::File {
+            what: "open for reading only",
+            source,
+            remedy: "",
+        })
     }
 
     /// This process's mapping.
@@ -313,6 +374,29 @@ mod tests {
         rustix::fs::ftruncate(&ram, 4096).expect_err("the size is sealed");
         let fd = ram.as_fd().try_clone_to_owned().expect("dup");
         GuestRam::adopt(fd, &spec(32 << 20)).expect_err("not its size");
+    }
+
+    #[test]
+    fn a_view_sees_all_and_its_writes_stay_its_own() {
+        let ram = GuestRam::create(&spec(16 << 20)).expect("create");
+        let at = GuestAddress(0x5000);
+        ram.map().write_obj(42u64, at).expect("write");
+        let fd = ram.read_only().expect("read only");
+        rustix::io::pwrite(&fd, b"x", 0).expect_err("for reading only");
+        GuestRam::adopt(fd.try_clone().expect("dup"), &spec(16 << 20))
+            .expect_err("it can't be mapped as a successor's");
+        let view = GuestRam::view(fd, &spec(16 << 20)).expect("view");
+        let read = |ram: &GuestRam| ram.map().read_obj::<u64>(at).expect("read");
+        assert_eq!(read(&view), 42);
+        let blocks = || rustix::fs::fstat(&ram).expect("stat").st_blocks;
+        let before = blocks();
+        view.map().write_obj(7u64, at).expect("write");
+        view.map()
+            .write_obj(7u64, GuestAddress(0x9000))
+            .expect("write");
+        assert_eq!((read(&view), read(&ram)), (7, 42));
+        assert_eq!(blocks(), before, "nothing was written to the file");
+        view.clear().expect_err("nor can it be cleared");
     }
 
     #[test]

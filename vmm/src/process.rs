@@ -5,6 +5,7 @@
 //! one to change anything.
 
 pub mod desk;
+mod rehearse;
 mod serve;
 mod standstill;
 
@@ -88,7 +89,7 @@ impl Process {
             ownership: Ownership::create()?,
             owner,
         };
-        let desk = Desk::new(spec.clone(), start.release, start.secret, 0, &guest)?;
+        let desk = Desk::new(spec.clone(), start.release, start.secret, 0, (&guest, dir))?;
         let dir = dir.display().to_string();
         let process = Self {
             guest,
@@ -120,7 +121,7 @@ impl Process {
             evidence,
         } = arrived;
         let spec = guest.machine.spec().clone();
-        let desk = Desk::new(spec, release, secret, swaps, &guest)?;
+        let desk = Desk::new(spec, release, secret, swaps, (&guest, Path::new(&dir)))?;
         desk.set_last_swap(&swap);
         let process = Self {
             guest,
@@ -242,6 +243,15 @@ impl Process {
             }
             Request::Resume { swap } => {
                 let _ = job.reply.send(self.desk.resumed(&swap));
+                None
+            }
+            Request::Rehearse { .. } => {
+                self.rehearse(job);
+                None
+            }
+            Request::Signs => {
+                let signs = self.guest.machine.signs();
+                let _ = job.reply.send(Reply::Signs(Box::new(signs)));
                 None
             }
             _ => None,

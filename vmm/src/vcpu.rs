@@ -27,6 +27,7 @@ mod settle;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -44,6 +45,9 @@ use state::{LoadedVcpu, Pause};
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
 const HEAD_START: Duration = Duration::from_millis(1);
+
+/// How often a vCPU that was kicked is looked at.
+const GLANCE: Duration = Duration::from_micros(200);
 
 /// Why not all vCPUs did as they were told.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +85,7 @@ struct Thread {
     orders: Sender<Order>,
     handle: Option<JoinHandle<()>>,
     home: Home,
+    turns: Arc<AtomicU64>,
 }
 
 /// The vCPUs.
@@ -136,11 +141,13 @@ impl VcpuSet {
             let (orders, inbox) = channel();
             let answer = answer.clone();
             let around = around.clone();
+            let turns = Arc::new(AtomicU64::new(0));
+            let counter = Arc::clone(&turns);
             let thread = std::thread::Builder::new().name(format!("vcpu{id}"));
             let handle = thread
                 .spawn(move || {
                     let events = around.events.clone();
-                    let runner = run::Runner::new(id, fd, around, inbox, answer);
+                    let runner = run::Runner::new(id, fd, around, inbox, answer, counter);
                     // A bug here must not cost the guest a processor in silence.
                     if catch_unwind(AssertUnwindSafe(|| runner.run())).is_err() {
                         let failure = Some("its thread panicked, which is a bug".to_owned());
@@ -152,6 +159,7 @@ impl VcpuSet {
                 orders,
                 handle: Some(handle),
                 home: Home::default(),
+                turns,
             });
         }
         // Each thread primes its vCPU first: KVM binds it to the thread (a first KVM_RUN from
@@ -312,6 +320,41 @@ impl VcpuSet {
                 _ => None,
             },
         )
+    }
+
+    /// In a rehearsal: loads what may write guest memory, which is a view of it, and runs nothing.
+    pub fn load_rest(&self, patience: Duration) -> Result<(), VcpusError> {
+        self.tell(|_| Order::LoadRest)?;
+        self.gather(
+            Wait {
+                what: "load the rest of their state",
+                spin: SPIN,
+                patience,
+            },
+            |answer| match answer {
+                Answer::LoadedRest(result) => Some(result),
+                _ => None,
+            },
+        )
+        .map(drop)
+    }
+
+    /// How often each came back from the guest; has each come back once more, and waits for that no
+    /// longer than `patience`.
+    pub fn turns(&self, patience: Duration) -> Vec<u64> {
+        let turns = || self.threads.iter().map(|t| t.turns.load(Ordering::Relaxed));
+        let before: Vec<u64> = turns().collect();
+        // One that is parked keeps the kick for its next entry, where it costs a turn.
+        self.kick();
+        let deadline = Instant::now() + patience;
+        loop {
+            let now: Vec<u64> = turns().collect();
+            let all = now.iter().zip(&before).all(|(now, before)| now != before);
+            if all || Instant::now() >= deadline {
+                return now;
+            }
+            std::thread::sleep(GLANCE);
+        }
     }
 
     /// The guest is ours: every vCPU loads what may write guest memory, and runs.

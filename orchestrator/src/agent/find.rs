@@ -11,8 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stillpoint_control::client::{Client, ClientError};
-use stillpoint_control::message::{Description, ProcessId};
+use stillpoint_control::health::Signs;
+use stillpoint_control::message::{Description, ProcessId, Request};
 use stillpoint_control::ownership::Ownership;
+use stillpoint_control::rehearsal::Rehearsal;
 use stillpoint_control::report::SwapReport;
 use stillpoint_control::secret::Secret;
 
@@ -147,6 +149,43 @@ impl Expected {
                 return None;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Asks for a rehearsal by the process at the other end of `socket`'s pair. An error means that
+    /// nothing is known.
+    pub async fn rehearse(
+        &self,
+        request: Request,
+        socket: OwnedFd,
+        patience: Duration,
+    ) -> Result<Rehearsal, ClientError> {
+        self.exchange(move |client| {
+            client.set_patience(patience)?;
+            client.rehearse(&request, socket)
+        })
+        .await
+    }
+
+    /// Signs of life of guest and VMM.
+    pub async fn signs(&self) -> Result<Signs, ClientError> {
+        self.exchange(|client| client.signs()).await
+    }
+
+    /// Speaks with the VMM off the runtime's threads, once it has proved itself.
+    async fn exchange<T: Send + 'static>(
+        &self,
+        exchange: impl FnOnce(Client) -> Result<T, ClientError> + Send + 'static,
+    ) -> Result<T, ClientError> {
+        let expected = self.clone();
+        let spoken = move || match expected.greet() {
+            Ok((client, _)) => exchange(client),
+            Err(FindError::Mute { source, .. }) => Err(source),
+            Err(error) => Err(ClientError::Unexpected(error.to_string())),
+        };
+        match tokio::task::spawn_blocking(spoken).await {
+            Ok(answer) => answer,
+            Err(error) => Err(ClientError::Unexpected(error.to_string())),
         }
     }
 

@@ -24,6 +24,7 @@ pub mod pair;
 mod pidfd;
 pub mod places;
 pub mod process;
+pub mod reserves;
 pub mod scope;
 pub mod spawn;
 pub mod trust;

@@ -48,7 +48,7 @@ pub enum SpawnError {
     #[error("the VMM {exit} before it was ready; the last it logged:\n{log}")]
     Crashed {
         /// How it ended.
-        exit: String,
+        exit: Exit,
         /// The last lines of its log.
         log: String,
     },
@@ -164,7 +164,7 @@ impl Started {
             Err(_) => SpawnError::TooSlow(patience),
             Ok(Err(error)) => SpawnError::Start(error),
             Ok(Ok(text)) if text.trim().is_empty() => {
-                let exit = self.process.exit_soon().await.to_string();
+                let exit = self.process.exit_soon().await;
                 let log = self.log.last_lines();
                 return Err(SpawnError::Crashed { exit, log });
             }

@@ -27,7 +27,7 @@ pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
 pub use serve::serve;
-pub use swaps::NewSwap;
+pub use swaps::{NewCheck, NewSwap};
 pub use vms::{NewVm, VmView};
 
 /// What the handlers work with.
@@ -57,6 +57,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(vms::put, vms::show, vms::remove))
         .routes(routes!(vms::stop))
         .routes(routes!(swaps::of_vm, swaps::ask))
+        .routes(routes!(swaps::check))
         .routes(routes!(swaps::list))
         .routes(routes!(swaps::show))
         .routes(routes!(host::list, host::ask))

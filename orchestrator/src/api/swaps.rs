@@ -10,9 +10,10 @@ use utoipa::ToSchema;
 
 use super::Desk;
 use super::refusal::{Body, Refusal};
-use crate::execute::unix_ns;
+use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, MAX_NOTICE_NS, Problem, SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
+    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Release, Safeguards,
+    SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
 };
 
 /// The longest reason for a swap without notice.
@@ -42,6 +43,16 @@ pub struct NewSwap {
     /// Swap to a release below the pinned minimum.
     #[serde(default)]
     pub allow_downgrade: bool,
+    /// Whether it is rehearsed before its freeze, and not begun if that fails; true when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rehearse: Option<bool>,
+    /// For how long the guest is watched afterwards, ns; the VM's own time when absent, 0 for not at
+    /// all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watch_ns: Option<u64>,
+    /// Whether a guest that isn't well meanwhile is swapped back; true when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub way_back: Option<bool>,
 }
 
 /// Asks for a swap. It is recorded, then done; `GET /v1/swaps/{id}` and `/v1/events` say how far
@@ -67,6 +78,37 @@ pub(super) async fn ask(
     }
     desk.waker.wake(&swap.vm);
     Ok((StatusCode::ACCEPTED, Json(swap)))
+}
+
+/// A look at a swap beforehand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewCheck {
+    /// The swap that is thought of.
+    pub swap: NewSwap,
+    /// Whether the guest's state is saved for a rehearsal, for which it stands still a moment; true
+    /// when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peek: Option<bool>,
+}
+
+/// Says whether a swap would work. Nothing is changed; the guest stands still for the peek alone.
+#[utoipa::path(
+    post, path = "/v1/vms/{name}/checks", params(("name" = String, Path,)), request_body = NewCheck,
+    responses((status = 200, body = Preflight), (status = "4XX", body = Problem))
+)]
+pub(super) async fn check(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+    Body(new): Body<NewCheck>,
+) -> Result<Json<Preflight>, Refusal> {
+    let asked = desk.check_swap(&name, new.swap).await?;
+    let vm = desk.vm(&name).await?;
+    let to = desk.release(&asked.to.version).await?;
+    let peek = new.peek.unwrap_or(true);
+    Ok(Json(
+        execute::preflight(&desk.host, &vm, &to, asked, peek).await?,
+    ))
 }
 
 impl Desk {
@@ -115,6 +157,15 @@ impl Desk {
             clock: new.clock,
             notice_ns: new.notice_ns,
             no_notice: new.no_notice,
+            safeguards: Safeguards {
+                rehearse: new.rehearse.unwrap_or(true),
+                watch_ns: new
+                    .watch_ns
+                    .or(vm.profile.watch_ns)
+                    .unwrap_or(DEFAULT_WATCH_NS),
+                way_back: new.way_back.unwrap_or(true),
+                ..Safeguards::default()
+            },
             successor: None,
             epoch_before: None,
             asked_at_unix_ns: unix_ns(),
@@ -133,6 +184,11 @@ fn check_request(new: &NewSwap) -> Result<(), Problem> {
         ));
     }
     check_notice(new.notice_ns, new.no_notice.as_deref())?;
+    if let Some(ns) = new.watch_ns.filter(|&ns| ns > MAX_WATCH_NS) {
+        return bad(format!(
+            "field `watch_ns`: {ns} is more than {MAX_WATCH_NS}, a day"
+        ));
+    }
     check_budget(new.budget_ns)
 }
 

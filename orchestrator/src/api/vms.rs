@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 
 use super::Desk;
 use super::refusal::{Body, Refusal};
+use crate::doctor::Check;
 use crate::execute::{self, unix_ns};
 use crate::model::{Code, Event, Problem, Profile, VmName, VmRecord, VmState, Wanted};
 use crate::reconcile;
@@ -57,6 +58,9 @@ pub struct VmView {
     /// What its guest hears of itself, and how its pauses are announced.
     #[serde(default)]
     pub profile: Profile,
+    /// What limits or prevents swaps of it, and what does not; in lists left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub updatable: Vec<Check>,
     /// Its serial console: raw bytes both ways.
     pub console_socket: String,
     /// Where host programs connect to the guest's sockets, if it has a vsock device.
@@ -89,8 +93,18 @@ impl Desk {
             swaps: vm.swaps,
             spec: vm.spec,
             profile: vm.profile,
+            updatable: Vec::new(),
             created_at_unix_ns: vm.created_at_unix_ns,
             changed_at_unix_ns: vm.changed_at_unix_ns,
+        }
+    }
+
+    /// As [`Desk::view`], with what limits its swaps.
+    async fn judged(&self, vm: VmRecord) -> VmView {
+        let updatable = execute::updatable(&self.host, &vm).await;
+        VmView {
+            updatable,
+            ..self.view(vm)
         }
     }
 
@@ -144,7 +158,8 @@ pub(super) async fn show(
     State(desk): State<Desk>,
     Path(name): Path<String>,
 ) -> Result<Json<VmView>, Refusal> {
-    Ok(Json(desk.view(desk.vm(&name).await?)))
+    let vm = desk.vm(&name).await?;
+    Ok(Json(desk.judged(vm).await))
 }
 
 /// Starts a VM. Answered when its guest runs, or did not start. A VM that is over is started
@@ -179,7 +194,7 @@ pub(super) async fn put(
         let message = format!("`{name}` did not start: {reason}");
         return Err(Problem::new(Code::StartFailed, message).into());
     }
-    Ok((StatusCode::CREATED, Json(desk.view(vm))))
+    Ok((StatusCode::CREATED, Json(desk.judged(vm).await)))
 }
 
 impl Desk {

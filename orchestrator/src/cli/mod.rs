@@ -19,6 +19,7 @@ mod release;
 mod report;
 mod rm;
 mod run;
+mod safeguards;
 mod show;
 mod simulate;
 mod stop;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use stillpoint_control::report::{Phase, Side, SwapReport};
 
-use super::{Desk, format, say, say_json};
+use super::{Desk, format, safeguards, say, say_json};
 use crate::model::{Code, HOST, Problem, SwapRecord, SwapState};
 
 /// Cells of the longest bar.
@@ -27,12 +27,39 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     };
     let what = super::path_part(&what)?;
     let swap = find(desk, what).await?;
+    let back = way_back(desk, &swap).await?;
     if desk.json {
-        say_json(&swap)?;
+        say_json(&with_way_back(&swap, back.as_ref()))?;
     } else {
         say(&text(&swap))?;
+        if let Some(back) = back {
+            say(&format!("\n{}", text(&back)))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The swap by which this one's guest was put back, if it was.
+pub(super) async fn way_back(
+    desk: &Desk,
+    swap: &SwapRecord,
+) -> Result<Option<SwapRecord>, Problem> {
+    match &swap.safeguards.put_back_by {
+        Some(back) => desk.api.get(&format!("/v1/swaps/{back}")).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// A swap for programs, its way back beside its own fields as `put_back`.
+pub(super) fn with_way_back(swap: &SwapRecord, back: Option<&SwapRecord>) -> serde_json::Value {
+    let mut value = serde_json::to_value(swap).unwrap_or_default();
+    if let (Some(back), Some(fields)) = (back, value.as_object_mut()) {
+        fields.insert(
+            "put_back".into(),
+            serde_json::to_value(back).unwrap_or_default(),
+        );
+    }
+    value
 }
 
 async fn find(desk: &Desk, what: &str) -> Result<SwapRecord, Problem> {
@@ -110,6 +137,7 @@ pub(super) fn summary(swap: &SwapRecord) -> String {
             reason.replace('\n', "\n             ")
         ));
     }
+    text.push_str(&safeguards::of_swap(swap));
     if let Some(report) = &swap.report {
         text.push_str(&blackout(swap, report));
         text.push_str(&clock::lines(report));
@@ -132,6 +160,9 @@ fn blackout(swap: &SwapRecord, report: &SwapReport) -> String {
     };
     let budget = format::time(report.budget);
     match (swap.state, report.blackout.host.is_zero()) {
+        (SwapState::Kept, true) if safeguards::has_peeked(swap) => {
+            "  blackout   none: the guest stood still for the rehearsal alone\n".into()
+        }
         (SwapState::Kept, true) => "  blackout   none: the guest never stood still\n".into(),
         (SwapState::Kept, false) => {
             format!("  blackout   host {host}, in vain; budget {budget}\n")

@@ -12,7 +12,7 @@ use stillpoint_control::spec::{
     parse_size,
 };
 
-use super::{Desk, format, io_problem, progress, say, say_json};
+use super::{Desk, format, io_problem, progress, safeguards, say, say_json};
 use crate::api::{NewVm, VmView};
 use crate::model::{Code, Problem, Profile};
 
@@ -91,6 +91,9 @@ pub(super) struct Args {
     /// How long before a pause the guest hears of it, such as 5min [15min].
     #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
     notice: Option<Duration>,
+    /// For how long it is watched after a swap, and put back if it isn't well; 0s for not at all [10s].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    watch: Option<Duration>,
     /// Version of the release to start it with [the one added last].
     #[arg(long, value_name = "VERSION")]
     release: Option<String>,
@@ -151,6 +154,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         fault_domain: args.fault_domain,
         tags: args.tags.iter().cloned().collect(),
         notice_ns: args.notice.map(format::whole_ns),
+        watch_ns: args.watch.map(format::whole_ns),
     };
     let spec = match &args.spec {
         Some(file) => read_spec(file)?,
@@ -182,6 +186,9 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         );
         if let Some(socket) = &vm.vsock_socket {
             text.push_str(&format!("\nits vsock: {socket}"));
+        }
+        for line in safeguards::of_updatable(&vm.updatable) {
+            text.push_str(&format!("\nnote: {line}"));
         }
         say(&text)?;
     }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use stillpoint_control::spec::{DiskSpec, format_mac};
 
-use super::{Desk, format, say, say_json};
+use super::{Desk, format, safeguards, say, say_json};
 use crate::api::VmView;
 use crate::model::{Problem, SwapRecord};
 
@@ -83,6 +83,12 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
                 ),
             },
         ));
+    }
+    for line in safeguards::of_updatable(&vm.updatable) {
+        rows.push(("updatable", line));
+    }
+    if !vm.updatable.is_empty() && safeguards::of_updatable(&vm.updatable).is_empty() {
+        rows.push(("updatable", "yes".to_owned()));
     }
     rows.retain(|(key, value)| *key != "disks" || !value.is_empty());
     let mut text = format!("{}\n", vm.name);

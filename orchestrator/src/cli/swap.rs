@@ -7,9 +7,11 @@ use hyper::Method;
 use indicatif::ProgressBar;
 use stillpoint_control::clock::Policy;
 
-use super::{Desk, format, http, progress, report, say, say_json};
-use crate::api::NewSwap;
-use crate::model::{Code, Event, PauseState, Problem, SwapId, SwapRecord, SwapState, VMM};
+use super::{Desk, format, http, progress, report, safeguards, say, say_json};
+use crate::api::{NewCheck, NewSwap};
+use crate::model::{
+    Code, Event, HealthState, PauseState, Preflight, Problem, SwapId, SwapRecord, SwapState, VMM,
+};
 
 /// How long to wait for an event before looking at the record itself.
 const LOOK: Duration = Duration::from_secs(1);
@@ -55,6 +57,22 @@ struct VmmArgs {
     /// Swap to a release below the pinned minimum (`stillpoint release pin`).
     #[arg(long)]
     allow_downgrade: bool,
+    /// Only say whether the swap would work. The guest stands still for a moment, while its state is
+    /// saved for a rehearsal; nothing is changed. Exits 0 if it would.
+    #[arg(long)]
+    check: bool,
+    /// With --check: leave out the rehearsal of the guest's state, and so the moment.
+    #[arg(long, requires = "check")]
+    no_peek: bool,
+    /// Swap without a rehearsal before it.
+    #[arg(long, conflicts_with = "check")]
+    no_rehearsal: bool,
+    /// For how long the guest is watched afterwards; 0s for not at all [the guest's own].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    watch: Option<Duration>,
+    /// Leave a guest that isn't well afterwards where it is, and only say so.
+    #[arg(long)]
+    no_way_back: bool,
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
@@ -70,33 +88,75 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         notice,
         no_notice,
         allow_downgrade,
+        check,
+        no_peek,
+        no_rehearsal,
+        watch,
+        no_way_back,
     } = args;
     let name = super::path_part(&name)?;
-    // Listening first: nothing is missed between the request and the stream.
-    let events = desk.api.events().await?;
     let new = NewSwap {
         component: VMM.into(),
         to: to.clone(),
         budget_ns: budget.map(format::whole_ns),
         notice_ns: notice.map(format::whole_ns),
         no_notice,
+        rehearse: no_rehearsal.then_some(false),
+        watch_ns: watch.map(format::whole_ns),
+        way_back: no_way_back.then_some(false),
         clock,
         allow_downgrade,
     };
+    if check {
+        return look(desk, name, new, !no_peek).await;
+    }
+    // Listening first: nothing is missed between the request and the stream.
+    let events = desk.api.events().await?;
     let path = format!("/v1/vms/{name}/swaps");
     let asked: SwapRecord = desk.api.send(Method::POST, &path, &new).await?;
     let bar = progress::waiting(desk.json, &format!("swapping {name} to {to}"));
     let swap = follow(desk, &asked.id, events, &bar).await;
     bar.finish_and_clear();
     let swap = swap?;
+    let back = report::way_back(desk, &swap).await?;
     if desk.json {
-        say_json(&swap)?;
+        say_json(&report::with_way_back(&swap, back.as_ref()))?;
     } else {
         say(&report::summary(&swap))?;
+        if let Some(back) = &back {
+            say(&report::summary(back))?;
+        }
     }
-    Ok(match swap.state {
-        SwapState::Moved => ExitCode::SUCCESS,
+    let health = swap.safeguards.health.as_ref().map(|health| health.state);
+    Ok(match (swap.state, health) {
+        (SwapState::Moved, Some(HealthState::Unwell)) => ExitCode::FAILURE,
+        (SwapState::Moved, _) => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
+    })
+}
+
+/// Says whether the swap would work.
+async fn look(desk: &Desk, name: &str, swap: NewSwap, peek: bool) -> Result<ExitCode, Problem> {
+    let bar = progress::waiting(
+        desk.json,
+        &format!("looking at a swap of {name} to {}", swap.to),
+    );
+    let new = NewCheck {
+        swap,
+        peek: Some(peek),
+    };
+    let path = format!("/v1/vms/{name}/checks");
+    let found: Result<Preflight, Problem> = desk.api.send(Method::POST, &path, &new).await;
+    bar.finish_and_clear();
+    let found = found?;
+    if desk.json {
+        say_json(&found)?;
+    } else {
+        say(&safeguards::of_preflight(&found))?;
+    }
+    Ok(match found.would_work {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     })
 }
 
@@ -119,9 +179,7 @@ async fn follow(
             Err(_) => {}
         }
         match desk.api.get::<SwapRecord>(&format!("/v1/swaps/{id}")).await {
-            Ok(swap) if swap.state.is_over() || swap.state == SwapState::InDoubt => {
-                return Ok(swap);
-            }
+            Ok(swap) if is_told(desk, &swap).await? => return Ok(swap),
             // The daemon was restarted: the swap goes on without it, and it settles the record.
             Err(problem) if problem.code == Code::NoDaemon && seen.elapsed() < DAEMON_PATIENCE => {
                 bar.set_message(format!("swap {id}: waiting for the daemon to come back"));
@@ -129,6 +187,21 @@ async fn follow(
             Err(problem) => return Err(problem),
             Ok(_) => seen = Instant::now(),
         }
+    }
+}
+
+/// Whether all is known of it that is waited for: how it ended, and, of a guest that moved, that it
+/// was seen to be well, or was put back. What comes of the rest of the watch is in the record.
+async fn is_told(desk: &Desk, swap: &SwapRecord) -> Result<bool, Problem> {
+    let health = swap.safeguards.health.as_ref().map(|health| health.state);
+    match (swap.state, health) {
+        (SwapState::InDoubt, _) => Ok(true),
+        (SwapState::Moved, Some(HealthState::Watching)) => Ok(false),
+        (SwapState::Moved, Some(HealthState::Unwell)) => {
+            let back = report::way_back(desk, swap).await?;
+            Ok(back.is_none_or(|back| back.state.is_over()))
+        }
+        (state, _) => Ok(state.is_over()),
     }
 }
 

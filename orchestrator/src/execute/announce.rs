@@ -18,7 +18,9 @@ use stillpoint_control::report::SwapReport;
 use super::{Host, unix_ns};
 use crate::metadata::board::{Announcement, Board, Start};
 use crate::metadata::instance::guid;
-use crate::model::{EventId, Group, Measured, PauseId, SwapId, SwapRecord, VmName, VmRecord};
+use crate::model::{
+    EventId, Group, Measured, PauseId, Rehearsed, SwapId, SwapRecord, VmName, VmRecord,
+};
 use crate::store::StoreError;
 
 /// The notice of a VM whose owner said nothing.
@@ -159,6 +161,71 @@ impl Concerned<'_> {
     }
 }
 
+/// Whether a guest may be made to stand still for a look at a swap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Peek {
+    /// It may: its event says that it started.
+    Announced,
+    /// It may not, and why.
+    LeftOut(String),
+}
+
+/// Announces the peek of a look beforehand. Where nobody listens its event starts at once; where
+/// somebody does, an operator's reason has it so, and without one the guest is left alone: a look
+/// is not worth a wait of a quarter of an hour, and none is taken without a word.
+pub(super) async fn peek(
+    host: &Host,
+    vm: &VmRecord,
+    asked: &SwapRecord,
+) -> Result<Peek, StoreError> {
+    let group = Group::of(&vm.name, &vm.profile);
+    let (id, event) = (PauseId(fresh_guid()), EventId(fresh_guid()));
+    host.notices
+        .change(|board, now| {
+            if asked.no_notice.is_none() && board.is_heard(&group, now) {
+                let why = "the guest listens for events, and a peek is a pause that it was not told of:                            --no-notice REASON peeks all the same, and --no-peek leaves it out";
+                return Peek::LeftOut(why.into());
+            }
+            let budget = vm.spec.blackout_budget.as_nanos();
+            let new = Announcement {
+                id,
+                swap: asked.id.clone(),
+                description: "Virtual machine is being paused for a moment to see whether the software \
+                              that runs it can be updated."
+                    .into(),
+                notices: vec![(event, group, vec![vm.name.clone()])],
+                notice_ns: 0,
+                expected_ns: asked
+                    .budget_ns
+                    .unwrap_or(u64::try_from(budget).unwrap_or(u64::MAX)),
+                no_notice: asked.no_notice.clone(),
+            };
+            let id = board.announce(new, now);
+            board.start(&id, now);
+            Peek::Announced
+        })
+        .await
+}
+
+/// The peek is over; it took this long.
+pub(super) async fn end_peek(
+    host: &Host,
+    asked: &SwapRecord,
+    took: Duration,
+) -> Result<(), StoreError> {
+    let measured = Measured {
+        pause_ns: Some(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX)).filter(|&ns| ns > 0),
+        ..Measured::default()
+    };
+    host.notices
+        .change(|board, now| {
+            if let Some(id) = board.of_swap(&asked.id).map(|pause| pause.id.clone()) {
+                board.end(&id, measured, now);
+            }
+        })
+        .await
+}
+
 fn announcement(
     board: &Board,
     concerned: &Concerned<'_>,
@@ -226,6 +293,12 @@ async fn end(host: Host, swap: SwapId, measured: Measured) {
 fn measured(swap: &SwapRecord) -> Measured {
     let report: Option<&SwapReport> = swap.report.as_ref();
     let pause = report.map(|report| report.blackout.host);
+    // A swap that its rehearsal ended made no pause but the peek.
+    let peek = match &swap.safeguards.rehearsal {
+        Some(Rehearsed::Told(told)) => Some(told.peek),
+        _ => None,
+    };
+    let pause = pause.filter(|pause| !pause.is_zero()).or(peek);
     let pause = pause.filter(|pause| !pause.is_zero());
     let clock = report.and_then(|report| report.clock.as_ref());
     Measured {

@@ -3,8 +3,11 @@
 
 mod announce;
 mod command;
+mod health;
 mod holds;
 mod host;
+mod preflight;
+mod rehearsal;
 mod relieve;
 mod settle;
 mod start;
@@ -27,8 +30,10 @@ use crate::model::{Event, HostSwap, SwapId, SwapRecord, VmName, VmRecord, VmStat
 use crate::store::{Observed, Store, StoreError};
 
 pub use announce::{Clearance, clear_swap, forget, settle_pauses};
+pub use health::{Next, Watching, supersede, watch};
 pub use holds::Holds;
 pub use host::host_swap;
+pub use preflight::{preflight, updatable};
 pub use settle::settle;
 pub use start::start;
 pub use stop::power_off;
@@ -155,6 +160,10 @@ impl Host {
             self.tell(Event::Vm { vm, state, reason });
         }
         self.tell_swap(swap);
+        if let Err(error) = health::note_way_back(self, swap).await {
+            // The two records name each other all the same.
+            tracing::error!(vm = %swap.vm, swap = %swap.id, "not noted with the swap before: {error}");
+        }
         announce::end_pause(self, swap).await;
     }
 

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stillpoint_control::client::ClientError;
+use stillpoint_control::health::Signs;
 use stillpoint_control::message::{Handover, Request};
 use stillpoint_control::ownership::{Epoch, Owner, Ownership};
 use stillpoint_control::report::{Blackout, Outcome, Phase, Side, SwapReport};
@@ -25,12 +26,12 @@ use stillpoint_control::spec::MAX_BUDGET;
 use tokio::sync::mpsc;
 
 use super::start::{release_args, verified};
-use super::{Host, relieve, settle, unix_ns};
+use super::{Host, health, rehearsal, relieve, settle, unix_ns};
 use crate::agent::find::Held;
 use crate::agent::pair::{self, Asked, Channel};
 use crate::agent::process::Process;
 use crate::agent::spawn::{self, GIVEN_FD, Job, READY_FD};
-use crate::model::{Event, SwapRecord, SwapState, VmRecord, VmState};
+use crate::model::{Event, Release, SwapRecord, SwapState, VmRecord, VmState};
 use crate::store::StoreError;
 
 /// How long a successor may take to come up.
@@ -72,11 +73,55 @@ pub async fn swap(
     let process = Some(held.process.id().clone());
     host.observe_surely(&vm.name, VmState::Swapping, None, process)
         .await;
+    let first = watched(host, vm, &swap).await;
+    if let Err(reason) = rehearse(host, vm, &mut swap).await {
+        return Ok(keep(host, vm, swap, held, reason).await);
+    }
     let prepared = match prepare(host, vm, &mut swap).await {
         Ok(prepared) => prepared,
         Err(reason) => return Ok(keep(host, vm, swap, held, reason).await),
     };
+    // The second look, a while after the first: what goes on by itself has moved.
+    swap.safeguards.before = health::before(first, watched(host, vm, &swap).await);
+    // A daemon that starts anew in the middle watches by it; without it, by less.
+    if let Err(error) = host.record(&swap).await {
+        tracing::warn!(vm = %vm.name, swap = %swap.id, "not recorded: {error}");
+    }
     Ok(hand_over(host, vm, swap, held, prepared).await)
+}
+
+/// Signs of life before the swap, if it will be asked after them.
+async fn watched(host: &Host, vm: &VmRecord, swap: &SwapRecord) -> Option<Signs> {
+    match swap.safeguards.watch_ns {
+        0 => None,
+        _ => health::signs(host, vm).await,
+    }
+}
+
+/// Rehearses the swap, if that was not left out. On `Err` it must not begin.
+async fn rehearse(host: &Host, vm: &VmRecord, swap: &mut SwapRecord) -> Result<(), String> {
+    if !swap.safeguards.rehearse {
+        return Ok(());
+    }
+    swap.step = "rehearse".into();
+    host.tell_swap(swap);
+    let release = release_of(host, swap).await?;
+    let terms = rehearsal::Terms {
+        peek: true,
+        budget_ns: swap.budget_ns,
+        clock: swap.clock,
+    };
+    let rehearsed = rehearsal::rehearse(host, vm, &release, terms).await?;
+    let refusal = rehearsal::refusal(&rehearsed);
+    swap.safeguards.rehearsal = Some(rehearsed);
+    refusal.map_or(Ok(()), Err)
+}
+
+async fn release_of(host: &Host, swap: &SwapRecord) -> Result<Release, String> {
+    let version = &swap.to.version;
+    let release = host.store.release(version).await;
+    let release = release.map_err(|e| e.to_string())?;
+    release.ok_or_else(|| format!("release {version} is not in the store"))
 }
 
 /// Ends a swap that can't begin.
@@ -90,10 +135,7 @@ pub async fn refuse(host: &Host, mut swap: SwapRecord, why: String) {
 /// Starts the successor and waits until it is ready. The guest hears nothing of this.
 async fn prepare(host: &Host, vm: &VmRecord, swap: &mut SwapRecord) -> Result<Prepared, String> {
     let begun = tokio::time::Instant::now();
-    let version = &swap.to.version;
-    let release = host.store.release(version).await;
-    let release = release.map_err(|e| e.to_string())?;
-    let release = release.ok_or_else(|| format!("release {version} is not in the store"))?;
+    let release = release_of(host, swap).await?;
     let binary = verified(host, &release).await?;
     let Channel {
         predecessor,
@@ -302,6 +344,9 @@ pub(super) async fn moved(
         swap.reason = Some("the successor runs the guest, but gave no report in time".into());
     }
     swap.ended_at_unix_ns = Some(unix_ns());
+    if swap.state == SwapState::Moved {
+        health::begin(&mut swap);
+    }
     let state = match &found {
         Some(_) => VmState::Running,
         None => VmState::Crashed,

@@ -8,8 +8,10 @@ mod journal;
 mod moment;
 mod pause;
 mod policy;
+mod preflight;
 mod problem;
 mod release;
+mod safeguards;
 mod swap;
 mod vm;
 mod window;
@@ -25,8 +27,12 @@ pub use pause::{
     PauseState, Profile,
 };
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
+pub use preflight::Preflight;
 pub use problem::{Code, Problem};
 pub use release::{Manifest, Pin, Release, Signer, VMM, validate_minimum, validate_version};
+pub use safeguards::{
+    Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,
+};
 pub use swap::{HOST, SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

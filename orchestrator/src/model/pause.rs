@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::spec::{self, SpecError};
 use utoipa::ToSchema;
 
+use super::safeguards::MAX_WATCH_NS;
 use super::swap::{SwapId, SwapState};
 use super::vm::VmName;
 
@@ -39,6 +40,10 @@ pub struct Profile {
     /// How long before a pause its guest hears of it, ns; 15 minutes when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notice_ns: Option<u64>,
+    /// For how long it is watched after a swap, and put back if it isn't well, ns; 10 s when absent,
+    /// and 0 for not at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watch_ns: Option<u64>,
 }
 
 impl Profile {
@@ -71,6 +76,10 @@ impl Profile {
                  without `:`"
             );
             return field("profile.tags", text);
+        }
+        if let Some(ns) = self.watch_ns.filter(|&ns| ns > MAX_WATCH_NS) {
+            let text = format!("{ns} is more than {MAX_WATCH_NS}, a day");
+            return field("profile.watch_ns", text);
         }
         match self.notice_ns {
             Some(ns) if ns == 0 || ns > MAX_NOTICE_NS => field(
@@ -301,6 +310,7 @@ mod tests {
         assert!(refused(|p| p.update_domain = 256).contains("update_domain"));
         assert!(refused(|p| p.fault_domain = 256).contains("fault_domain"));
         assert!(refused(|p| p.notice_ns = Some(0)).contains("notice_ns"));
+        assert!(refused(|p| p.watch_ns = Some(u64::MAX)).contains("watch_ns"));
         assert!(refused(|p| drop(p.tags.insert("a:b".into(), String::new()))).contains("tags"));
         assert!(refused(|p| drop(p.tags.insert("a".into(), "b;c".into()))).contains("tags"));
     }

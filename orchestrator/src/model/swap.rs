@@ -6,6 +6,7 @@ use stillpoint_control::message::ProcessId;
 use stillpoint_control::report::{Outcome, ReleaseName, SwapReport};
 use utoipa::ToSchema;
 
+use super::safeguards::Safeguards;
 use super::vm::VmName;
 
 /// The component that is anything of a host but a guest's own: guests stand still in their places.
@@ -119,6 +120,9 @@ pub struct SwapRecord {
     /// Why the guest gets no notice, if an operator chose so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_notice: Option<String>,
+    /// What guards it: the rehearsal before it, the watch after it, the way back.
+    #[serde(default)]
+    pub safeguards: Safeguards,
     /// The successor's process, once there is one.
     pub successor: Option<ProcessId>,
     /// Epoch of the ownership word before the handover was asked for.

@@ -24,6 +24,7 @@
 //! Must never: read a clock, a file or a random number; depend on the order of anything but the
 //! layout; say nothing about a unit.
 
+pub mod evidence;
 pub mod fleet;
 pub mod layout;
 pub mod seen;

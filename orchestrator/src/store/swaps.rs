@@ -12,7 +12,7 @@ use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
-     clock, notice_ns, no_notice, part_of FROM swaps";
+     clock, notice_ns, no_notice, part_of, safeguards_json FROM swaps";
 pub(super) const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
@@ -35,6 +35,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
         notice_ns: unsigned_option(row, 15)?,
         no_notice: row.get(16)?,
         part_of: from_word_option(row, 17)?,
+        safeguards: from_json_option(row, 18)?.unwrap_or_default(),
     })
 }
 
@@ -42,9 +43,9 @@ pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqli
     tx.execute(
         "INSERT OR REPLACE INTO swaps (id, vm, component, from_json, to_json, state, step, \
          reason, budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, \
-         report_json, clock, notice_ns, no_notice, part_of) \
+         report_json, clock, notice_ns, no_notice, part_of, safeguards_json) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, \
-         ?18)",
+         ?18, ?19)",
         params![
             swap.id.0,
             swap.vm.as_str(),
@@ -64,6 +65,7 @@ pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqli
             swap.notice_ns.map(signed),
             swap.no_notice,
             swap.part_of.as_ref().map(|id| id.0.as_str()),
+            json(&swap.safeguards)?,
         ],
     )?;
     journal::got_on(tx, swap)
@@ -106,6 +108,41 @@ impl Store {
                 tx.execute(query, params![swap.vm.as_str(), swap.to.version])?;
             }
             vm.map_or(Ok(()), |observed| write_observed(tx, &swap.vm, &observed))
+        })
+        .await
+    }
+
+    /// Records that the way back of `first` is wanted: both or neither. `false`: another swap of that
+    /// VM isn't over, and nothing was changed.
+    pub async fn put_back(
+        &self,
+        first: &SwapRecord,
+        back: &SwapRecord,
+    ) -> Result<bool, StoreError> {
+        let (first, back) = (first.clone(), back.clone());
+        self.call(move |tx| {
+            let query = format!("SELECT 1 FROM swaps WHERE vm = ?1 AND {OPEN}");
+            let open = tx.query_row(&query, [back.vm.as_str()], |_| Ok(()));
+            if open.optional()?.is_some() {
+                return Ok(false);
+            }
+            write(tx, &first)?;
+            write(tx, &back)?;
+            Ok(true)
+        })
+        .await
+    }
+
+    /// The VM's swap after which it is still watched.
+    pub async fn watched_swap(&self, vm: &VmName) -> Result<Option<SwapRecord>, StoreError> {
+        let vm = vm.clone();
+        self.call(move |tx| {
+            let query = format!(
+                "{COLUMNS} WHERE vm = ?1 AND state = 'moved' AND \
+                 json_extract(safeguards_json, '$.health.state') IN ('watching', 'well_so_far') \
+                 ORDER BY asked_at_unix_ns DESC LIMIT 1"
+            );
+            tx.query_row(&query, [vm.as_str()], record).optional()
         })
         .await
     }

@@ -6,8 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    HostSwap, HostSwapState, JournalKind, Manifest, Release, SwapId, SwapRecord, SwapState, VMM,
-    VmName, VmRecord, VmState, Wanted,
+    HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards, SwapId, SwapRecord,
+    SwapState, VMM, VmName, VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -50,6 +50,7 @@ fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
         clock: Some(stillpoint_control::clock::Policy::Hold),
         notice_ns: Some(3),
         no_notice: Some("urgent".into()),
+        safeguards: Safeguards::default(),
         successor: None,
         epoch_before: Some(0),
         asked_at_unix_ns: 7,

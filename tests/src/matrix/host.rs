@@ -186,7 +186,18 @@ impl Host {
     /// Begins a swap with this budget.
     pub(super) fn swap(&self, to: &str, budget: &str) -> anyhow::Result<Child> {
         let args = [
-            "swap", "vmm", GUEST, "--to", to, "--budget", budget, "--json",
+            "swap",
+            "vmm",
+            GUEST,
+            "--to",
+            to,
+            "--budget",
+            budget,
+            "--json",
+            // The handover alone, whatever the release is like before it and after it.
+            "--no-rehearsal",
+            "--watch",
+            "0s",
         ];
         let mut command = self.daemon.command(&args);
         Ok(command

@@ -7,7 +7,9 @@ use std::time::Duration;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::frame::{self, FrameError};
+use crate::health::Signs;
 use crate::message::{Description, Handover, ProcessId, Reply, Request};
+use crate::rehearsal::Rehearsal;
 use crate::report::{Phase, SwapReport};
 use crate::secret::{Secret, hex};
 
@@ -190,11 +192,30 @@ impl Client {
         }
     }
 
+    /// Asks for a rehearsal and waits for its end. `request` must be a [`Request::Rehearse`]. The
+    /// socket is closed here as soon as it is sent, so that each side hears when the other closes.
+    pub fn rehearse(&self, request: &Request, socket: OwnedFd) -> Result<Rehearsal, ClientError> {
+        frame::send_json(&self.socket, request, &[socket.as_fd()])?;
+        drop(socket);
+        match self.answer()?.0 {
+            Reply::Rehearsed(rehearsal) => Ok(*rehearsal),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// Has the guest run on that stands still for this swap; gives the pause's report.
     pub fn resume(&self, swap: &str) -> Result<SwapReport, ClientError> {
         let swap = swap.to_owned();
         match self.ask(&Request::Resume { swap }, &[])?.0 {
             Reply::Resumed { report } => Ok(*report),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Signs of life, at this moment.
+    pub fn signs(&self) -> Result<Signs, ClientError> {
+        match self.ask(&Request::Signs, &[])?.0 {
+            Reply::Signs(signs) => Ok(*signs),
             other => Err(Self::unexpected(&other)),
         }
     }

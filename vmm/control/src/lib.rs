@@ -9,6 +9,8 @@
 //! | [`client`] | a blocking client of the control socket |
 //! | [`ownership`] | the word that says which process may run the guest |
 //! | [`report`] | what every swap leaves behind |
+//! | [`rehearsal`] | what a rehearsal showed |
+//! | [`health`] | signs of life |
 //! | [`secret`] | how a VMM proves that it is the one that was started |
 //!
 //! This crate must stay readable across releases of both sides: fields are only added, each with
@@ -19,9 +21,11 @@
 pub mod client;
 pub mod clock;
 pub mod frame;
+pub mod health;
 pub mod message;
 pub mod nanos;
 pub mod ownership;
+pub mod rehearsal;
 pub mod report;
 pub mod secret;
 pub mod spec;

@@ -10,7 +10,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::Policy;
+use crate::health::Signs;
 use crate::ownership::Epoch;
+use crate::rehearsal::Rehearsal;
 use crate::report::{Phase, ReleaseName, SwapReport};
 use crate::spec::MachineSpec;
 
@@ -69,6 +71,24 @@ pub enum Request {
         /// Id of the swap.
         swap: String,
     },
+    /// Rehearse a swap: have a throw-away process of another release build this machine over a
+    /// private view of guest RAM, and, with `peek`, load the guest's state as it is now and save it
+    /// again. With one fd: our end of a socketpair, whose other end that process has. The guest
+    /// runs on meanwhile, but for the peek. Answered by [`Reply::Rehearsed`].
+    Rehearse {
+        /// Whether its state is saved, for which the guest stands still a moment.
+        peek: bool,
+        /// The longest that it may stand still; the VM's own budget when absent.
+        budget_ns: Option<u64>,
+        /// The longest that all of it may take.
+        #[serde(rename = "patience_ns", with = "crate::nanos")]
+        patience: Duration,
+        /// What the guest's clocks would make of the pause; the VM's own policy when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        clock: Option<Policy>,
+    },
+    /// Are guest and VMM well? Answered by [`Reply::Signs`].
+    Signs,
     /// The report of the last swap that this process came out of, as successor or as a
     /// predecessor that kept its guest. Answered by [`Reply::Report`].
     LastReport,
@@ -112,6 +132,10 @@ pub enum Reply {
         /// The report.
         report: Box<SwapReport>,
     },
+    /// To [`Request::Rehearse`].
+    Rehearsed(Box<Rehearsal>),
+    /// To [`Request::Signs`].
+    Signs(Box<Signs>),
     /// To [`Request::LastReport`].
     Report {
         /// The report; `None` while the successor is still measuring, or if there was no swap.

@@ -100,14 +100,8 @@ impl Device for Probe {
     }
 }
 
-/// The longest gap logged by `vcpu` that overlaps `from..to` (guest TSC), in cycles. `None` if
-/// the table is not there or not valid, or no such gap was logged.
-pub fn gap_over(
-    memory: &Memory,
-    table: GuestAddress,
-    vcpu: u8,
-    window: std::ops::Range<u64>,
-) -> Option<u64> {
+/// The address of a vCPU's record, if the table is there and valid.
+fn record(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
     let word = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).ok();
     let half = |at: u64| memory.read_obj::<u32>(GuestAddress(at)).ok();
     if word(table.0)? != abi::TABLE_MAGIC || half(table.0.checked_add(8)?)? != abi::VERSION {
@@ -123,9 +117,27 @@ pub fn gap_over(
     if (stride as usize) < size_of::<abi::Record>() {
         return None;
     }
-    let record = table
-        .0
-        .checked_add(u64::from(offset) + u64::from(stride) * u64::from(vcpu))?;
+    let from = u64::from(offset) + u64::from(stride) * u64::from(vcpu);
+    table.0.checked_add(from)
+}
+
+/// The latest reading that `vcpu` logged: a heartbeat. `None` if the table is not there or not valid.
+pub fn beat(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
+    let last = std::mem::offset_of!(abi::Record, last) as u64;
+    let at = record(memory, table, vcpu)?.checked_add(last)?;
+    memory.read_obj(GuestAddress(at)).ok()
+}
+
+/// The longest gap logged by `vcpu` that overlaps `from..to` (guest TSC), in cycles. `None` if
+/// the table is not there or not valid, or no such gap was logged.
+pub fn gap_over(
+    memory: &Memory,
+    table: GuestAddress,
+    vcpu: u8,
+    window: std::ops::Range<u64>,
+) -> Option<u64> {
+    let word = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).ok();
+    let record = record(memory, table, vcpu)?;
     let count = word(record)?;
     let ring = record.checked_add(std::mem::offset_of!(abi::Record, ring) as u64)?;
     let kept = count.min(abi::RING as u64);

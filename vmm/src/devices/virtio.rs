@@ -12,6 +12,7 @@
 //! | [`mmio`] | the registers a driver sees; freeze, save, resume |
 //! | `worker` | the thread behind each device, and how it comes to rest |
 //! | [`queue`] | rings and chains of buffers: judged once, then used |
+//! | `signs` | signs of life, for whoever watches a swap |
 //! | [`slot`] | a device's place in a machine: window, line, kicks, thread |
 //! | [`backend`] | what a device is made of on the host: opened at a boot, handed over at a swap |
 //! | `complaints` | what goes to the log, however often a guest gives cause |
@@ -30,6 +31,7 @@ pub mod net;
 pub mod poller;
 pub mod queue;
 pub mod rng;
+mod signs;
 pub mod slot;
 pub mod vsock;
 
@@ -83,6 +85,10 @@ pub trait Kind: Send + std::fmt::Debug {
     /// Does what waits in this queue. Called when the driver kicked it, and for every queue after
     /// the device was let go; it may find nothing.
     fn serve(&mut self, queue: usize, queues: &mut Queues<'_>) -> Result<(), Broken>;
+
+    /// Whether what a driver puts into this queue is taken as soon as it can be. Of others it is
+    /// taken when there is something to fill it with.
+    fn takes_at_once(&self, queue: usize) -> bool;
 
     /// A file of the kind's own is ready. `live`: the driver has set the device up and it has not
     /// failed; otherwise the queues take nothing and only what is in flight may end.

@@ -65,6 +65,11 @@ pub fn ask_error(machine: &Machine, dir: &str) -> Option<i64> {
     error(&mut agent, machine).ok().flatten()
 }
 
+/// Whether the guest's agent answers.
+pub fn is_heard(dir: &Path) -> bool {
+    connect(dir, QUESTION).is_ok_and(|mut agent| agent.health().is_ok())
+}
+
 /// Makes good what the pause did to the guest's wall clock, and tells how it stands then.
 pub fn after(machine: &Machine, dir: &Path, pause: Pause<'_>) -> After {
     let how = match pause.policy {

@@ -387,6 +387,7 @@ fn frozen_to_given_up<'g>(
     ended: &mut impl FnMut() -> bool,
 ) -> Result<GivenUp<'g>, KeptReason> {
     let deadline = frozen.deadline;
+    faults::reach(faults::Point::Frozen).map_err(FreezeError::Injected)?;
     let saved = save(&mut frozen, errand, channel, log);
     for (name, duration) in &frozen.timing.marks {
         log.add(name, Side::Predecessor, true, *duration);

@@ -17,6 +17,7 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 
 use super::{FreezeError, Machine, Timing};
+use crate::handover::lend::Lending;
 use crate::vcpu::{Entered, VcpusError};
 use crate::{clock, faults, release};
 
@@ -91,8 +92,35 @@ impl Guest {
         frozen.timing = Timing::start();
         let machine = &frozen.guest.machine;
         machine.stand_still(frozen.deadline, &mut frozen.timing)?;
-        faults::reach(faults::Point::Frozen).map_err(FreezeError::Injected)?;
         Ok(frozen)
+    }
+
+    /// Saves the guest's state for a rehearsal, and lets it run on: it stands still meanwhile, for no
+    /// longer than `budget`, and nothing is sealed. Gives the state, and what the pause was.
+    pub fn peek(
+        &mut self,
+        format: u32,
+        policy: Policy,
+        budget: Duration,
+        to: &mut Lending,
+    ) -> Result<(Vec<u8>, Duration), (FreezeError, Duration)> {
+        let mut frozen = match self.freeze(budget) {
+            Ok(frozen) => frozen,
+            // At most this: a drain that came to nothing has frozen nobody.
+            Err(error @ FreezeError::Busy(_)) => return Err((error, Duration::ZERO)),
+            Err(error) => return Err((error, budget)),
+        };
+        let kicked = frozen.kicked;
+        let saved = frozen.save(format, policy).and_then(|bytes| {
+            // What was opened meanwhile is in the state.
+            frozen.machine().lend(to).map_err(FreezeError::Lend)?;
+            Ok(bytes)
+        });
+        drop(frozen);
+        let stood = kicked.elapsed();
+        saved
+            .map(|bytes| (bytes, stood))
+            .map_err(|error| (error, stood))
     }
 }
 

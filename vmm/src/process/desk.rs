@@ -1,6 +1,7 @@
 //! What can be told about the guest without asking the machine thread.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +27,7 @@ pub struct Desk {
     release: ReleaseName,
     secret: Option<Secret>,
     swaps: u64,
+    dir: PathBuf,
     process: ProcessId,
     ram: OwnedFd,
     ownership: OwnedFd,
@@ -41,7 +43,7 @@ impl Desk {
         name: ReleaseName,
         secret: Option<Secret>,
         swaps: u64,
-        guest: &Guest,
+        (guest, dir): (&Guest, &Path),
     ) -> anyhow::Result<Arc<Self>> {
         let pid = std::process::id();
         let process = ProcessId::of(pid)
@@ -64,6 +66,7 @@ impl Desk {
             release: name,
             secret,
             swaps,
+            dir: dir.to_owned(),
             process,
             ram: guest.machine.ram().as_fd().try_clone_to_owned()?,
             ownership: guest.ownership.as_fd().try_clone_to_owned()?,
@@ -86,6 +89,12 @@ impl Desk {
             .as_ref()
             .map(|s| s.as_bytes().to_vec())
             .unwrap_or_default()
+    }
+
+    /// The guest's directory, if an agent can be asked by way of it.
+    pub(super) fn asks_agent(&self) -> Option<PathBuf> {
+        let has_vsock = self.notes().description.spec.vsock.is_some();
+        has_vsock.then(|| self.dir.clone())
     }
 
     /// Swaps lived through.

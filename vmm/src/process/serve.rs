@@ -13,6 +13,7 @@ use stillpoint_control::message::{GuestState, Reply, Request};
 
 use super::desk::Desk;
 use crate::event::{Event, Job};
+use crate::handover::correct;
 use crate::{handover, peer};
 
 /// The most callers at a time.
@@ -88,9 +89,36 @@ fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
         | Request::PowerOff
         | Request::HandOver { .. }
         | Request::Freeze { .. }
-        | Request::Resume { .. } => return change(caller, desk, events, request, fds),
+        | Request::Resume { .. }
+        | Request::Rehearse { .. } => {
+            return change(caller, desk, events, request, fds);
+        }
+        Request::Signs => return signs(caller, desk, events),
     };
     sent.is_ok()
+}
+
+/// Signs of life: the machine's from its thread, the agent's from here, where nobody waits for it.
+fn signs(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
+    let (reply, replies) = channel();
+    let asked = events.send(Event::Control(Job {
+        request: Request::Signs,
+        fds: Vec::new(),
+        reply,
+        told: None,
+    }));
+    if asked.is_err() {
+        return false;
+    }
+    let said = match replies.recv() {
+        Ok(Reply::Signs(mut signs)) => {
+            signs.agent = desk.asks_agent().map(|dir| correct::is_heard(&dir));
+            Reply::Signs(signs)
+        }
+        Ok(other) => other,
+        Err(_) => return false,
+    };
+    frame::send_json(caller, &said, &[]).is_ok()
 }
 
 fn change(

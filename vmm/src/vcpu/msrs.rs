@@ -52,6 +52,12 @@ const LATE: [u32; 6] = [
     WALL_CLOCK,
 ];
 
+/// Whether this difference is one of a late MSR's value.
+pub fn is_late(difference: &str) -> bool {
+    let named = |msr: &u32| difference.contains(&format!("MSR {msr:#x} "));
+    LATE.iter().any(named)
+}
+
 /// Not saved: the TSC (see above), the old names of the two clock MSRs (the new ones read the
 /// same value), and the doorbell.
 const SKIPPED: [u32; 4] = [TSC, WALL_CLOCK_OLD, SYSTEM_TIME_OLD, ASYNC_PF_ACK];

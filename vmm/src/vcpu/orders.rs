@@ -30,6 +30,8 @@ pub(super) enum Order {
     StandBy,
     /// Load everything that changes nothing outside this process.
     Load(Box<VcpuSection>, Pause),
+    /// This is a rehearsal: load the rest into a view of guest RAM, and run nothing.
+    LoadRest,
     /// The guest is ours: load the rest and run, with exits going to this bus.
     Enter(Arc<Bus>),
     /// End the thread.
@@ -52,6 +54,7 @@ pub(super) enum Answer {
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
+    LoadedRest(Result<(), VcpuError>),
     Entering(Result<Entry, VcpuError>),
 }
 

@@ -1,6 +1,7 @@
 //! The vCPU thread: a state machine of a few phases, and nothing else.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
@@ -47,6 +48,8 @@ pub(super) struct Runner {
     tsc_khz: u32,
     run_delay: RunDelay,
     ended: bool,
+    /// How often it came back from the guest.
+    turns: Arc<AtomicU64>,
     /// Whether the next order is microseconds away, so that it pays to stay awake.
     awake: bool,
 }
@@ -58,6 +61,7 @@ impl Runner {
         around: Surroundings,
         orders: Receiver<Order>,
         answers: Sender<(u8, Answer)>,
+        turns: Arc<AtomicU64>,
     ) -> Self {
         let (bus, late) = (Arc::default(), Late::default());
         Self {
@@ -73,6 +77,7 @@ impl Runner {
             tsc_khz: 0,
             run_delay: RunDelay::default(),
             ended: false,
+            turns,
             awake: false,
         }
     }
@@ -144,6 +149,11 @@ impl Runner {
                     loaded
                 });
                 self.answer(Answer::Loaded(loaded));
+                self.awake = true;
+            }
+            Order::LoadRest => {
+                let loaded = self.load_late();
+                self.answer(Answer::LoadedRest(loaded));
                 self.awake = true;
             }
             Order::Run => {
@@ -218,8 +228,14 @@ impl Runner {
     }
 
     fn running(&mut self) -> Phase {
+        // One that was loaded knows the rate of its guest's TSC.
+        if faults::is_spoilt(Spoilt::Vcpu) && self.tsc_khz != 0 {
+            return self.stand_in_the_way();
+        }
         loop {
-            match exit::run_once(&mut self.fd, &self.bus) {
+            let exit = exit::run_once(&mut self.fd, &self.bus);
+            self.turns.fetch_add(1, Ordering::Relaxed);
+            match exit {
                 Exit::Handled => {}
                 Exit::Kicked => match self.orders.try_recv() {
                     Ok(Order::Park) => {
@@ -238,6 +254,20 @@ impl Runner {
                     });
                     return Phase::Ended;
                 }
+            }
+        }
+    }
+
+    /// A thread that runs no guest, and does as it is told otherwise.
+    fn stand_in_the_way(&mut self) -> Phase {
+        loop {
+            match self.orders.recv() {
+                Ok(Order::Park) => {
+                    self.come_to_rest();
+                    return Phase::Parked;
+                }
+                Ok(Order::Stop) | Err(_) => return Phase::Stopped,
+                Ok(_) => {}
             }
         }
     }

@@ -276,6 +276,12 @@ impl Unclaimed {
             .collect()
     }
 
+    /// All sections that nobody has taken: name, instance, body.
+    pub(crate) fn contents(&self) -> impl Iterator<Item = (&str, &str, &[u8])> {
+        let all = self.sections.iter();
+        all.map(|s| (s.name.as_str(), s.instance.as_str(), s.body.as_slice()))
+    }
+
     /// Takes one section out.
     pub fn take<S: Section>(&mut self, instance: &str) -> Result<S, StateError> {
         let here = self

@@ -23,6 +23,7 @@ pub mod fields;
 pub mod golden;
 #[cfg(feature = "later")]
 pub mod later;
+pub mod likeness;
 pub mod sections;
 
 pub use codec::{Header, Saved, Section, StateError, Unclaimed};

@@ -154,9 +154,11 @@ pub enum Gate {
     Mute,
 }
 
-/// What the report of a swap showed that was beyond its rollout's limits.
+/// What the record of a swap showed that was beyond its rollout's limits ([`super::evidence`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Breach {
+    /// The guest was not well after it.
+    Unwell,
     /// The blackout was too long.
     Blackout,
     /// The guest's clock was too wrong.

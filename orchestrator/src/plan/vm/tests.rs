@@ -4,7 +4,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::MachineSpec;
 
 use super::*;
-use crate::model::VmName;
+use crate::model::{Safeguards, VmName};
 
 fn vm(state: VmState, wanted: Wanted) -> VmRecord {
     let spec = MachineSpec::from_json(r#"{"name":"a","kernel":{"path":"/k"}}"#).expect("spec");
@@ -39,6 +39,7 @@ fn swap(state: SwapState) -> SwapRecord {
         clock: None,
         notice_ns: None,
         no_notice: None,
+        safeguards: Safeguards::default(),
         successor: Some(ProcessId {
             pid: 2,
             start_ticks: 3,

@@ -236,6 +236,10 @@ impl Kind for Blk {
         Ok(())
     }
 
+    fn takes_at_once(&self, _queue: usize) -> bool {
+        true
+    }
+
     fn ready(&mut self, _token: u64, _live: bool, queues: &mut Queues<'_>) -> Result<(), Broken> {
         let was_full = self.in_flight == DEPTH;
         let mut ended = Ok(());

@@ -153,6 +153,10 @@ impl VirtioMmio {
         &self.slot.name
     }
 
+    pub(super) fn worker(&self) -> &worker::Worker {
+        &self.slot.worker
+    }
+
     /// Where it lies.
     pub fn place(&self) -> Place {
         self.slot.place

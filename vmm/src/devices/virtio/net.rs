@@ -291,6 +291,10 @@ impl Kind for Net {
         Ok(())
     }
 
+    fn takes_at_once(&self, queue: usize) -> bool {
+        queue == self.control_queue() || queue % 2 == 1
+    }
+
     fn ready(&mut self, token: u64, live: bool, queues: &mut Queues<'_>) -> Result<(), Broken> {
         match usize::try_from(token - FIRST_TOKEN) {
             Ok(tap) if live && tap < self.tap.pairs() => self.receive(tap, queues),

@@ -75,6 +75,10 @@ impl Kind for Rng {
         Ok(())
     }
 
+    fn takes_at_once(&self, _queue: usize) -> bool {
+        true
+    }
+
     fn ready(&mut self, _token: u64, _live: bool, _queues: &mut Queues<'_>) -> Result<(), Broken> {
         Ok(())
     }

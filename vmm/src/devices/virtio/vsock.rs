@@ -181,6 +181,10 @@ impl Kind for Vsock {
         }
     }
 
+    fn takes_at_once(&self, queue: usize) -> bool {
+        queue == TX
+    }
+
     fn ready(&mut self, token: u64, live: bool, queues: &mut Queues<'_>) -> Result<(), Broken> {
         match token {
             LISTENER => self.host.knocked = true,

@@ -20,7 +20,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use std::os::fd::OwnedFd;
@@ -31,12 +31,16 @@ use super::poller::{Poller, Watch};
 use super::queue::{Broken, CONFIG, Interrupt, Queues, USED};
 use super::{FIRST_TOKEN, Kind};
 use crate::devices::Busy;
+use crate::faults::{self, Spoilt};
 use crate::irq::Kick;
 use crate::memory::Memory;
 
 /// Token of the wake-up eventfd; below it are the queues, and [`FIRST_TOKEN`] and above are the
 /// kind's own.
 const WAKE: u64 = FIRST_TOKEN - 1;
+
+/// How often a device's lock is tried by whoever only looks.
+const GLANCE: Duration = Duration::from_micros(100);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -134,6 +138,21 @@ impl Worker {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Work> {
         self.shared.lock()
+    }
+
+    /// What is at work there, if the device's thread lets go of it within `patience`.
+    pub(super) fn lock_within(&self, patience: Duration) -> Option<MutexGuard<'_, Work>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.shared.work.try_lock() {
+                Ok(work) => return Some(work),
+                Err(TryLockError::Poisoned(held)) => return Some(held.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(GLANCE);
+                }
+                Err(TryLockError::WouldBlock) => return None,
+            }
+        }
     }
 
     /// Puts the device in its place: it stands still.
@@ -250,7 +269,7 @@ impl Drop for Worker {
 }
 
 impl Work {
-    fn in_flight(&self) -> usize {
+    pub(super) fn in_flight(&self) -> usize {
         self.kind.as_ref().map_or(0, |kind| kind.in_flight())
     }
 }
@@ -291,6 +310,9 @@ impl Shared {
 
     /// One turn, with the lock held.
     fn turn(&self, work: &mut Work, events: &[epoll::Event]) -> Result<(), Broken> {
+        if faults::is_spoilt(Spoilt::Queue) {
+            return Ok(());
+        }
         let Work {
             phase,
             kind: Some(kind),
