@@ -15,6 +15,7 @@
 //! | [`modules`] | kernel modules in the order they load in |
 //! | [`initramfs`] | a cpio archive being written |
 //! | [`guest`] | the images that test guests boot |
+//! | [`programs`] | programs with their libraries, for an initramfs |
 //! | [`qemu`] | the unpacked QEMU, ready to be started |
 //! | [`progress`] | telling whoever waits |
 
@@ -25,6 +26,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod modules;
 pub mod packages;
+pub mod programs;
 pub mod progress;
 pub mod qemu;
 pub mod sources;

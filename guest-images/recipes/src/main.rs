@@ -9,6 +9,7 @@ use clap::Parser;
 use stillpoint_images::cache::Cache;
 use stillpoint_images::guest::{GuestRecipe, Made};
 use stillpoint_images::packages::{Kernel, Set, Unpacked};
+use stillpoint_images::programs::Programs;
 use stillpoint_images::progress::Progress;
 
 /// Fetch Debian's packages and make the images that test guests boot.
@@ -65,8 +66,9 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
         Ok(set.fetch(&cache, args.refresh, progress)?)
     };
     let busybox = fetch(Set::Busybox)?.busybox();
-    // Guests need no QEMU; whoever runs `make images` wants to go offline afterwards.
+    // Guests need none of these; whoever runs `make images` wants to go offline afterwards.
     fetch(Set::Qemu)?;
+    fetch(Set::Iproute)?;
     let kernels = match args.kernels.as_slice() {
         [] => &Kernel::ALL,
         some => some,
@@ -81,6 +83,13 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
         let written = write(&recipe, &args.out.join(kernel.name()), progress)?;
         idle.set(idle.get() && !written);
     }
+    let curl = fetch(Set::Curl)?;
+    let step = progress.step("image of curl", None);
+    let made = Programs::of(&curl, &["usr/bin/curl"]).make(&args.out.join("curl"))?;
+    if let Made::Written(bytes) = made {
+        step.done(&format!("{} MB", bytes / 1_000_000));
+    }
+    idle.set(idle.get() && made == Made::Already);
     if idle.get() {
         progress.note(&format!(
             "images: all there in {}, nothing to do",

@@ -62,6 +62,10 @@ pub enum Set {
     Qemu,
     /// A static busybox.
     Busybox,
+    /// curl, for guests, with every library it needs.
+    Curl,
+    /// `ip` and `tc`, for emulated hosts, with every library they need.
+    Iproute,
 }
 
 /// Why a set can't be had.
@@ -107,11 +111,13 @@ pub struct Unpacked {
 
 impl Set {
     /// Every set.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self::Kernel(Kernel::Bookworm),
         Self::Kernel(Kernel::Backports),
         Self::Qemu,
         Self::Busybox,
+        Self::Curl,
+        Self::Iproute,
     ];
 
     /// Its name in the cache and in messages.
@@ -121,6 +127,8 @@ impl Set {
             Self::Kernel(Kernel::Backports) => "kernel-backports",
             Self::Qemu => "qemu",
             Self::Busybox => "busybox",
+            Self::Curl => "curl",
+            Self::Iproute => "iproute2",
         }
     }
 
@@ -231,6 +239,7 @@ impl Set {
                 apt.with_dependencies(&names.iter().map(suite).collect::<Vec<_>>())?
             }
             Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
+            Self::Curl | Self::Iproute => apt.with_dependencies(&[self.name().to_owned()])?,
         };
         apt.download(&debs, into, progress, &format!("download {}", self.name()))?;
         Ok(debs)
