@@ -28,6 +28,9 @@ struct Args {
     /// Prints the API's OpenAPI document and exits.
     #[arg(long)]
     print_openapi: bool,
+    /// Print the OpenAPI document of what guests find, and end.
+    #[arg(long)]
+    print_guest_openapi: bool,
     #[command(subcommand)]
     command: Option<Internal>,
 }
@@ -56,6 +59,10 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     if let Some(Internal::Launch { args }) = args.command {
         return launch(&args);
+    }
+    if args.print_guest_openapi {
+        print!("{}", orchestrator::metadata::described::openapi_json()?);
+        return Ok(());
     }
     if args.print_openapi {
         print!("{}", orchestrator::api::openapi_json()?);
