@@ -46,7 +46,11 @@ impl Waker {
 pub async fn start(host: Host) -> Result<Waker, StoreError> {
     let (sender, mut wakes) = mpsc::unbounded_channel();
     let waker = Waker(sender);
-    for vm in host.store.vms().await? {
+    let vms = host.store.vms().await?;
+    for vm in vms.iter().filter(|vm| vm.state.is_active()) {
+        host.ways.take_over(vm);
+    }
+    for vm in &vms {
         waker.wake(&vm.name);
     }
     tokio::spawn(async move {
@@ -64,6 +68,7 @@ pub async fn start(host: Host) -> Result<Waker, StoreError> {
                 name: vm.clone(),
                 held: None,
                 woken: woken.clone(),
+                said: None,
             };
             tasks.insert(vm, (woken, tokio::spawn(keeper.keep())));
         }
@@ -77,6 +82,8 @@ struct Keeper {
     name: VmName,
     held: Option<Held>,
     woken: Arc<Notify>,
+    /// What the log says last: a swap that waits for its time is looked at often, and told once.
+    said: Option<Planned>,
 }
 
 impl Keeper {
@@ -101,8 +108,11 @@ impl Keeper {
         let swap = self.host.store.open_swap(&self.name).await?;
         let seen = self.look(&vm, swap.as_ref()).await;
         let planned = plan::vm::next(&vm, swap.as_ref(), &seen);
-        if !matches!(planned.step, Step::Rest | Step::LookAgain) {
-            tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
+        if self.said.as_ref() != Some(&planned) {
+            if !matches!(planned.step, Step::Rest | Step::LookAgain) {
+                tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
+            }
+            self.said = Some(planned.clone());
         }
         self.execute(&vm, swap, planned).await?;
         Ok(true)
@@ -122,7 +132,7 @@ impl Keeper {
         // One that was never started has no process; whatever is at its socket is not its own.
         let never_started = vm.state == VmState::Starting && vm.process.is_none();
         if !vm.state.is_active() || never_started {
-            self.host.ways.close(&vm.name);
+            self.host.ways.close(vm);
             return Seen::Nothing;
         }
         match self.host.expected(vm).find().await {
@@ -246,6 +256,7 @@ impl Keeper {
             }
             Err(reason) => {
                 tracing::warn!(vm = %vm.name, "did not start: {reason}");
+                host.ways.unfence(vm);
                 host.dir(&vm.name).remove_stale_sockets();
                 host.observe_surely(&vm.name, VmState::Failed, Some(reason), None)
                     .await;

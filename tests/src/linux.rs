@@ -48,6 +48,8 @@ pub struct Recipe {
     pub cmdline: String,
     /// Further arguments of `stillpoint run`: disks, network interfaces.
     pub devices: Vec<String>,
+    /// Its initramfs, if not the kernel's own.
+    pub initrd: Option<PathBuf>,
 }
 
 impl Recipe {
@@ -60,7 +62,14 @@ impl Recipe {
             memory_mib: 256,
             cmdline: String::new(),
             devices: Vec::new(),
+            initrd: None,
         }
+    }
+
+    /// With another initramfs.
+    pub fn initrd(mut self, path: &Path) -> Self {
+        self.initrd = Some(path.to_owned());
+        self
     }
 
     /// With a disk.
@@ -76,6 +85,18 @@ impl Recipe {
         self.cmdline += &format!(" agent.ip={address}");
         self
     }
+
+    /// Free to reach all of its host, where the tests' servers are.
+    pub fn open(mut self) -> Self {
+        self.devices.extend(["--reach".into(), "all".into()]);
+        self
+    }
+
+    /// With a default route.
+    pub fn gateway(mut self, address: &str) -> Self {
+        self.cmdline += &format!(" agent.gw={address}");
+        self
+    }
 }
 
 /// A running Linux guest.
@@ -89,9 +110,23 @@ pub struct Linux<'d> {
 impl<'d> Linux<'d> {
     /// Boots it, and waits until its agent answers.
     pub fn boot(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
+        let guest = Self::start(daemon, name, recipe)?;
+        guest.wait_up()?;
+        Ok(guest)
+    }
+
+    /// One of that name, which runs already.
+    pub fn of(daemon: &'d Daemon, name: &str) -> Self {
+        let name = name.to_owned();
+        Self { daemon, name }
+    }
+
+    /// Starts it; it is not up yet.
+    pub fn start(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
         let files = Files::of(recipe.kernel)?;
         let kernel = files.kernel(recipe.form).display().to_string();
-        let initrd = files.initramfs().display().to_string();
+        let initrd = recipe.initrd.clone().unwrap_or_else(|| files.initramfs());
+        let initrd = initrd.display().to_string();
         // The console costs an exit for each character, so the kernel keeps its log to itself.
         let cmdline = format!(
             "console=ttyS0 quiet loglevel=4 panic=-1 {}",
@@ -103,12 +138,7 @@ impl<'d> Linux<'d> {
         args.extend(["--vsock", "--rng"]);
         args.extend(recipe.devices.iter().map(String::as_str));
         daemon.must(&args)?;
-        let guest = Self {
-            daemon,
-            name: name.to_owned(),
-        };
-        guest.wait_up()?;
-        Ok(guest)
+        Ok(Self::of(daemon, name))
     }
 
     /// The guest's directory on the host.

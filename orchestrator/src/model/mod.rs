@@ -7,6 +7,7 @@ mod moment;
 mod pause;
 mod policy;
 mod problem;
+mod reach;
 mod release;
 mod swap;
 mod vm;
@@ -22,6 +23,7 @@ pub use pause::{
 };
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
 pub use problem::{Code, Problem};
+pub use reach::{MAX_REACH, NoReach, Reach};
 pub use release::{Manifest, Release, VMM, validate_version};
 pub use swap::{SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};

@@ -1,6 +1,8 @@
 //! The kernels that `make images` made bootable.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
 
 pub use stillpoint_images::packages::Kernel;
 
@@ -43,4 +45,16 @@ impl Files {
     pub fn initramfs(&self) -> PathBuf {
         self.0.join("initramfs")
     }
+}
+
+/// Writes an initramfs of that kernel into `dir` in which there is curl too; where it is.
+pub fn with_curl(kernel: Kernel, dir: &Path) -> anyhow::Result<PathBuf> {
+    let (path, curl) = (dir.join("initrd"), root().join("target/images/curl"));
+    let mut bytes = std::fs::read(Files::of(kernel)?.initramfs())?;
+    // One archive behind the other: the kernel unpacks both.
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let missing = || format!("{} is not there; run `make images`", curl.display());
+    bytes.extend(std::fs::read(&curl).with_context(missing)?);
+    std::fs::write(&path, bytes)?;
+    Ok(path)
 }
