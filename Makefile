@@ -127,3 +127,4 @@ check: fmt lint docs test ## exactly what CI runs
 .PHONY: openapi
 openapi: ## write the API's document anew after a change of the API
 	$(CARGO) run --quiet --locked -p stillpoint --bin stillpointd -- --print-openapi > orchestrator/openapi.json
+	$(CARGO) run --quiet --locked -p stillpoint --bin stillpointd -- --print-guest-openapi > orchestrator/guest-openapi.json

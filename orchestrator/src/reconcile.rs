@@ -47,7 +47,11 @@ impl Waker {
 pub async fn start(host: Host) -> Result<Waker, StoreError> {
     let (sender, mut wakes) = mpsc::unbounded_channel();
     let waker = Waker(sender);
-    for vm in host.store.vms().await? {
+    let vms = host.store.vms().await?;
+    for vm in vms.iter().filter(|vm| vm.state.is_active()) {
+        host.ways.take_over(vm);
+    }
+    for vm in &vms {
         waker.wake(&vm.name);
     }
     tokio::spawn(async move {
@@ -77,6 +81,7 @@ async fn keep(host: Host, name: VmName, woken: Arc<Notify>) {
             held: None,
             watching: None,
             woken: woken.clone(),
+            said: None,
         };
         match tokio::spawn(keeper.keep()).await {
             Err(error) if error.is_panic() => {
@@ -96,6 +101,8 @@ struct Keeper {
     /// The watch over the guest after its swap.
     watching: Option<Watching>,
     woken: Arc<Notify>,
+    /// What the log says last: a swap that waits for its time is looked at often, and told once.
+    said: Option<Planned>,
 }
 
 impl Keeper {
@@ -120,8 +127,11 @@ impl Keeper {
         let swap = self.host.store.open_swap(&self.name).await?;
         let seen = self.look(&vm, swap.as_ref()).await;
         let planned = plan::vm::next(&vm, swap.as_ref(), &seen);
-        if !matches!(planned.step, Step::Rest | Step::LookAgain) {
-            tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
+        if self.said.as_ref() != Some(&planned) {
+            if !matches!(planned.step, Step::Rest | Step::LookAgain) {
+                tracing::info!(vm = %vm.name, step = ?planned.step, "{}", planned.why);
+            }
+            self.said = Some(planned.clone());
         }
         let watched = self.host.store.watched_swap(&self.name).await?;
         if let Some(watched) = watched {
@@ -165,7 +175,7 @@ impl Keeper {
         // One that was never started has no process; whatever is at its socket is not its own.
         let never_started = vm.state == VmState::Starting && vm.process.is_none();
         if !vm.state.is_active() || never_started {
-            self.host.ways.close(&vm.name);
+            self.host.ways.close(vm);
             return Seen::Nothing;
         }
         match self.host.expected(vm).find().await {
@@ -292,6 +302,7 @@ impl Keeper {
             }
             Err(reason) => {
                 tracing::warn!(vm = %vm.name, "did not start: {reason}");
+                host.ways.unfence(vm);
                 host.dir(&vm.name).remove_stale_sockets();
                 host.observe_surely(&vm.name, VmState::Failed, Some(reason), None)
                     .await;

@@ -111,11 +111,19 @@ fn prepared(name: &str, fetched: Result<PathBuf, String>) -> Option<PathBuf> {
     }
 }
 
-/// A guest that knows its gateway, as most do, and the daemon.
+/// A guest that knows its gateway, as most do.
+fn with_gateway(number: u32) {
+    let address = format!("10.0.{number}.2");
+    guest(number, &address, &format!("52:54:00:00:00:0{number}"));
+    sh(&format!(
+        "ip address add 10.0.{number}.1/24 dev t{number}
+         ip -n g{number} route add default via 10.0.{number}.1"
+    ));
+}
+
+/// One guest, and the daemon.
 fn scene() -> Daemon {
-    guest(1, "10.0.0.2", "52:54:00:00:00:02");
-    sh("ip address add 10.0.0.1/24 dev t1
-        ip -n g1 route add default via 10.0.0.1");
+    with_gateway(1);
     let daemon = wire::daemon();
     run(&daemon, "web-1", "t1");
     until_served(1, "web-1");
@@ -141,6 +149,30 @@ fn state_of(daemon: &Daemon) -> Value {
     daemon.ask(&["events", "ls", "--all"]).good()[0]["state"].clone()
 }
 
+/// One of Debian's cluster agents, as a cluster runs it that asks every ten seconds: once.
+fn monitor(ocf: &Path, agent: &str, guest: u32, attributes: &Path) {
+    // Each time it is several requests, of five a second.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    // The cluster around it: shell scripts that keep attributes in files.
+    let cluster = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/cluster");
+    let path = format!("{cluster}:{}", std::env::var("PATH").unwrap_or_default());
+    let as_node = format!("hostname node-{guest} && exec python3 \"$0\" monitor");
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &format!("g{guest}"), "unshare", "-u"]);
+    command
+        .args(["sh", "-c", &as_node])
+        .arg(ocf.join("resource.d/heartbeat").join(agent));
+    command
+        .env("PATH", path)
+        .env("ATTRIBUTES", attributes)
+        .env("NODES", "node-1 node-2")
+        .env("OCF_ROOT", ocf)
+        .env("OCF_RESKEY_eventTypes", "Freeze");
+    let output = command.output().expect("the agent");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
 /// The cluster agent of Debian: it puts its node into standby, approves when nothing runs there any
 /// more, and takes the node back when the event is gone.
 #[test]
@@ -155,26 +187,7 @@ fn a_cluster_agent_from_debian() {
     let daemon = scene();
     let attributes = daemon.path().join("cluster");
     std::fs::create_dir(&attributes).expect("a cluster");
-    let monitor = || {
-        // A cluster asks every ten seconds. Each time it is several requests, of five a second.
-        std::thread::sleep(std::time::Duration::from_secs(1));
-        let agent = ocf.join("resource.d/heartbeat/azure-events-az");
-        // The cluster around it: shell scripts that keep attributes in files.
-        let cluster = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients/cluster");
-        let path = format!("{cluster}:{}", std::env::var("PATH").unwrap_or_default());
-        let mut command = in_guest("python3");
-        command
-            .arg(agent)
-            .arg("monitor")
-            .env("PATH", path)
-            .env("ATTRIBUTES", &attributes);
-        command
-            .env("OCF_ROOT", &ocf)
-            .env("OCF_RESKEY_eventTypes", "Freeze");
-        let output = command.output().expect("the agent");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-    };
+    let monitor = || monitor(&ocf, "azure-events-az", 1, &attributes);
     let attribute = |key: &str| {
         let mut files = std::fs::read_dir(&attributes)
             .expect("attributes")
@@ -212,6 +225,67 @@ fn a_cluster_agent_from_debian() {
         attribute("curNodeState").as_deref() == Some("AVAILABLE")
     });
     assert_eq!(attribute("health-azure").as_deref(), Some("0"));
+}
+
+/// Debian's other cluster agent, on two nodes that are one availability set: the node that is to be paused
+/// goes into standby, and the other one approves when nothing runs there any more.
+#[test]
+fn a_cluster_of_two_whose_nodes_approve_for_each_other() {
+    let name = "a_cluster_of_two_whose_nodes_approve_for_each_other";
+    let Some(ocf) = prepared(name, cluster_agents()) else {
+        return;
+    };
+    if !is_inside(name) {
+        return;
+    }
+    let daemon = wire::daemon();
+    for number in [1, 2] {
+        with_gateway(number);
+        let (vm, net) = (format!("web-{number}"), format!("tap=t{number}"));
+        daemon
+            .run_with(&vm, "good", &["--net", &net, "--set", "web"])
+            .good();
+        until_served(number, &vm);
+    }
+    let attributes = daemon.path().join("cluster");
+    std::fs::create_dir(&attributes).expect("a cluster");
+    let monitor = |node: u32| monitor(&ocf, "azure-events", node, &attributes);
+    let attribute = |node: u32, key: &str| {
+        let file = attributes.join(format!("node-{node}-{key}"));
+        std::fs::read_to_string(file).unwrap_or_default()
+    };
+    let state = "azure-events_curNodeState";
+    monitor(1);
+    monitor(2);
+    let child = swap(&daemon);
+    until("the event is there", || state_of(&daemon) == "scheduled");
+    until("its node goes into standby", || {
+        monitor(1);
+        attribute(1, "standby") == "on"
+    });
+    assert_eq!(attribute(1, state), "STOPPING");
+    assert_eq!(state_of(&daemon), "scheduled");
+    until("the other node approves", || {
+        monitor(2);
+        attribute(1, state) == "IN_EVENT"
+    });
+    let output = child.wait_with_output().expect("stillpoint");
+    assert!(output.status.success());
+    let pause = &daemon.ask(&["events", "ls", "--all"]).good()[0];
+    assert_eq!(
+        pause["notices"][0]["approval"]["by"]["vm"], "web-2",
+        "{pause}"
+    );
+    until("its node is back", || {
+        monitor(1);
+        attribute(1, state) == "AVAILABLE" && attribute(1, "standby") == "off"
+    });
+    monitor(2);
+    assert_eq!(
+        attribute(2, "standby"),
+        "",
+        "the other node was never touched"
+    );
 }
 
 /// A worker of a Python cluster with the plugin that polls for events, and a program that finds out

@@ -132,6 +132,23 @@ fn a_guest_hears_of_its_swap_and_says_when() {
     assert_eq!(approve(&daemon, "web", &event["EventId"]), 200);
 }
 
+/// Who looks every few seconds sees it too: it stays until it was seen after the pause.
+#[test]
+fn an_event_stays_until_it_was_seen() {
+    let daemon = with_guests(&[("web", &[])]);
+    events(&daemon, "web");
+    let child = swap(&daemon, "web", &[]);
+    let scheduled = until_event(&daemon, "web", "Scheduled");
+    let event = scheduled["Events"][0]["EventId"].as_str().expect("an id");
+    daemon.ask(&["events", "approve", event]).good();
+    assert_eq!(ended(child)["state"], "moved");
+    // Longer than for those who look each second.
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    let (_, started) = request(&daemon, "web", "GET", EVENTS, "");
+    assert_eq!(started["Events"][0]["EventStatus"], "Started", "{started}");
+    until_gone(&daemon, "web");
+}
+
 #[test]
 fn whom_nobody_would_hear_is_not_waited_for() {
     let daemon = with_guests(&[("web", &[])]);

@@ -1,6 +1,7 @@
 //! What the daemon says to systemd, heard on a socket of the test's own.
 
 mod daemon;
+mod wire;
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -127,5 +128,56 @@ fn what_systemd_kept_for_no_guest_is_let_go() {
     for fd in fds.flatten() {
         let target = std::fs::read_link(fd.path()).unwrap_or_default();
         assert!(!target.to_string_lossy().contains("kept-ram"), "still held");
+    }
+}
+
+/// The units that we ship are what systemd takes for units.
+#[test]
+fn unit_files_are_sound() {
+    let analyze = std::process::Command::new("systemd-analyze")
+        .arg("--version")
+        .output();
+    if analyze.is_err() {
+        return wire::skip("unit_files_are_sound", "no systemd-analyze here");
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    for unit in [
+        "systemd/stillpointd.service",
+        "../guest-images/agent/stillpoint-agent.service",
+        "../guest-images/agent/stillpoint-events.service",
+        "../guest-images/agent/stillpoint-relay.service",
+    ] {
+        let text = std::fs::read_to_string(root.join(unit)).expect(unit);
+        // What it starts is not installed here.
+        let program = |line: &str| match line.split_once("=/") {
+            Some((key, rest)) if key.starts_with("ExecStart") && !key.ends_with("Pre") => {
+                let arguments = rest.split_once(' ').map_or("", |(_, arguments)| arguments);
+                format!("{key}=/bin/true {arguments}")
+            }
+            _ => line.to_owned(),
+        };
+        let lines: Vec<_> = text.lines().map(program).collect();
+        assert!(
+            lines.iter().any(|line| line.contains("=/bin/true")),
+            "{unit}"
+        );
+        let path = dir
+            .path()
+            .join(root.join(unit).file_name().expect("a name"));
+        std::fs::write(&path, lines.join("\n")).expect("a copy");
+        let mut command = std::process::Command::new("systemd-analyze");
+        let output = command
+            .args(["verify", "--man=no"])
+            .arg(&path)
+            .output()
+            .expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        let of_ours = said.lines().filter(|line| line.contains("stillpoint"));
+        let of_ours: Vec<_> = of_ours.collect();
+        assert!(
+            output.status.success() && of_ours.is_empty(),
+            "{unit}: {said}"
+        );
     }
 }

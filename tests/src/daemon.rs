@@ -1,5 +1,7 @@
 //! A real stillpointd with directories of its own, and the `stillpoint` command against it.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -18,7 +20,18 @@ pub struct Daemon {
     child: Child,
     dir: PathBuf,
     bin: PathBuf,
-    own_network: bool,
+    network: Network,
+}
+
+/// Where a daemon lives.
+#[derive(Debug)]
+enum Network {
+    /// In this process's namespace.
+    Ours,
+    /// In a new one.
+    New,
+    /// In this one, which an earlier one had to itself.
+    Kept(File),
 }
 
 /// What a command printed, and whether it succeeded.
@@ -45,23 +58,28 @@ impl Daemon {
 
     /// As [`Daemon::start`], with the programs in `bin`.
     pub fn start_from(dir: &Path, bin: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, bin, false)
+        Self::start_as(dir, bin, Network::Ours)
     }
 
     /// As [`Daemon::start`], in a network namespace of its own.
     pub fn start_in_own_network(dir: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, &programs(), true)
+        Self::start_as(dir, &programs(), Network::New)
     }
 
-    fn start_as(dir: &Path, bin: &Path, own_network: bool) -> anyhow::Result<Self> {
-        let child = spawn(dir, bin, own_network)?;
-        let daemon = Self {
+    fn start_as(dir: &Path, bin: &Path, network: Network) -> anyhow::Result<Self> {
+        let child = spawn(dir, bin, &network)?;
+        let mut daemon = Self {
             child,
             dir: dir.to_owned(),
             bin: bin.to_owned(),
-            own_network,
+            network,
         };
         daemon.wait_answers()?;
+        if let Network::New = daemon.network {
+            // It is the next one's too: guests' taps are in it.
+            let namespace = format!("/proc/{}/ns/net", daemon.pid());
+            daemon.network = Network::Kept(File::open(namespace)?);
+        }
         Ok(daemon)
     }
 
@@ -107,7 +125,7 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.child = spawn(&self.dir, &self.bin, self.own_network)?;
+        self.child = spawn(&self.dir, &self.bin, &self.network)?;
         self.wait_answers()
     }
 
@@ -179,18 +197,24 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, bin: &Path, own_network: bool) -> anyhow::Result<Child> {
+fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(dir.join("stillpointd.log"))?;
-    let mut command = match own_network {
-        // Both become the daemon by exec, so the child's pid is its pid.
-        true => Command::new("unshare"),
-        false => Command::new("env"),
+    // All of these become the daemon by exec, so the child's pid is its pid.
+    let mut command = match network {
+        Network::Ours => Command::new("env"),
+        Network::New => Command::new("unshare"),
+        Network::Kept(_) => Command::new("nsenter"),
     };
-    if own_network {
-        command.arg("-n");
+    match network {
+        Network::Ours => {}
+        Network::New => drop(command.arg("-n")),
+        Network::Kept(namespace) => {
+            let (pid, fd) = (std::process::id(), namespace.as_raw_fd());
+            command.arg(format!("--net=/proc/{pid}/fd/{fd}"));
+        }
     }
     command
         .arg(bin.join("stillpointd"))

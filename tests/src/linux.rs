@@ -66,6 +66,12 @@ impl Recipe {
         }
     }
 
+    /// With an archive of `make images` behind its initramfs.
+    pub fn archive(mut self, name: &'static str) -> Self {
+        self.archives.push(name);
+        self
+    }
+
     /// With a disk.
     pub fn disk(mut self, image: &Path) -> Self {
         self.devices
@@ -77,6 +83,18 @@ impl Recipe {
     pub fn net(mut self, tap: &str, address: &str) -> Self {
         self.devices.extend(["--net".into(), format!("tap={tap}")]);
         self.cmdline += &format!(" agent.ip={address}");
+        self
+    }
+
+    /// Free to reach all of its host, where the tests' servers are.
+    pub fn open(mut self) -> Self {
+        self.devices.extend(["--reach".into(), "all".into()]);
+        self
+    }
+
+    /// With a default route.
+    pub fn gateway(mut self, address: &str) -> Self {
+        self.cmdline += &format!(" agent.gw={address}");
         self
     }
 }
@@ -92,6 +110,19 @@ pub struct Linux<'d> {
 impl<'d> Linux<'d> {
     /// Boots it, and waits until its agent answers.
     pub fn boot(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
+        let guest = Self::start(daemon, name, recipe)?;
+        guest.wait_up()?;
+        Ok(guest)
+    }
+
+    /// One of that name, which runs already.
+    pub fn of(daemon: &'d Daemon, name: &str) -> Self {
+        let name = name.to_owned();
+        Self { daemon, name }
+    }
+
+    /// Starts it; it is not up yet.
+    pub fn start(daemon: &'d Daemon, name: &str, recipe: &Recipe) -> anyhow::Result<Self> {
         let files = Files::of(recipe.kernel)?;
         let kernel = files.kernel(recipe.form).display().to_string();
         let initrd = match recipe.archives.as_slice() {
@@ -114,12 +145,7 @@ impl<'d> Linux<'d> {
         args.extend(["--vsock", "--rng"]);
         args.extend(recipe.devices.iter().map(String::as_str));
         daemon.must(&args)?;
-        let guest = Self {
-            daemon,
-            name: name.to_owned(),
-        };
-        guest.wait_up()?;
-        Ok(guest)
+        Ok(Self::of(daemon, name))
     }
 
     /// The guest's directory on the host.

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use stillpoint_images::cache::Cache;
-use stillpoint_images::packages::{FetchError, Kernel, Set};
+use stillpoint_images::packages::{FetchError, Kernel, Set, Unpacked};
 use stillpoint_images::progress::Progress;
 use stillpoint_images::qemu::Qemu;
 use stillpoint_images::unpack::KernelFiles;
@@ -77,6 +77,7 @@ pub struct Outcome {
 pub(crate) struct Ingredients {
     pub(crate) kernel: KernelFiles,
     pub(crate) busybox: PathBuf,
+    pub(crate) iproute: Unpacked,
     pub(crate) qemu: Qemu,
 }
 
@@ -357,6 +358,7 @@ pub(crate) fn ingredients(kernel: Kernel, progress: Progress) -> anyhow::Result<
             .fetch(&cache, false, progress)?
             .kernel()?,
         busybox: Set::Busybox.fetch(&cache, false, progress)?.busybox(),
+        iproute: Set::Iproute.fetch(&cache, false, progress)?,
         qemu: Qemu::of(&Set::Qemu.fetch(&cache, false, progress)?),
     })
 }

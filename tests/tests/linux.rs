@@ -3,6 +3,8 @@
 //! A host whose KVM is hardware runs these directly. Elsewhere they run in the emulated host (`tests/rig.rs`
 //! starts this very program there, linked statically), where they are not skipped: `STILLPOINT_LINUX=1`.
 
+mod announced;
+
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -99,7 +101,8 @@ fn swapped_at_full_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<
     let image = image(dir.path(), DISK_MIB)?;
     let recipe = Recipe::new(kernel, form, cpus)
         .disk(&image)
-        .net(TAP, "10.77.0.2/24");
+        .net(TAP, "10.77.0.2/24")
+        .open();
     let guest = Linux::boot(&daemon, "deb", &recipe)?;
     let booted = guest.health()?;
     let loads = Loads::start(&guest, &daemon, HOST, dir.path())?;

@@ -47,6 +47,22 @@ pub enum ImageError {
     /// The archive.
     #[error(transparent)]
     Archive(#[from] ArchiveError),
+    /// A program.
+    #[error("{} is no program that can go into an image: {why}", path.display())]
+    Program {
+        /// Which.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// A library that a program names.
+    #[error("no package in {} has the library {name}", tree.display())]
+    Library {
+        /// Which.
+        name: String,
+        /// Where it was looked for.
+        tree: PathBuf,
+    },
     /// A file.
     #[error("{}: {error}", path.display())]
     File {

@@ -15,7 +15,7 @@
 //! | [`modules`] | kernel modules in the order they load in |
 //! | [`initramfs`] | a cpio archive being written |
 //! | [`guest`] | the images that test guests boot |
-//! | [`phc2sys`] | a daemon that sets a guest's clock by ptp_kvm |
+//! | [`programs`] | programs with their libraries, for an initramfs |
 //! | [`qemu`] | the unpacked QEMU, ready to be started |
 //! | [`progress`] | telling whoever waits |
 
@@ -26,7 +26,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod modules;
 pub mod packages;
-pub mod phc2sys;
+pub mod programs;
 pub mod progress;
 pub mod qemu;
 pub mod sources;

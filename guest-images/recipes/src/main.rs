@@ -9,7 +9,7 @@ use clap::Parser;
 use stillpoint_images::cache::Cache;
 use stillpoint_images::guest::{GuestRecipe, Made};
 use stillpoint_images::packages::{Kernel, Set, Unpacked};
-use stillpoint_images::phc2sys;
+use stillpoint_images::programs::Programs;
 use stillpoint_images::progress::Progress;
 
 /// Fetch Debian's packages and make the images that test guests boot.
@@ -66,8 +66,9 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
         Ok(set.fetch(&cache, args.refresh, progress)?)
     };
     let busybox = fetch(Set::Busybox)?.busybox();
-    // Guests need no QEMU; whoever runs `make images` wants to go offline afterwards.
+    // Guests need none of these; whoever runs `make images` wants to go offline afterwards.
     fetch(Set::Qemu)?;
+    fetch(Set::Iproute)?;
     let kernels = match args.kernels.as_slice() {
         [] => &Kernel::ALL,
         some => some,
@@ -82,11 +83,16 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
         let written = write(&recipe, &args.out.join(kernel.name()), progress)?;
         idle.set(idle.get() && !written);
     }
-    let clock = phc2sys::archive(&fetch(Set::Phc2sys)?)?;
-    let path = args.out.join("phc2sys");
-    if std::fs::read(&path).ok().as_ref() != Some(&clock) {
-        idle.set(false);
-        std::fs::write(&path, &clock).with_context(|| format!("writing {}", path.display()))?;
+    for (set, program) in [
+        (Set::Curl, "usr/bin/curl"),
+        (Set::Phc2sys, "usr/sbin/phc2sys"),
+    ] {
+        let step = progress.step(&format!("image of {}", set.name()), None);
+        let made = Programs::of(&fetch(set)?, &[program]).make(&args.out.join(set.name()))?;
+        if let Made::Written(bytes) = made {
+            step.done(&format!("{} MB", bytes / 1_000_000));
+        }
+        idle.set(idle.get() && made == Made::Already);
     }
     if idle.get() {
         progress.note(&format!(

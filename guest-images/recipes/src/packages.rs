@@ -64,6 +64,10 @@ pub enum Set {
     Busybox,
     /// A daemon that sets a guest's clock by ptp_kvm, and its C library.
     Phc2sys,
+    /// curl, for guests, with every library it needs.
+    Curl,
+    /// `ip` and `tc`, for emulated hosts, with every library they need.
+    Iproute,
 }
 
 /// Why a set can't be had.
@@ -109,12 +113,14 @@ pub struct Unpacked {
 
 impl Set {
     /// Every set.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
         Self::Kernel(Kernel::Bookworm),
         Self::Kernel(Kernel::Backports),
         Self::Qemu,
         Self::Busybox,
         Self::Phc2sys,
+        Self::Curl,
+        Self::Iproute,
     ];
 
     /// Its name in the cache and in messages.
@@ -125,6 +131,8 @@ impl Set {
             Self::Qemu => "qemu",
             Self::Busybox => "busybox",
             Self::Phc2sys => "phc2sys",
+            Self::Curl => "curl",
+            Self::Iproute => "iproute2",
         }
     }
 
@@ -236,6 +244,7 @@ impl Set {
             }
             Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
             Self::Phc2sys => apt.alone(&["linuxptp".to_owned(), "libc6".to_owned()])?,
+            Self::Curl | Self::Iproute => apt.with_dependencies(&[self.name().to_owned()])?,
         };
         apt.download(&debs, into, progress, &format!("download {}", self.name()))?;
         Ok(debs)

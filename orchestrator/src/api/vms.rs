@@ -199,7 +199,7 @@ pub(super) async fn put(
 
 impl Desk {
     /// Checks everything that can be checked before it is recorded.
-    async fn check(&self, name: &str, new: NewVm) -> Result<VmRecord, Refusal> {
+    async fn check(&self, name: &str, mut new: NewVm) -> Result<VmRecord, Refusal> {
         new.spec.validate()?;
         new.profile.validate()?;
         if new.spec.name != name {
@@ -222,6 +222,8 @@ impl Desk {
         let vm_name = VmName::try_from(name.to_owned())?;
         let fits = self.host.dir(&vm_name).check_length();
         fits.map_err(|e| field("name", e.to_string()))?;
+        // Written down: a VM without it is one of before there were fences.
+        new.profile.reach.get_or_insert_default();
         let release = self.release_for(new.release, new.allow_downgrade).await?;
         let secret = Secret::random().map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
         let now = unix_ns();

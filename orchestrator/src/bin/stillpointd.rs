@@ -37,6 +37,9 @@ struct Args {
     #[cfg(feature = "fault-injection")]
     #[arg(long, value_name = "CUT", value_parser = orchestrator::store::disk::arm)]
     disk: Option<()>,
+    /// Print the OpenAPI document of what guests find, and end.
+    #[arg(long)]
+    print_guest_openapi: bool,
     #[command(subcommand)]
     command: Option<Internal>,
 }
@@ -65,6 +68,10 @@ fn main() -> ExitCode {
 fn run(args: Args) -> anyhow::Result<()> {
     if let Some(Internal::Launch { args }) = args.command {
         return launch(&args);
+    }
+    if args.print_guest_openapi {
+        print!("{}", orchestrator::metadata::described::openapi_json()?);
+        return Ok(());
     }
     if args.print_openapi {
         print!("{}", orchestrator::api::openapi_json()?);

@@ -14,7 +14,7 @@ use stillpoint_control::spec::{
 
 use super::{Desk, format, io_problem, progress, safeguards, say, say_json};
 use crate::api::{NewVm, VmView};
-use crate::model::{Code, Problem, Profile};
+use crate::model::{Code, Problem, Profile, Reach};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -94,6 +94,11 @@ pub(super) struct Args {
     /// For how long it is watched after a swap, and put back if it isn't well; 0s for not at all [10s].
     #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
     watch: Option<Duration>,
+    /// What of this host the guest can reach by its network, beside the metadata service: any of
+    /// dhcp, dns, ping, tcp/PORT and udp/PORT, with commas between; or none, or all [none]. What the
+    /// host forwards, to other guests or the world, is not its own and goes on.
+    #[arg(long, value_name = "WHAT", value_parser = parse_reach)]
+    reach: Option<Listed>,
     /// Version of the release to start it with [the one added last].
     #[arg(long, value_name = "VERSION")]
     release: Option<String>,
@@ -155,6 +160,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         tags: args.tags.iter().cloned().collect(),
         notice_ns: args.notice.map(format::whole_ns),
         watch_ns: args.watch.map(format::whole_ns),
+        reach: args.reach.clone().map(|Listed(reach)| reach),
     };
     let spec = match &args.spec {
         Some(file) => read_spec(file)?,
@@ -215,6 +221,15 @@ fn parse_net(text: &str) -> Result<NetSpec, String> {
         mac,
         queue_pairs,
     })
+}
+
+/// One argument that is a list.
+#[derive(Clone, Debug)]
+struct Listed(Vec<Reach>);
+
+fn parse_reach(text: &str) -> Result<Listed, String> {
+    let list = Reach::list(text).map_err(|error| error.to_string())?;
+    Ok(Listed(list))
 }
 
 fn parse_tag(text: &str) -> Result<(String, String), String> {

@@ -10,7 +10,7 @@
 //! was.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use stillpoint_control::report::SwapReport;
@@ -25,9 +25,13 @@ use crate::store::StoreError;
 
 /// The notice of a VM whose owner said nothing.
 const DEFAULT_NOTICE: Duration = Duration::from_secs(15 * 60);
-/// How long an event stays after its pause, where somebody listens: those who look once a second
-/// see it once more.
+/// How long an event stays after its pause at least, where somebody listens: those who look once a
+/// second see it once more.
 const LINGER: Duration = Duration::from_secs(2);
+/// How long it stays for those who look less often, or whose machine is slow.
+const LINGER_UNSEEN: Duration = Duration::from_secs(30);
+/// Between two looks at whether it was seen.
+const GLANCE: Duration = Duration::from_millis(200);
 
 /// Whether a swap may begin.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -252,27 +256,38 @@ pub(super) async fn end_pause(host: &Host, swap: &SwapRecord) {
     end_pause_of(host, &swap.id, measured(swap)).await;
 }
 
-/// Ends the pause of a swap that is over. Where somebody listens, its event stays for a moment.
+/// Ends the pause of a swap that is over. Where somebody listens, its event stays until it was seen
+/// after the pause.
 pub(super) async fn end_pause_of(host: &Host, swap: &SwapId, measured: Measured) {
+    let since = Instant::now();
     let paused = measured.pause_ns.is_some();
-    let heard = host
+    let heard: Vec<Vec<VmName>> = host
         .notices
         .read(|board| {
-            board.of_swap(swap).is_some_and(|pause| {
-                let mut groups = pause.notices.iter().map(|notice| &notice.group);
-                groups.any(|group| board.is_heard(group, unix_ns()))
-            })
+            let notices = board.of_swap(swap).map(|pause| &pause.notices);
+            let groups = notices.into_iter().flatten().map(|notice| &notice.group);
+            let heard = groups.map(|group| board.heard_by(group, unix_ns()));
+            heard.filter(|vms| !vms.is_empty()).collect()
         })
         .await;
-    let end = end(host.clone(), swap.clone(), measured);
-    if heard && paused {
-        tokio::spawn(async move {
-            tokio::time::sleep(LINGER).await;
-            end.await;
-        });
-    } else {
-        end.await;
+    if heard.is_empty() || !paused {
+        end(host.clone(), swap.clone(), measured).await;
+        return;
     }
+    let (host, swap) = (host.clone(), swap.clone());
+    tokio::spawn(async move {
+        tokio::time::sleep(LINGER).await;
+        while since.elapsed() < LINGER_UNSEEN && !is_seen(&host, &heard, since) {
+            tokio::time::sleep(GLANCE).await;
+        }
+        end(host, swap, measured).await;
+    });
+}
+
+/// Whether every group has a VM that has seen its event since then.
+fn is_seen(host: &Host, groups: &[Vec<VmName>], since: Instant) -> bool {
+    let mut groups = groups.iter();
+    groups.all(|vms| host.notices.was_seen(vms, since))
 }
 
 async fn end(host: Host, swap: SwapId, measured: Measured) {
@@ -346,7 +361,7 @@ pub async fn settle_pauses(host: &Host) -> Result<(), StoreError> {
 
 /// Forgets that a VM listened, which is no more.
 pub async fn forget(host: &Host, vm: &VmName) -> Result<(), StoreError> {
-    host.notices.change(|board, _| board.forget(vm)).await
+    host.notices.forget(vm).await
 }
 
 fn fresh_guid() -> String {

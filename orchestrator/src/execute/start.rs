@@ -29,6 +29,8 @@ pub async fn start(host: &Host, vm: &VmRecord) -> Result<Held, String> {
         .await
         .map_err(|e| e.to_string())?;
     host.scopes.enclose(&vm.name, process.pid, false).await;
+    // Before the guest's first instruction.
+    host.ways.fence(vm);
     let started = gated.let_go().map_err(|e| e.to_string())?;
     let ready = started.ready(PATIENCE).await.map_err(|e| e.to_string())?;
     match host.expected(vm).find().await {

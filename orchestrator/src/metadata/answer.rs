@@ -1,12 +1,14 @@
 //! Answers, byte for byte. Pure: the board and what is asked for, to what is sent.
 
+use serde::Serialize;
 use serde_json::json;
+use utoipa::ToSchema;
 
 use super::asked::{Format, Refused};
 use super::board::{Board, EventError};
 use super::document::{self, Version, document};
 use super::instance::{self, Facts};
-use crate::model::{Pause, PauseState};
+use crate::model::{EventId, Pause, PauseState, SwapState};
 
 /// What is sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,35 +134,74 @@ pub fn versions() -> Answer {
 /// A VM's pauses, past and to come.
 pub fn pauses(board: &Board, facts: &Facts) -> Answer {
     let pauses = board.of_vm(&facts.name);
-    let receipts: Vec<_> = pauses
-        .into_iter()
-        .map(|pause| receipt(pause, facts))
-        .collect();
-    Answer::json(json!({ "pauses": receipts }).to_string())
+    let pauses = pauses.into_iter().map(|pause| Receipt::of(pause, facts));
+    let pauses = Pauses {
+        pauses: pauses.collect(),
+    };
+    Answer::json(serde_json::to_string(&pauses).expect("strings and numbers are always JSON"))
+}
+
+/// A VM's pauses, oldest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Pauses {
+    pauses: Vec<Receipt>,
 }
 
 /// What a guest may know of a pause. Nothing of other groups.
-fn receipt(pause: &Pause, facts: &Facts) -> serde_json::Value {
-    let notice = pause.notice_to(&facts.group);
-    let measured = pause.measured.clone().unwrap_or_default();
-    let not_before = match pause.state {
-        PauseState::Scheduled => Some(document::date(pause.not_before_unix_s)),
-        _ => None,
-    };
-    json!({
-        "event_id": notice.map(|notice| &notice.event),
-        "state": pause.state,
-        "description": pause.description,
-        "not_before": not_before,
-        "approved": notice.is_some_and(|notice| notice.approval.is_some()),
-        "announced_at_unix_ns": pause.announced_at_unix_ns,
-        "started_at_unix_ns": pause.started_at_unix_ns,
-        "ended_at_unix_ns": pause.ended_at_unix_ns,
-        "expected_ns": pause.expected_ns,
-        "no_notice": pause.no_notice,
-        "outcome": measured.outcome,
-        "reason": measured.reason,
-        "pause_ns": measured.pause_ns,
-        "clock_step_ns": measured.clock_step_ns,
-    })
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Receipt {
+    /// The event by which it was announced.
+    event_id: Option<EventId>,
+    /// How far it is.
+    state: PauseState,
+    /// What it is for.
+    description: String,
+    /// Before that it does not start unless it is approved; while it is scheduled.
+    not_before: Option<String>,
+    /// Whether a VM of the set, or an operator, said "go".
+    approved: bool,
+    /// When it was announced, nanoseconds since the Unix epoch.
+    announced_at_unix_ns: u64,
+    /// When it started.
+    started_at_unix_ns: Option<u64>,
+    /// When it was over or cancelled.
+    ended_at_unix_ns: Option<u64>,
+    /// How long it was expected to be, ns.
+    expected_ns: u64,
+    /// Why nobody was given notice, when an operator chose so.
+    no_notice: Option<String>,
+    /// How its swap ended.
+    outcome: Option<SwapState>,
+    /// Why it ended so, when the guest did not move, or why it was cancelled.
+    reason: Option<String>,
+    /// How long the guest stood still by the host's clock, ns; null if it never did.
+    pause_ns: Option<u64>,
+    /// The step of the guest's clock, ns.
+    clock_step_ns: Option<i64>,
+}
+
+impl Receipt {
+    fn of(pause: &Pause, facts: &Facts) -> Self {
+        let notice = pause.notice_to(&facts.group);
+        let measured = pause.measured.clone().unwrap_or_default();
+        Self {
+            event_id: notice.map(|notice| notice.event.clone()),
+            state: pause.state,
+            description: pause.description.clone(),
+            not_before: match pause.state {
+                PauseState::Scheduled => Some(document::date(pause.not_before_unix_s)),
+                _ => None,
+            },
+            approved: notice.is_some_and(|notice| notice.approval.is_some()),
+            announced_at_unix_ns: pause.announced_at_unix_ns,
+            started_at_unix_ns: pause.started_at_unix_ns,
+            ended_at_unix_ns: pause.ended_at_unix_ns,
+            expected_ns: pause.expected_ns,
+            no_notice: pause.no_notice.clone(),
+            outcome: measured.outcome,
+            reason: measured.reason,
+            pause_ns: measured.pause_ns,
+            clock_step_ns: measured.clock_step_ns,
+        }
+    }
 }

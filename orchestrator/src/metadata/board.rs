@@ -182,9 +182,16 @@ impl Board {
 
     /// Whether any VM of the group listens.
     pub fn is_heard(&self, group: &Group, now: u64) -> bool {
-        self.listeners.values().any(|listener| {
+        !self.heard_by(group, now).is_empty()
+    }
+
+    /// The VMs of the group that listen.
+    pub fn heard_by(&self, group: &Group, now: u64) -> Vec<VmName> {
+        let listens = |listener: &Listener| {
             listener.group == *group && now.saturating_sub(listener.asked_at_unix_ns) < LISTENS_NS
-        })
+        };
+        let all = self.listeners.iter().filter(|(_, of)| listens(of));
+        all.map(|(vm, _)| vm.clone()).collect()
     }
 
     /// Forgets a VM that is no more. What was announced to its group stays.

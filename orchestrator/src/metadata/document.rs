@@ -126,7 +126,25 @@ mod tests {
     fn dates_are_rfc_1123() {
         assert_eq!(date(1_474_309_787), "Mon, 19 Sep 2016 18:29:47 GMT");
         assert_eq!(date(0), "Thu, 01 Jan 1970 00:00:00 GMT");
-        assert!((0..400).all(|day| date(day * 86_399).len() == 29));
+        let months = "JanFebMarAprMayJunJulAugSepOctNovDec";
+        for day in 0..20_000_u64 {
+            // A time of day that moves too.
+            let text = date(day * 86_400 + day % 86_400);
+            let parts: Vec<&str> = text.split([' ', ':']).collect();
+            let [weekday, of_month, month, year, hour, minute, second, "GMT"] = parts[..] else {
+                panic!("{text}");
+            };
+            // 1 January 1970 was a Thursday.
+            let weekdays = ["Thu,", "Fri,", "Sat,", "Sun,", "Mon,", "Tue,", "Wed,"];
+            assert_eq!(
+                weekday,
+                weekdays[usize::try_from(day % 7).unwrap()],
+                "{text}"
+            );
+            assert!(months.find(month).is_some_and(|at| at % 3 == 0), "{text}");
+            let lengths = [of_month, hour, minute, second].map(str::len);
+            assert_eq!((lengths, year.len(), text.len()), ([2; 4], 4, 29), "{text}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! | [`notices`] | the board with its store |
 //! | [`asked`] | a guest's request, judged |
 //! | [`answer`], [`document`], [`instance`] | what is answered, byte for byte |
+//! | [`described`] | what of it is ours, as OpenAPI |
 //! | [`serve`], [`rate`] | HTTP for one guest, and what it may cost |
 //! | [`ways`] | the wires on which guests reach it |
 //!
@@ -23,6 +24,7 @@
 pub mod answer;
 pub mod asked;
 pub mod board;
+pub mod described;
 pub mod document;
 pub mod instance;
 pub mod notices;

@@ -3,13 +3,15 @@
 //! Before: nothing else writes the store's board. After a change that returned `Ok`, a daemon that
 //! starts anew shows the same ids, states, approvals and incarnations.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{Mutex, broadcast, watch};
 
 use super::board::Board;
 use crate::execute::unix_ns;
-use crate::model::{Event, Pause};
+use crate::model::{Event, Pause, VmName};
 use crate::store::{Store, StoreError};
 
 /// The board of this host. Clones are the same one.
@@ -22,6 +24,16 @@ struct Shared {
     board: Mutex<Board>,
     changes: watch::Sender<u64>,
     events: broadcast::Sender<Event>,
+    looks: std::sync::Mutex<HashMap<VmName, Look>>,
+}
+
+/// When a VM looked last, and whether it looks right now.
+#[derive(Debug, Default)]
+struct Look {
+    /// When it was answered last.
+    answered: Option<Instant>,
+    /// Requests of it that have what there is, and wait for something else.
+    waiting: usize,
 }
 
 impl Notices {
@@ -33,6 +45,7 @@ impl Notices {
             board: Mutex::new(board),
             changes: watch::channel(0).0,
             events,
+            looks: std::sync::Mutex::default(),
         })))
     }
 
@@ -80,6 +93,39 @@ impl Notices {
         }
     }
 
+    /// Notes that a VM was answered.
+    pub(super) fn answered(&self, vm: &VmName) {
+        self.looks().entry(vm.clone()).or_default().answered = Some(Instant::now());
+    }
+
+    /// Notes, until it is dropped, that a VM has what there is and waits for something else.
+    pub(super) fn waits(&self, vm: &VmName) -> Waits {
+        self.looks().entry(vm.clone()).or_default().waiting += 1;
+        let vm = vm.clone();
+        Waits {
+            notices: self.clone(),
+            vm,
+        }
+    }
+
+    /// Whether any of these VMs has seen what there is since then.
+    pub fn was_seen(&self, by: &[VmName], since: Instant) -> bool {
+        let looks = self.looks();
+        by.iter()
+            .filter_map(|vm| looks.get(vm))
+            .any(|look| look.waiting > 0 || look.answered.is_some_and(|at| at >= since))
+    }
+
+    fn looks(&self) -> std::sync::MutexGuard<'_, HashMap<VmName, Look>> {
+        self.0.looks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets a VM that is no more.
+    pub async fn forget(&self, vm: &VmName) -> Result<(), StoreError> {
+        self.looks().remove(vm);
+        self.change(|board, _| board.forget(vm)).await
+    }
+
     fn tell(&self, pause: &Pause) {
         for notice in &pause.notices {
             for vm in &notice.vms {
@@ -93,6 +139,21 @@ impl Notices {
                     approved: notice.approval.is_some(),
                 });
             }
+        }
+    }
+}
+
+/// A VM that waits for something else than it has.
+#[derive(Debug)]
+pub(super) struct Waits {
+    notices: Notices,
+    vm: VmName,
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        if let Some(look) = self.notices.looks().get_mut(&self.vm) {
+            look.waiting = look.waiting.saturating_sub(1);
         }
     }
 }

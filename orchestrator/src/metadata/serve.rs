@@ -174,9 +174,12 @@ impl Service {
 
     async fn events(&self, version: Version, has: &[String]) -> Answer {
         let facts = &self.facts;
-        self.notices
+        let answer = self
+            .notices
             .read(|board| answer::events(board, facts, version, has))
-            .await
+            .await;
+        self.notices.answered(&facts.name);
+        answer
     }
 
     async fn approve(&self, events: Vec<EventId>) -> Answer {
@@ -210,6 +213,7 @@ impl Service {
                 }
             }
         };
+        let _waits = self.notices.waits(&facts.name);
         // Nothing else came: the answer says so.
         let _ = tokio::time::timeout(longest, other).await;
     }

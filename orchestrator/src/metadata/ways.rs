@@ -1,12 +1,15 @@
 //! The ways by which guests reach the service, one for each wire: set up when a VM runs, taken down
-//! when it is over, untouched by its swaps.
+//! when it is over, untouched by its swaps. With them come the fences, which keep guests from all else of
+//! the host: up before the guest runs, and never down while it does, whatever becomes of the daemon.
 //!
-//! A VM whose way can't be set up runs all the same, and the log says why.
+//! A VM whose way or fence can't be set up runs all the same, and the log says why.
 
+mod fence;
+mod nft;
 mod room;
 mod tap;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -41,6 +44,10 @@ struct Places {
     open: HashMap<VmName, Way>,
     /// Made for the first VM that has a tap.
     room: Option<Room>,
+    /// Taps with a fence, and whose they are.
+    fenced: HashMap<String, VmName>,
+    /// VMs whose ways an earlier daemon set up, and this one did not take over yet.
+    left: HashSet<VmName>,
 }
 
 /// The open ways of one VM. They are closed when it is dropped.
@@ -75,12 +82,24 @@ impl Ways {
         }))
     }
 
+    /// Notes what an earlier daemon left up for this VM, which ran when it was seen last. To be called
+    /// before anything else happens.
+    pub fn take_over(&self, vm: &VmRecord) {
+        let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
+        let taps = vm.spec.nets.iter().map(|net| net.tap.clone());
+        places.fenced.extend(taps.map(|tap| (tap, vm.name.clone())));
+        places.left.insert(vm.name.clone());
+    }
+
     /// Opens the ways of a VM that runs. Those that are open stay.
     pub fn open(&self, vm: &VmRecord, dir: &VmDir) {
         let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
         if places.open.contains_key(&vm.name) {
             return;
         }
+        places.left.remove(&vm.name);
+        // It runs, so its taps are its own.
+        places.fence(vm, vm.spec.nets.iter().map(|net| net.tap.clone()).collect());
         let service = Service::new(Facts::of(vm), self.0.notices.clone());
         let mut way = Way::default();
         if vm.spec.vsock.is_some() {
@@ -104,10 +123,64 @@ impl Ways {
         places.open.insert(vm.name.clone(), way);
     }
 
-    /// Closes the ways of a VM that is over.
-    pub fn close(&self, vm: &VmName) {
+    /// Keeps a VM that is about to run from its host, but for what its owner opened. A tap that
+    /// another VM has stays that one's: this one won't run.
+    pub fn fence(&self, vm: &VmRecord) {
         let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
-        places.open.remove(vm);
+        let fenced = &places.fenced;
+        let free = |tap: &str| fenced.get(tap).is_none_or(|owner| *owner == vm.name);
+        let taps: Vec<_> = vm.spec.nets.iter().map(|net| net.tap.clone()).collect();
+        let taps = taps.into_iter().filter(|tap| free(tap)).collect();
+        places.fence(vm, taps);
+    }
+
+    /// Takes down the fences of a VM that does not run.
+    pub fn unfence(&self, vm: &VmRecord) {
+        let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.unfence(vm);
+    }
+
+    /// Closes the ways of a VM that is over.
+    pub fn close(&self, vm: &VmRecord) {
+        let places = &mut *self.0.places.lock().unwrap_or_else(PoisonError::into_inner);
+        places.open.remove(&vm.name);
+        if places.left.remove(&vm.name) {
+            // It ended while no daemon was there.
+            let wires = vm.spec.nets.iter().map(|net| Wire::of(&net.tap));
+            wires.flatten().for_each(|wire| wire.remove());
+        }
+        places.unfence(vm);
+    }
+}
+
+impl Places {
+    fn fence(&mut self, vm: &VmRecord, taps: Vec<String>) {
+        // Of a daemon before there were fences: as it was.
+        let Some(reach) = &vm.profile.reach else {
+            return;
+        };
+        for tap in taps {
+            if let Err(error) = fence::put_up(&tap, reach) {
+                tracing::warn!(
+                    vm = %vm.name, %tap,
+                    "it is not kept from this host, whose kernel refuses a filter: {error}; what it \
+                     can reach is for the host's own rules"
+                );
+            }
+            self.fenced.insert(tap, vm.name.clone());
+        }
+    }
+
+    fn unfence(&mut self, vm: &VmRecord) {
+        for net in &vm.spec.nets {
+            if self.fenced.get(&net.tap) != Some(&vm.name) {
+                continue;
+            }
+            self.fenced.remove(&net.tap);
+            if let Err(error) = fence::take_down(&net.tap) {
+                tracing::debug!(vm = %vm.name, tap = %net.tap, "its fence stays: {error}");
+            }
+        }
     }
 }
 

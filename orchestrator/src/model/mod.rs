@@ -10,6 +10,7 @@ mod pause;
 mod policy;
 mod preflight;
 mod problem;
+mod reach;
 mod release;
 mod safeguards;
 mod swap;
@@ -29,6 +30,7 @@ pub use pause::{
 pub use policy::{AtOnce, Limits, Policy, PolicyError, Stage};
 pub use preflight::Preflight;
 pub use problem::{Code, Problem};
+pub use reach::{MAX_REACH, NoReach, Reach};
 pub use release::{Manifest, Pin, Release, Signer, VMM, validate_minimum, validate_version};
 pub use safeguards::{
     Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::spec::{self, SpecError};
 use utoipa::ToSchema;
 
+use super::reach::{MAX_REACH, Reach};
 use super::safeguards::MAX_WATCH_NS;
 use super::swap::{SwapId, SwapState};
 use super::vm::VmName;
@@ -44,6 +45,11 @@ pub struct Profile {
     /// and 0 for not at all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watch_ns: Option<u64>,
+    /// What of its host it can reach by its network, beside the metadata service: nothing when absent
+    /// from what is asked for. Absent from a VM that is there already: everything, as before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub reach: Option<Vec<Reach>>,
 }
 
 impl Profile {
@@ -80,6 +86,13 @@ impl Profile {
         if let Some(ns) = self.watch_ns.filter(|&ns| ns > MAX_WATCH_NS) {
             let text = format!("{ns} is more than {MAX_WATCH_NS}, a day");
             return field("profile.watch_ns", text);
+        }
+        if self
+            .reach
+            .as_ref()
+            .is_some_and(|reach| reach.len() > MAX_REACH)
+        {
+            return field("profile.reach", format!("more than {MAX_REACH} entries"));
         }
         match self.notice_ns {
             Some(ns) if ns == 0 || ns > MAX_NOTICE_NS => field(
@@ -311,6 +324,7 @@ mod tests {
         assert!(refused(|p| p.fault_domain = 256).contains("fault_domain"));
         assert!(refused(|p| p.notice_ns = Some(0)).contains("notice_ns"));
         assert!(refused(|p| p.watch_ns = Some(u64::MAX)).contains("watch_ns"));
+        assert!(refused(|p| p.reach = Some(vec![Reach::Dns; 33])).contains("reach"));
         assert!(refused(|p| drop(p.tags.insert("a:b".into(), String::new()))).contains("tags"));
         assert!(refused(|p| drop(p.tags.insert("a".into(), "b;c".into()))).contains("tags"));
     }

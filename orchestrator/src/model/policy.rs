@@ -52,7 +52,10 @@ pub struct Policy {
     pub at_once: AtOnce,
     /// How long guest and host must have been well before a swap, and after it until it is done.
     pub well_for: Duration,
-    /// How long a swap may take; and then how long it may take until all is well.
+    /// How long before its pause each guest hears of it; each guest's own notice when absent.
+    pub notice: Option<Duration>,
+    /// How long a swap may take, the notice of its guests included; and then how long it may take
+    /// until all is well.
     pub deadline: Duration,
     /// Between two update domains of a set.
     pub between_domains: Duration,
@@ -87,6 +90,7 @@ impl Default for Policy {
                 per_zone: None,
             },
             well_for: Duration::from_secs(30),
+            notice: None,
             deadline: Duration::from_secs(600),
             between_domains: Duration::ZERO,
             tries: 3,
@@ -114,6 +118,17 @@ pub enum PolicyError {
         /// The time it must be well.
         well_for: Duration,
         /// The time it has.
+        deadline: Duration,
+    },
+    /// A step would have failed while its guests still have their notice.
+    #[error(
+        "guests hear of their pause {notice:?} before it, and a swap that takes longer than \
+         {deadline:?} has failed: give a shorter notice or a longer deadline"
+    )]
+    NeverBegun {
+        /// The notice.
+        notice: Duration,
+        /// The time of a swap, notice included.
         deadline: Duration,
     },
     /// No step fits into a window.
@@ -176,6 +191,14 @@ impl Policy {
                 deadline: self.deadline,
             });
         }
+        if let Some(notice) = self.notice
+            && notice >= self.deadline
+        {
+            return Err(PolicyError::NeverBegun {
+                notice,
+                deadline: self.deadline,
+            });
+        }
         match self.windows.iter().find(|w| w.lasts() < self.deadline) {
             None => Ok(()),
             Some(window) => Err(PolicyError::WindowTooShort {
@@ -202,6 +225,7 @@ mod tests {
         assert!(refused(|p| p.tries = 0).contains("tries is 0"));
         assert!(refused(|p| p.well_for = p.deadline).contains("longer"));
         assert!(refused(|p| p.stages[0].size = Amount::Count(0)).contains("stage is 0"));
+        assert!(refused(|p| p.notice = Some(p.deadline)).contains("a shorter notice"));
         let short = |p: &mut Policy| {
             p.windows = vec!["Sat 02:00 5m Europe/Berlin".parse().expect("window")];
         };

@@ -38,6 +38,8 @@ mod why;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use fleet::{Column, Fleet, Ix, Vm};
 use layout::{Layout, Unit};
 use seen::{Breach, Phase, Seen};
@@ -78,6 +80,8 @@ pub struct Begin {
     pub way: Way,
     /// Why this one, now.
     pub because: Because,
+    /// How long before its pause each of its guests hears of it, where the rollout says so.
+    pub notice: Option<Duration>,
 }
 
 /// Why a step is begun.

@@ -49,6 +49,7 @@ impl Files {
     pub fn with_archives(&self, names: &[&str]) -> anyhow::Result<Vec<u8>> {
         let mut bytes = std::fs::read(self.initramfs())?;
         for name in names {
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
             let path = archive(name);
             let archive = std::fs::read(&path);
             bytes.extend(

@@ -9,18 +9,28 @@ use anyhow::{Context, ensure};
 use stillpoint_images::guest::{add_modules, skeleton};
 use stillpoint_images::initramfs::Initramfs;
 use stillpoint_images::modules::Modules;
+use stillpoint_images::programs::Programs;
 
 use super::Ingredients;
 use super::order::{ORDER, Order, ROOT};
 use crate::releases::root;
 
-/// What a host needs: KVM, what leads packets to guests, and the disks of the rig.
+/// What a host needs: KVM, what leads packets to guests, or keeps them from the host, and the disks
+/// of the rig.
 const MODULES: &[&str] = &[
     "kvm_amd",
     "kvm_intel",
     "tun",
     "bridge",
     "veth",
+    "macvlan",
+    "sch_ingress",
+    "cls_u32",
+    "act_mirred",
+    "nf_tables",
+    "nft_fib_netdev",
+    "nft_fib_inet",
+    "nft_meta_bridge",
     "vhost_net",
     "loop",
     "virtio_pci",
@@ -45,6 +55,7 @@ pub(super) fn write(
     skeleton(&mut archive, &found.busybox)?;
     let modules = Modules::of(&found.kernel.release, &found.kernel.modules)?;
     add_modules(&mut archive, &modules.closure(MODULES)?)?;
+    Programs::of(&found.iproute, &["sbin/tc", "bin/ip"]).add(&mut archive)?;
     archive.copy("init", 0o755, &init()?)?;
     archive.file(ORDER, 0o644, &serde_json::to_vec(order)?)?;
     archive.link("images", &format!("{ROOT}/target/images"))?;

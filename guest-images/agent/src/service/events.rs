@@ -63,6 +63,8 @@ struct Watch {
     name: Option<String>,
     /// Events that the hooks before were run for, or that came too late for them.
     begun: BTreeSet<String>,
+    /// Events that this guest is ready for, and the service was not told yet: it may be away.
+    ready: BTreeSet<String>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -87,6 +89,7 @@ impl Watch {
             .collect();
         for id in gone {
             self.begun.remove(&id);
+            self.ready.remove(&id);
             acts.push(Act::Resume(id));
         }
         for event in document.events.iter().filter(ours) {
@@ -127,9 +130,7 @@ fn turn(settings: &Settings, directory: &Path, watch: &mut Watch, seen: u64) -> 
         match act {
             Act::Prepare(id) => {
                 if hooked(&directory.join("before"), &id, settings.deadline) {
-                    let body = serde_json::json!({ "StartRequests": [{ "EventId": id }] });
-                    host.post(EVENTS, &body.to_string())?;
-                    say!("event {id}: ready");
+                    watch.ready.insert(id);
                 }
             }
             Act::Resume(id) => {
@@ -137,6 +138,13 @@ fn turn(settings: &Settings, directory: &Path, watch: &mut Watch, seen: u64) -> 
                 say!("event {id}: over");
             }
         }
+    }
+    while let Some(id) = watch.ready.first().cloned() {
+        let body = serde_json::json!({ "StartRequests": [{ "EventId": id }] });
+        // What fails is said again in the next turn.
+        host.post(EVENTS, &body.to_string())?;
+        watch.ready.remove(&id);
+        say!("event {id}: ready");
     }
     Ok(document.document_incarnation)
 }

@@ -19,6 +19,8 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::room::{WireError, feed, run};
@@ -42,11 +44,15 @@ pub(super) struct Wire {
 impl Wire {
     /// The wire of this tap, not set up yet.
     pub(super) fn of(tap: &str) -> Result<Self, WireError> {
-        let path = format!("/sys/class/net/{tap}/ifindex");
-        let number = std::fs::read_to_string(path).map_err(WireError::io("find the tap"))?;
-        let number = number.trim().parse();
-        let number = number
-            .map_err(|_| WireError::io("find the tap")(std::io::ErrorKind::InvalidData.into()))?;
+        // Asked of the kernel: /sys may be that of another namespace.
+        let socket = socket_with(
+            AddressFamily::INET,
+            SocketType::DGRAM,
+            SocketFlags::CLOEXEC,
+            None,
+        );
+        let number = socket.and_then(|socket| name_to_index(socket, tap));
+        let number = number.map_err(|errno| WireError::io("find the tap")(errno.into()))?;
         Ok(Self {
             tap: tap.to_owned(),
             number,

@@ -376,6 +376,7 @@ impl Choose<'_> {
             unit: ix,
             way,
             because,
+            notice: self.rollout.policy.notice,
         });
     }
 

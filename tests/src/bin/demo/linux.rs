@@ -114,7 +114,8 @@ fn boot<'d>(daemon: &'d Daemon, dir: &Path) -> anyhow::Result<(Linux<'d>, Screen
     );
     let mut recipe = Recipe::new(KERNEL, Form::Vmlinux, 2)
         .disk(&image)
-        .net("sp-demo0", "10.77.0.2/24");
+        .net("sp-demo0", "10.77.0.2/24")
+        .open();
     recipe.cmdline += " loglevel=6";
     let screen = Screen::follow(daemon.guest_dir(GUEST).join("console.log"));
     let guest = Linux::boot(daemon, GUEST, &recipe)?;

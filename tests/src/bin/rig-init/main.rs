@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
+use stillpoint_images::programs::PROGRAMS;
 use stillpoint_tests::rig::order::{
     ANSWER, Answer, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STILL_S,
 };
@@ -164,7 +165,7 @@ fn run(command: &[String]) -> anyhow::Result<i32> {
         "running {}",
         shown.lines().next().unwrap_or_default()
     ));
-    let path = format!("{ROOT}/target/release:/bin");
+    let path = format!("{ROOT}/target/release:/{PROGRAMS}:/bin");
     let child = Command::new("/bin/busybox")
         .args(["env", program])
         .args(args)

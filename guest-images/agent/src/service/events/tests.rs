@@ -158,3 +158,22 @@ fn who_is_not_ready_does_not_approve() {
         assert!(scene.approvals().is_empty(), "{script}");
     }
 }
+
+/// The daemon was away when the hooks had ended: the guest says that it is ready when it is back.
+#[test]
+fn what_was_not_heard_is_said_again() {
+    let scene = scene(Duration::from_secs(60));
+    scene.hook("before", "cd \"$(dirname \"$0\")/..\" && mv service away");
+    let mut watch = Watch::default();
+    let scheduled = document(2, &[("a", "Scheduled", "web")]);
+    scene.documents.send(scheduled.clone()).unwrap();
+    turn(&scene.settings, scene.dir.path(), &mut watch, 0).unwrap_err();
+    assert!(scene.approvals().is_empty());
+    let place = |name: &str| scene.dir.path().join(name);
+    std::fs::rename(place("away"), place("service")).unwrap();
+    scene.turn(&mut watch, scheduled.clone());
+    assert_eq!(scene.approvals().len(), 1);
+    scene.turn(&mut watch, scheduled);
+    assert!(scene.approvals().is_empty(), "it is said once");
+    assert_eq!(scene.log(), "before\n", "its hooks ran once");
+}

@@ -216,3 +216,17 @@ fn every_vm_is_explained_in_a_sentence() {
     );
     assert_eq!(explain(2), "VM web-2 is begun now");
 }
+
+#[test]
+fn a_step_takes_the_notice_of_its_rollout_along() {
+    let an_hour = Some(Duration::from_secs(3600));
+    for notice in [None, an_hour] {
+        let small = small(|policy| {
+            policy.notice = notice;
+            policy.deadline = Duration::from_secs(7200);
+        });
+        let begin = small.plan().begin;
+        assert!(!begin.is_empty());
+        assert!(begin.iter().all(|step| step.notice == notice), "{begin:?}");
+    }
+}

@@ -16,7 +16,7 @@ use crate::patience::wait_for;
 /// The clock of its host, as a guest's kernel calls it; the daemon, which steps what is off by more than
 /// half a millisecond and looks twice a second.
 const START: &str = "dev=$(grep -l 'KVM virtual PTP' /sys/class/ptp/*/clock_name | cut -d/ -f5) && \
-                     exec /ptp/phc2sys -s /dev/$dev -c CLOCK_REALTIME -O 0 -S 0.0005 -R 2 -m";
+                     exec /usr/bin/phc2sys -s /dev/$dev -c CLOCK_REALTIME -O 0 -S 0.0005 -R 2 -m";
 /// How long that may take, on a busy machine. Its default servo takes two readings before it steps.
 const CORRECTION: Duration = Duration::from_secs(120);
 /// How long a clock that nobody corrects is watched.
@@ -30,8 +30,7 @@ pub fn ptp(kernel: Kernel) -> anyhow::Result<Vec<Figure>> {
     let dir = tempfile::tempdir()?;
     let daemon = Daemon::start(dir.path())?;
     add_faulty(&daemon, SLOW.name, SLOW.fault)?;
-    let mut recipe = Recipe::new(kernel, Form::Vmlinux, 2);
-    recipe.archives.push("phc2sys");
+    let mut recipe = Recipe::new(kernel, Form::Vmlinux, 2).archive("phc2sys");
     let words = ["--correction", "ptp"];
     recipe.devices.extend(words.map(str::to_owned));
     let guest = Linux::boot(&daemon, "ptp", &recipe)?;
