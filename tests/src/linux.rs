@@ -29,7 +29,7 @@ use crate::patience::wait_for;
 use images::{Files, Form, Kernel};
 
 /// How long a guest may take to boot: in an emulated host, with others on its cores.
-const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+const BOOT_PATIENCE: Duration = Duration::from_secs(600);
 /// How long an answer of the agent may take.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(120);
 

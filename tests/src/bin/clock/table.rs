@@ -3,7 +3,7 @@
 use stillpoint_tests::clocks::figures::{Figure, Verdict};
 
 /// Longest of what was measured that is shown; the report has it whole.
-const WIDEST: usize = 72;
+const WIDEST: usize = 120;
 
 /// A line for each figure, columns aligned.
 pub(crate) fn of(figures: &[Figure]) -> String {

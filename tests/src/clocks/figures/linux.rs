@@ -53,9 +53,10 @@ const LONG: &str = "slower";
 const DEAF: &str = "deaf";
 /// How often a swap may be called off for its budget, and what it says then.
 const CALLED_OFF: usize = 3;
-const OVER_BUDGET: [&str; 2] = [
+const OVER_BUDGET: [&str; 3] = [
     "the blackout budget",
     "loading in the successor: no answer in time",
+    "the successor did not take the guest within the budget",
 ];
 
 /// A release that makes a pause.

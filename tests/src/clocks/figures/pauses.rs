@@ -16,8 +16,11 @@ use crate::vm::{Recipe, Vm};
 const SCHEDULING: Duration = Duration::from_millis(25);
 
 /// A pause that ends when the guest has stood still for so long, whatever loading took: so it is as long
-/// on a busy machine as on another, and is not called off there. Most of it lies before the loading, which
-/// must make up for it, and its end after the guest was taken, when no budget calls a swap off any more.
+/// on a busy machine as on another, and is not called off there. A part of it lies before the loading,
+/// which must make up for it: a third of the budget, as what follows is expected to take as long again. Most
+/// lies between give-up and take, and the end after the take, when no budget calls a swap off any more; but
+/// not much of it, or the daemon would take the successor for one that hangs (5 s until it asks, 10 s more
+/// until it is in doubt).
 #[derive(Clone, Copy, Debug)]
 pub struct Pause {
     /// What makes it.
@@ -29,12 +32,12 @@ pub struct Pause {
 impl Pause {
     /// As long as the longest budget.
     pub const LONG: Self = Self {
-        fault: "load=slow:20000,taken=until:30000",
+        fault: "load=slow:10000,take=until:27000,taken=until:30000",
         least: Duration::from_secs(30),
     };
     /// For a run in short.
     pub const SHORT: Self = Self {
-        fault: "load=slow:1000,taken=until:2000",
+        fault: "load=slow:500,take=until:1500,taken=until:2000",
         least: Duration::from_secs(2),
     };
 }
