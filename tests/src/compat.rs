@@ -52,7 +52,7 @@ impl Hop {
 
     /// The head of a table of hops.
     pub const HEAD: &'static str =
-        "FROM       TO         GUEST    FORMAT  STATE     BLACKOUT  OUTCOME";
+        "FROM              TO         GUEST    FORMAT  STATE     BLACKOUT   OUTCOME";
 }
 
 impl fmt::Display for Hop {
@@ -64,7 +64,7 @@ impl fmt::Display for Hop {
         let blackout = format!("{:.2} ms", self.blackout.as_secs_f64() * 1e3);
         write!(
             f,
-            "{:<10} {:<10} {:<8} {format:<7} {:<9} {blackout:<9} {}",
+            "{:<17} {:<10} {:<8} {format:<7} {:<9} {blackout:<10} {}",
             self.from.name(),
             self.to.name(),
             self.guest,

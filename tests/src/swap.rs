@@ -189,8 +189,9 @@ impl Vm {
         let report = self.swap(to, &Terms::default())?;
         let broken = broken_promises(&report);
         ensure!(broken.is_empty(), "{broken:#?}\n{}", self.log());
+        // What the one before calls itself is its own affair.
         ensure!(
-            report.to.version == to.version(),
+            to == Release::Previous || report.to.version == to.version(),
             "moved to {:?}",
             report.to
         );

@@ -155,6 +155,7 @@ fn golden_states() -> Vec<Vec<u8>> {
         include_str!("../../state/golden/0.2.0-format-1.golden"),
         include_str!("../../state/golden/0.2.0-format-2.golden"),
         include_str!("../../state/golden/0.2.0-format-3.golden"),
+        include_str!("../../state/golden/0.2.0-format-3-all-kinds.golden"),
     ]
     .iter()
     .filter_map(|text| from_text(text).ok())
@@ -286,7 +287,7 @@ mod tests {
             corpus.iter().for_each(|bytes| (target.run)(bytes));
         }
         let good = |state: &Vec<u8>| Unclaimed::decode(state).is_ok();
-        assert!(golden_states().iter().all(good) && golden_states().len() == 4);
+        assert!(golden_states().iter().all(good) && golden_states().len() == 5);
         assert!(
             handover_packets()
                 .iter()
