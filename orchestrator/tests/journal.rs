@@ -137,6 +137,16 @@ fn agrees(daemon: &Daemon, told: Told, loss: Loss, context: &str) {
         !told.runs || vm.is_some(),
         "{context}: the guest is forgotten"
     );
+    let entries = std::fs::read_dir(daemon.path().join("state/releases"));
+    let names = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name());
+    let left: Vec<_> = names
+        .filter(|name| name.as_encoded_bytes().starts_with(b"."))
+        .collect();
+    assert!(left.is_empty(), "{context}: half-added releases: {left:?}");
     let releases = daemon.ask(&["release", "ls"]).good();
     let releases = releases.as_array().map_or(0, Vec::len);
     assert!(
