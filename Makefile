@@ -63,12 +63,15 @@ simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in t
 programs: ## build the daemon, the command and the demo
 	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-agent -p stillpoint-load -p stillpoint-tests --bins
 
-.PHONY: faults faults-random
+.PHONY: faults faults-random budgets
 faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
-	target/release/faults $(if $(ONLY),--only "$(ONLY)")
+	target/release/faults $(if $(ONLY),--only "$(ONLY)") $(if $(JOBS),--jobs $(JOBS))
 
-faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n)
-	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED))
+faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n, JOBS=n)
+	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
+
+budgets: releases programs ## swaps that are slow by a millisecond more each time, around the limit of their budgets
+	target/release/faults --budgets
 
 .PHONY: compat
 compat: releases programs ## swaps to and fro between releases, with all devices (PREVIOUS=REV builds that revision)

@@ -53,7 +53,7 @@ fn go_on(daemon: &Daemon) -> Told {
     let mut told = Told::default();
     let toy = daemon.toy("0.2.0", &[1, 2], &[2, 1]);
     let toy = toy.to_str().expect("UTF-8");
-    let adds = |name| daemon.ask(&["release", "add", toy, "--as", name]).ok;
+    let adds = |name| daemon.ask(&["release", "add", "--unsigned", toy, "--as", name]).ok;
     told.added = adds("good") && adds("next");
     told.runs = told.added && daemon.run("web", "good").ok;
     // Asked of a daemon that dies it would be waited for.
@@ -137,6 +137,16 @@ fn agrees(daemon: &Daemon, told: Told, loss: Loss, context: &str) {
         !told.runs || vm.is_some(),
         "{context}: the guest is forgotten"
     );
+    let entries = std::fs::read_dir(daemon.path().join("state/releases"));
+    let names = entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name());
+    let left: Vec<_> = names
+        .filter(|name| name.as_encoded_bytes().starts_with(b"."))
+        .collect();
+    assert!(left.is_empty(), "{context}: half-added releases: {left:?}");
     let releases = daemon.ask(&["release", "ls"]).good();
     let releases = releases.as_array().map_or(0, Vec::len);
     assert!(

@@ -1,7 +1,9 @@
 //! A real stillpointd with directories of its own, and the `stillpoint` command against it.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -158,6 +160,29 @@ impl Daemon {
             json,
             error,
         })
+    }
+
+    /// What the API answers at this path; null if nobody does, or it is a problem. For who looks again and
+    /// again, and has no time for a command.
+    pub fn get(&self, path: &str) -> Value {
+        let asked = || -> std::io::Result<Vec<u8>> {
+            let mut stream = UnixStream::connect(self.dir.join("run/api.sock"))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let request =
+                format!("GET {path} HTTP/1.1\r\nHost: stillpointd\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes())?;
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer)?;
+            Ok(answer)
+        };
+        let answer = asked().unwrap_or_default();
+        let answer = String::from_utf8_lossy(&answer);
+        match answer.split_once("\r\n\r\n") {
+            Some((head, body)) if head.starts_with("HTTP/1.1 200") => {
+                serde_json::from_str(body).unwrap_or_default()
+            }
+            _ => Value::Null,
+        }
     }
 
     /// Runs one that must succeed.

@@ -22,6 +22,7 @@
 //! | [`wire`] | a tap on which every frame comes back |
 //! | [`ground`] | what this machine can do, and skipping by name what it can't |
 
+pub mod budget;
 pub mod cli;
 pub mod clocks;
 pub mod compat;

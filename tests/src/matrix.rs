@@ -7,14 +7,17 @@
 
 mod acts;
 mod host;
+pub mod pool;
 mod random;
 mod rounds;
 mod table;
+mod unattended;
 
 pub use host::Host;
-pub use random::random;
+pub use random::{Tally, random};
 pub use rounds::{Verdict, run};
 pub use table::expected;
+pub use unattended::unattended;
 
 /// One of the three processes of a swap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,10 +47,13 @@ pub enum Act {
     Fds,
     /// The disk with run and state directory is full.
     Disk,
+    /// `kill -9`, and of the daemon as well, which is started again when the two sides have settled it
+    /// between themselves.
+    Both,
 }
 
 /// Every fault.
-pub const ACTS: [(&str, Act); 7] = [
+pub const ACTS: [(&str, Act); 8] = [
     ("kill -9", Act::Kill),
     ("hang", Act::Hang),
     ("error", Act::Error),
@@ -55,6 +61,7 @@ pub const ACTS: [(&str, Act); 7] = [
     ("memory", Act::Memory),
     ("fds", Act::Fds),
     ("disk", Act::Disk),
+    ("both", Act::Both),
 ];
 
 /// Every phase, in their order in a swap, and who is at the point then.
@@ -109,11 +116,13 @@ impl Cell {
         })
     }
 
-    /// An error is had by who is at the point; and a disk is full for everybody.
+    /// An error is had by who is at the point; a disk is full for everybody; and the daemon has no other
+    /// one beside it.
     fn exists(&self) -> bool {
         match self.act {
             Act::Error => self.whom == self.at,
             Act::Disk => self.whom == Whom::Daemon || self.whom == self.at,
+            Act::Both => self.whom != Whom::Daemon,
             _ => true,
         }
     }

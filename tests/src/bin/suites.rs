@@ -55,6 +55,18 @@ const SUITES: &[Suite] = &[
     scenario("word", &["-p", "stillpoint-control", "--test", "word"], 2),
     scenario("model", &["--release", "-p", "stillpoint-model"], 1),
     scenario("daemon", &["-p", "stillpoint"], 2),
+    scenario(
+        "journal",
+        &[
+            "-p",
+            "stillpoint",
+            "--features",
+            "fault-injection",
+            "--test",
+            "journal",
+        ],
+        1,
+    ),
     scenario("swap", &["-p", "stillpoint-tests", "--test", "swap"], 1),
     scenario("compat", &["-p", "stillpoint-tests", "--test", "compat"], 1),
     scenario("modes", &["-p", "stillpoint-tests", "--test", "modes"], 1),
@@ -70,6 +82,7 @@ const SUITES: &[Suite] = &[
     ),
     scenario("faults", &["-p", "stillpoint-tests", "--test", "faults"], 2),
     scenario("matrix", &["-p", "stillpoint-tests", "--test", "matrix"], 1),
+    scenario("budget", &["-p", "stillpoint-tests", "--test", "budget"], 1),
     scenario(
         "bad-input",
         &["-p", "stillpoint-tests", "--test", "bad_input"],

@@ -6,6 +6,8 @@ use std::time::Duration;
 use anyhow::Context;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
+use crate::patience::{PATIENCE, wait_for};
+
 /// How long one that hangs does: longer than the daemon is patient.
 pub(super) const HANG: Duration = Duration::from_secs(8);
 /// How long one that is slow is.
@@ -34,6 +36,33 @@ pub(super) fn state(number: u32) -> Option<char> {
 /// It stands still at its point.
 pub(super) fn is_stopped(number: u32) -> bool {
     state(number) == Some('T')
+}
+
+/// A process of which every thread stands still, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Still(u32);
+
+/// Stops it, and waits until the last of its threads stands still.
+pub(super) fn stand_still(number: u32) -> anyhow::Result<Still> {
+    signal(number, Signal::STOP)?;
+    let still = Still(number);
+    wait_for("all threads to stand still", PATIENCE, || {
+        let threads = std::fs::read_dir(format!("/proc/{number}/task"))?.flatten();
+        let stands = |thread: std::fs::DirEntry| {
+            let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            stat.rsplit_once(") ")
+                .is_none_or(|(_, rest)| rest.starts_with('T'))
+        };
+        Ok(threads.map(stands).all(|stands| stands).then_some(()))
+    })?;
+    Ok(still)
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        // One that is gone needs none.
+        let _ = signal(self.0, Signal::CONT);
+    }
 }
 
 /// From here on it gets no more of this than it has.
@@ -69,25 +98,45 @@ fn limit(number: u32, resource: Resource, current: Option<u64>) -> anyhow::Resul
     Ok(prlimit(Some(pid(number)?), resource, new).map(drop)?)
 }
 
-/// Fills a filesystem to the last byte. Dropping it makes room again.
+/// What is left to be filled at last.
+const LEFT: u64 = 16 << 20;
+
+/// Fills a filesystem: first almost, then to the last byte. Dropping it makes room again.
 #[derive(Debug)]
-pub(super) struct Full(tempfile::NamedTempFile);
+pub(super) struct Full {
+    file: tempfile::NamedTempFile,
+    len: u64,
+}
 
 impl Full {
-    pub(super) fn of(dir: &Path) -> anyhow::Result<Self> {
+    /// There is room for what a swap writes down, and not for much more.
+    pub(super) fn almost(dir: &Path) -> anyhow::Result<Self> {
+        let free = rustix::fs::statvfs(dir)?;
+        let free = free.f_bavail * free.f_frsize;
         let file = tempfile::NamedTempFile::new_in(dir)?;
-        let mut size = 4096 << 18;
-        let mut at = 0;
+        let mut full = Self { file, len: 0 };
+        full.fill(free.saturating_sub(LEFT));
+        Ok(full)
+    }
+
+    /// There is none.
+    pub(super) fn to_the_last_byte(&mut self) {
+        let mut size = LEFT;
         while size >= 4096 {
-            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, size) {
-                Ok(()) => at += size,
-                Err(_) => size /= 2,
+            if !self.fill(size) {
+                size /= 2;
             }
         }
-        Ok(Self(file))
+    }
+
+    fn fill(&mut self, size: u64) -> bool {
+        let flags = rustix::fs::FallocateFlags::empty();
+        let filled = size > 0 && rustix::fs::fallocate(&self.file, flags, self.len, size).is_ok();
+        self.len += if filled { size } else { 0 };
+        filled
     }
 
     pub(super) fn end(self) -> anyhow::Result<()> {
-        Ok(self.0.close()?)
+        Ok(self.file.close()?)
     }
 }

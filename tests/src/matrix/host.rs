@@ -1,6 +1,7 @@
 //! A host for the matrix: a daemon, releases that stop or fail at each point, and a guest with a disk,
 //! sockets and entropy at work, booted anew after each crash.
 
+use std::collections::BTreeSet;
 use std::io::{BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,8 +15,7 @@ use tempfile::NamedTempFile;
 
 use rustix::process::Signal;
 
-use super::POINTS;
-use super::acts::{is_stopped, signal};
+use super::acts::{is_stopped, signal, stand_still};
 use crate::daemon::Daemon;
 use crate::devices::check_disk;
 use crate::furnished::{HOST_PORT, call, echo};
@@ -46,6 +46,8 @@ pub struct Host {
     guest: Option<Guest>,
     /// The release that runs the guest.
     pub(super) runs: String,
+    /// Releases that were added.
+    added: BTreeSet<String>,
     /// Guests booted so far.
     pub boots: usize,
 }
@@ -59,52 +61,62 @@ struct Guest {
     word: Ownership,
 }
 
+const STOPS: &str = "stops-";
+const FAILS: &str = "fails-";
+
 /// A release that stops at this point.
 pub(super) fn stops_at(point: &str) -> String {
-    format!("stops-{point}")
+    format!("{STOPS}{point}")
 }
 
 /// A release that has an error at this point.
 pub(super) fn fails_at(point: &str) -> String {
-    format!("fails-{point}")
+    format!("{FAILS}{point}")
 }
 
 impl Host {
     /// Below this directory.
     pub fn start(dir: &Path) -> anyhow::Result<Self> {
         let daemon = Daemon::start(dir)?;
-        let good = Release::Current.binary()?.display().to_string();
-        daemon.must(&["release", "add", "--unsigned", &good, "--as", "good"])?;
-        let faulty = Release::Faulty("").binary()?.display().to_string();
-        for (point, _) in POINTS {
-            for (name, act) in [(stops_at(point), "stop"), (fails_at(point), "fail")] {
-                let fault = format!("--arg={point}={act}");
-                let add = [
-                    "release",
-                    "add",
-                    "--unsigned",
-                    &faulty,
-                    "--as",
-                    &name,
-                    "--arg=--fault",
-                    &fault,
-                ];
-                daemon.must(&add)?;
-            }
-        }
         Ok(Self {
             dir: dir.to_owned(),
             daemon,
             guest: None,
             runs: String::new(),
+            added: BTreeSet::new(),
             boots: 0,
         })
     }
 
+    /// There is a release of this name: `good`, or one that stops or fails at a point.
+    pub(super) fn has(&mut self, name: &str) -> anyhow::Result<()> {
+        if self.added.contains(name) {
+            return Ok(());
+        }
+        let act = |prefix, act| {
+            let point = name.strip_prefix(prefix)?;
+            Some(format!("--arg={point}={act}"))
+        };
+        let fault = act(STOPS, "stop").or_else(|| act(FAILS, "fail"));
+        let release = match fault {
+            Some(_) => Release::Faulty(""),
+            None => Release::Current,
+        };
+        let binary = release.binary()?.display().to_string();
+        let mut add = vec!["release", "add", "--unsigned", &binary, "--as", name];
+        if let Some(fault) = &fault {
+            add.extend(["--arg=--fault", fault]);
+        }
+        self.daemon.must(&add)?;
+        self.added.insert(name.to_owned());
+        Ok(())
+    }
+
     /// There is a guest, and this release runs it. Gives its process.
     pub(super) fn ready(&mut self, release: &str) -> anyhow::Result<u32> {
+        self.has(release)?;
         // One that fails whenever it is to give its guest away keeps it for good.
-        if self.runs != release && self.runs.starts_with("fails-") {
+        if self.runs != release && self.runs.starts_with(FAILS) {
             self.forget();
         }
         if self.guest.is_none() {
@@ -208,16 +220,18 @@ impl Host {
 
     /// The record of the last swap, if the daemon tells.
     pub(super) fn record(&self) -> anyhow::Result<Value> {
-        let record = self.daemon.stillpoint(&["report", GUEST])?.json;
-        Ok(match record {
-            Value::Array(all) => all.into_iter().next().unwrap_or_default(),
-            one => one,
-        })
+        // By the journal's end: a list of all swaps is long after a thousand of them.
+        let lines = self.daemon.get(&format!("/v1/journal?vm={GUEST}&last=20"));
+        let mut lines = lines.as_array().into_iter().flatten().rev();
+        let id = lines.find_map(|line| line["swap"].as_str());
+        Ok(id.map_or(Value::Null, |id| {
+            self.daemon.get(&format!("/v1/swaps/{id}"))
+        }))
     }
 
     /// What the daemon says of the guest.
     pub(super) fn shown(&self) -> anyhow::Result<Value> {
-        self.daemon.must(&["show", GUEST])
+        Ok(self.daemon.get(&format!("/v1/vms/{GUEST}")))
     }
 
     /// Puts bytes on their way to the guest and back.
@@ -227,8 +241,15 @@ impl Host {
         Ok(guest.call.get_mut().write_all(&[guest.number; UNDER_WAY])?)
     }
 
+    /// Somebody runs the guest, whoever it is.
+    pub(super) fn goes_on(&self) -> anyhow::Result<()> {
+        let vcpus: Vec<usize> = (0..VCPUS).collect();
+        self.guest()?.pulse.wait_progress(&vcpus, 20).map(drop)
+    }
+
     /// Every vCPU goes on, both devices work, what was under way came as it was sent, and nothing
-    /// about the guest is wrong: counters, clocks, timers, RAM, and that it ran once.
+    /// about the guest is wrong: counters, clocks, timers, RAM, and that it ran once. Its disk, looked at
+    /// from outside while all of the VMM stands still, holds what the guest was told it holds.
     pub(super) fn is_whole(&mut self) -> anyhow::Result<()> {
         let vcpus: Vec<usize> = (0..VCPUS).collect();
         let guest = self.guest.as_mut().context("a guest")?;
@@ -251,14 +272,20 @@ impl Host {
             back == [guest.number; UNDER_WAY],
             "what was under way changed"
         );
+        let vmm = self.daemon.vmm_pid(GUEST)?;
+        let still = stand_still(vmm)?;
+        check_disk(&guest.pulse, DISK, guest.image.path())?;
+        drop(still);
         self.send()
     }
 
     /// What could not be judged is not used again: the next cell has a guest of its own.
     pub fn forget(&mut self) {
         self.guest = None;
-        let process = self.shown().map(|shown| shown["process"]["pid"].as_u64());
-        if let Ok(Some(pid)) = process {
+        // Whoever of the two has it.
+        let of = |said: anyhow::Result<Value>, who: &str| said.ok()?[who]["pid"].as_u64();
+        let processes = [of(self.shown(), "process"), of(self.record(), "successor")];
+        for pid in processes.into_iter().flatten() {
             let _ = u32::try_from(pid).map(|pid| signal(pid, Signal::KILL));
         }
         let _ = wait_for("its end", PATIENCE, || {

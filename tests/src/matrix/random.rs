@@ -13,6 +13,9 @@ use super::rounds::{self, over};
 use super::{Cell, Host, Whom, expected};
 use crate::patience::{PATIENCE, wait_for};
 
+/// After so many swaps it is said how it goes.
+const REST: usize = 100;
+
 /// What came of all of them.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
@@ -34,9 +37,22 @@ impl Tally {
     }
 }
 
-/// So many swaps with random faults. The same seed makes the same choices; what they meet is up to
-/// the machine.
-pub fn random(host: &mut Host, seed: u64, swaps: usize) -> anyhow::Result<Tally> {
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.moved += other.moved;
+        self.kept += other.kept;
+        self.crashed += other.crashed;
+    }
+}
+
+/// So many swaps with random faults, as long as `go_on` says so. The same seed makes the same choices;
+/// what they meet is up to the machine.
+pub fn random(
+    host: &mut Host,
+    seed: u64,
+    swaps: usize,
+    go_on: impl Fn() -> bool,
+) -> anyhow::Result<Tally> {
     let mut random = fastrand::Rng::with_seed(seed);
     let cells: Vec<Cell> = Cell::all()
         .filter(|cell| {
@@ -47,7 +63,7 @@ pub fn random(host: &mut Host, seed: u64, swaps: usize) -> anyhow::Result<Tally>
         })
         .collect();
     let mut tally = Tally::default();
-    for number in 0..swaps {
+    for number in (0..swaps).take_while(|_| go_on()) {
         let what = format!("swap {number} of seed {seed}");
         let outcome = match random.u8(..4) {
             0 => {
@@ -69,6 +85,9 @@ pub fn random(host: &mut Host, seed: u64, swaps: usize) -> anyhow::Result<Tally>
             }
         };
         tally.count(&outcome);
+        if (number + 1) % REST == 0 {
+            println!("seed {seed}: {} of {swaps} swaps, {tally:?}", number + 1);
+        }
     }
     Ok(tally)
 }

@@ -21,6 +21,8 @@ pub struct Verdict {
     pub expected: Vec<String>,
     /// The blackout that the report tells of.
     pub blackout: Duration,
+    /// The error of the guest's kvmclock, by its own page, if the report tells of it.
+    pub clock_ns: Option<i64>,
     /// How long the cell took.
     pub took: Duration,
 }
@@ -63,11 +65,21 @@ pub fn run(host: &mut Host, cell: &Cell) -> anyhow::Result<Verdict> {
         Whom::Predecessor => (armed, "good".to_owned()),
         _ => ("good".to_owned(), armed),
     };
+    host.has(&to)?;
     let predecessor = host.ready(&from)?;
     let before = host.record()?["id"].clone();
-    let budget = if cell.act == Act::Hang { SHORT } else { AMPLE };
+    // What hangs before the freeze breaks no budget; what comes after it should not either.
+    let runs = ["offered", "adopt"].contains(&cell.point);
+    let budget = match cell.act {
+        Act::Hang if !runs => SHORT,
+        _ => AMPLE,
+    };
+    // All but a little, before anything is frozen: on a busy machine it takes seconds.
+    let full = (cell.act == Act::Disk)
+        .then(|| Full::almost(&host.dir))
+        .transpose()?;
     let mut asked = host.swap(&to, budget)?;
-    let outcome = bring_about(host, cell, predecessor, &before);
+    let outcome = bring_about(host, cell, full, predecessor, &before);
     // Whoever asked hears the end from a daemon that lives, and none from one that died.
     end(&mut asked);
     let outcome = outcome.with_context(|| format!("{cell}\n{}", host.log()))?;
@@ -79,6 +91,7 @@ pub fn run(host: &mut Host, cell: &Cell) -> anyhow::Result<Verdict> {
         outcome,
         expected,
         blackout: Duration::from_nanos(ns.unwrap_or(0)),
+        clock_ns: record["report"]["clock"]["kvmclock_error_ns"].as_i64(),
         took: began.elapsed(),
     })
 }
@@ -92,6 +105,7 @@ fn end(asked: &mut Child) {
 fn bring_about(
     host: &mut Host,
     cell: &Cell,
+    full: Option<Full>,
     predecessor: u32,
     before: &serde_json::Value,
 ) -> anyhow::Result<String> {
@@ -113,7 +127,7 @@ fn bring_about(
         ensure!(state(at).is_some(), "the process ended before the point");
         Ok(acts::is_stopped(at).then_some(()))
     })?;
-    let outcome = act(host, cell, at, target);
+    let outcome = act(host, cell, full, at, target);
     // None is left behind in a state that would spoil the next cell.
     signal(at, Signal::CONT)?;
     for resource in [Resource::As, Resource::Nofile] {
@@ -124,11 +138,17 @@ fn bring_about(
     outcome
 }
 
-fn act(host: &mut Host, cell: &Cell, at: u32, target: u32) -> anyhow::Result<String> {
+fn act(
+    host: &mut Host,
+    cell: &Cell,
+    mut full: Option<Full>,
+    at: u32,
+    target: u32,
+) -> anyhow::Result<String> {
     let soon = || Instant::now() + PATIENCE;
-    let full = (cell.act == Act::Disk)
-        .then(|| Full::of(&host.dir))
-        .transpose()?;
+    if let Some(full) = &mut full {
+        full.to_the_last_byte();
+    }
     match cell.act {
         Act::Kill if cell.whom == Whom::Daemon => {
             host.daemon.kill()?;
@@ -136,6 +156,7 @@ fn act(host: &mut Host, cell: &Cell, at: u32, target: u32) -> anyhow::Result<Str
             host.daemon.restart()?;
         }
         Act::Kill => signal(target, Signal::KILL)?,
+        Act::Both => return alone(host, cell, at, target),
         Act::Hang => return hang(host, at, target),
         Act::Slow => {
             signal(target, Signal::STOP)?;
@@ -156,10 +177,40 @@ fn act(host: &mut Host, cell: &Cell, at: u32, target: u32) -> anyhow::Result<Str
             return Ok(outcome);
         }
     }
-    if cell.whom == Whom::Daemon && matches!(cell.act, Act::Memory | Act::Fds) {
-        return starved(host, target);
+    if matches!(cell.act, Act::Memory | Act::Fds) {
+        return match cell.whom {
+            Whom::Daemon => starved(host, target),
+            _ => short(host, target),
+        };
     }
     over(host, soon())?.context("it does not end")
+}
+
+/// A VMM without memory or descriptors. One that runs its guest, and has nothing left to answer with, is told
+/// from one that died only when there is enough again.
+fn short(host: &mut Host, target: u32) -> anyhow::Result<String> {
+    if let Some(outcome) = over(host, Instant::now() + HANG)? {
+        return Ok(outcome);
+    }
+    if state(target).is_some() {
+        acts::restore(target, Resource::As)?;
+        acts::restore(target, Resource::Nofile)?;
+    }
+    let late = over(host, Instant::now() + PATIENCE)?.context("it does not end")?;
+    Ok(format!("{late} late"))
+}
+
+/// Both the target and the daemon are dead: what is left settles it, and the daemon that is started then
+/// only finds out how.
+fn alone(host: &mut Host, cell: &Cell, at: u32, target: u32) -> anyhow::Result<String> {
+    host.daemon.kill()?;
+    signal(target, Signal::KILL)?;
+    signal(at, Signal::CONT)?;
+    if expected(cell)?.iter().all(|outcome| outcome != "crashed") {
+        host.goes_on().context("with no daemon")?;
+    }
+    host.daemon.restart()?;
+    over(host, Instant::now() + PATIENCE)?.context("it does not end")
 }
 
 /// A daemon without memory or descriptors: it may die of it, and is started again then, as its unit

@@ -48,6 +48,6 @@ mod tests {
             );
             cells += 1;
         }
-        assert_eq!(cells, 12 * 3 * 7 - 12 * 2 - 12);
+        assert_eq!(cells, 12 * 3 * 8 - 12 * 2 - 12 - 12);
     }
 }
