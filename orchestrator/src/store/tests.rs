@@ -6,8 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards, SwapId, SwapRecord,
-    SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+    Health, HealthState, HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards, SwapId,
+    SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -50,7 +50,12 @@ fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
         clock: Some(stillpoint_control::clock::Policy::Hold),
         notice_ns: Some(3),
         no_notice: Some("urgent".into()),
-        safeguards: Safeguards::default(),
+        safeguards: Safeguards {
+            rehearse: true,
+            watch_ns: 9,
+            health: Some(Health::new(HealthState::Watching, vec!["late".into()], 4)),
+            ..Safeguards::default()
+        },
         successor: None,
         epoch_before: Some(0),
         asked_at_unix_ns: 7,
@@ -307,4 +312,54 @@ async fn the_journal_says_what_a_daemon_found_unfinished() {
         (JournalKind::Undone, Some(&name("a")))
     );
     assert_eq!(store.journal(None, 1).await.expect("lines").len(), 1);
+}
+
+#[tokio::test]
+async fn a_way_back_is_recorded_with_the_verdict_or_not_at_all() {
+    let dir = tempfile::tempdir().expect("temp dir");
+    let store = Store::open(&dir.path().join("s")).expect("open");
+    assert!(store.put_vm(&vm("a", VmState::Running)).await.expect("put"));
+    let mut first = swap("1", "a", SwapState::Moved);
+    store.update_swap(&first).await.expect("moved");
+    let watched = store.watched_swap(&name("a")).await.expect("watched");
+    assert_eq!(watched, Some(first.clone()));
+    assert_eq!(store.watched_swap(&name("b")).await.expect("none"), None);
+
+    let mut verdict = first.clone();
+    verdict.safeguards.health = Some(Health::new(HealthState::Unwell, Vec::new(), 5));
+    verdict.safeguards.put_back_by = Some(SwapId("1-back".into()));
+    let back = swap("1-back", "a", SwapState::Wanted);
+    // An operator was quicker: neither is recorded.
+    let mut other = swap("2", "a", SwapState::Wanted);
+    assert!(store.add_swap(&other).await.expect("add"));
+    assert!(!store.put_back(&verdict, &back).await.expect("put back"));
+    assert_eq!(
+        store.swap(&first.id).await.expect("first"),
+        Some(first.clone())
+    );
+    assert_eq!(store.swap(&back.id).await.expect("none"), None);
+    other.state = SwapState::Kept;
+    store.update_swap(&other).await.expect("over");
+
+    assert!(store.put_back(&verdict, &back).await.expect("put back"));
+    assert_eq!(
+        store.open_swap(&name("a")).await.expect("open"),
+        Some(back.clone())
+    );
+    assert_eq!(store.watched_swap(&name("a")).await.expect("over"), None);
+    assert!(
+        !store.put_back(&verdict, &back).await.expect("once"),
+        "and once"
+    );
+    for state in [HealthState::Well, HealthState::Ended] {
+        first.safeguards.health = Some(Health::new(state, Vec::new(), 5));
+        store.update_swap(&first).await.expect("update");
+        assert_eq!(store.watched_swap(&name("a")).await.expect("over"), None);
+    }
+    first.safeguards.health = Some(Health::new(HealthState::WellSoFar, Vec::new(), 5));
+    store.update_swap(&first).await.expect("update");
+    assert_eq!(
+        store.watched_swap(&name("a")).await.expect("watched"),
+        Some(first)
+    );
 }

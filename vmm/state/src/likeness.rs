@@ -243,6 +243,11 @@ fn without_time(vcpu: &mut Vcpu) {
     if let Some(interrupt) = vcpu.events.get_mut(8..12) {
         interrupt.fill(0);
     }
+    // Without KVM_CAP_EXCEPTION_PAYLOAD an exception that is pending is told as injected too, and is
+    // nothing but injected when it was loaded (x86.c, `kvm_vcpu_ioctl_x86_set_vcpu_events`).
+    if let [1, _, _, pending, ..] = vcpu.events.as_mut_slice() {
+        *pending = 0;
+    }
     let bitmap = vcpu.sregs.len().saturating_sub(BITMAP);
     vcpu.sregs.truncate(bitmap);
 }

@@ -70,6 +70,22 @@ fn what_time_changes_is_no_difference() {
 }
 
 #[test]
+fn an_exception_that_waits_is_the_same_when_it_was_loaded() {
+    // #UD, injected and pending, as KVM tells it; and after KVM_SET_VCPU_EVENTS.
+    let of = |exception: [u8; 4]| {
+        let mut vcpu = vcpu();
+        vcpu.events[..4].copy_from_slice(&exception);
+        machine(&vcpu, &DISK)
+    };
+    let alike = differences(&of([1, 6, 0, 1]), &of([1, 6, 0, 0])).expect("states");
+    assert!(alike.is_empty(), "{alike:?}");
+    for other in [[0, 0, 0, 0], [1, 14, 0, 0]] {
+        let found = differences(&of([1, 6, 0, 1]), &of(other)).expect("states");
+        assert!(found.len() == 1 && found[0].contains("events"), "{found:?}");
+    }
+}
+
+#[test]
 fn every_other_change_is_named() {
     let named = |change: fn(&mut Vcpu), what: &str| {
         let found = against(change);
