@@ -24,6 +24,8 @@ use crate::model::Reach;
 
 const CHAIN: &str = "fenced";
 const FAMILIES: [Family; 3] = [Family::Netdev, Family::Inet, Family::Bridge];
+const IP: u16 = 0x0800;
+const IP6: u16 = 0x86dd;
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -62,8 +64,12 @@ pub(super) fn put_up(tap: &str, openings: &[Reach]) -> std::io::Result<()> {
             Family::Netdev => vec![vec![Match::ToThisHost]],
             Family::Inet => vec![vec![from()]],
             // To the bridge's own MAC is what is to be routed too. An address of the link is a
-            // bridge's where the kernel is asked for one of the tap's.
-            Family::Bridge => vec![vec![from(), Match::ToMany], vec![from(), Match::ToTheLink]],
+            // bridge's where the kernel is asked for one of the tap's. ARP is none of these.
+            Family::Bridge => vec![
+                vec![from(), Match::Holds(IP), Match::ToMany],
+                vec![from(), Match::Holds(IP6), Match::ToMany],
+                vec![from(), Match::Holds(IP6), Match::ToTheLink],
+            ],
         };
         for matches in &whom {
             batch.rule(family, &table, "in", matches, Verdict::Jump(CHAIN));

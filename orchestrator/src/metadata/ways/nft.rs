@@ -68,7 +68,9 @@ pub(super) enum Match {
     From(String),
     /// Its frame was not to one MAC alone.
     ToMany,
-    /// The destination is an IPv6 address of the link (`fe80::/10`), which nobody routes.
+    /// What the frame holds, by its ethertype.
+    Holds(u16),
+    /// The destination of an IPv6 packet is an address of the link (`fe80::/10`), which nobody routes.
     ToTheLink,
     /// The protocol above IP.
     Protocol(u8),
@@ -270,10 +272,8 @@ fn looks(at: &Match) -> Vec<u8> {
         Match::Port(port) => [payload(2, 2, 2), compare(EQUAL, &port.to_be_bytes())].concat(),
         Match::Kind(kind) => [payload(2, 0, 1), compare(EQUAL, &[*kind])].concat(),
         Match::Acknowledges => [payload(2, 13, 1), masked(&[0x10]), compare(OTHER, &[0])].concat(),
-        // ETH_P_IPV6
+        Match::Holds(kind) => [meta(1), compare(EQUAL, &kind.to_be_bytes())].concat(),
         Match::ToTheLink => [
-            meta(1),
-            compare(EQUAL, &[0x86, 0xdd]),
             payload(1, 24, 2),
             masked(&[0xff, 0xc0]),
             compare(EQUAL, &[0xfe, 0x80]),
