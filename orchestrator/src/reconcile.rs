@@ -23,7 +23,7 @@ use crate::agent::find::{FindError, Held};
 use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
 use crate::execute::{self, Clearance, Host, Next, Watching};
-use crate::model::{Event, SwapRecord, VmName, VmRecord, VmState, Wanted};
+use crate::model::{Event, HOST, SwapRecord, VmName, VmRecord, VmState, Wanted};
 use crate::plan;
 use crate::plan::vm::{Ending, Planned, Seen, Step};
 use crate::store::StoreError;
@@ -134,8 +134,15 @@ impl Keeper {
             self.said = Some(planned.clone());
         }
         let watched = self.host.store.watched_swap(&self.name).await?;
+        let stands_still = swap.as_ref().is_some_and(|swap| swap.component == HOST);
         if let Some(watched) = watched {
             match (&planned.step, &seen) {
+                (Step::Rest, Seen::Alive) if stands_still => {
+                    // It gives no signs of life now, and is watched anew when it does.
+                    self.watching = None;
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                    return Ok(true);
+                }
                 (Step::Rest, Seen::Alive) => {
                     self.watch(&vm, watched).await?;
                     return Ok(true);

@@ -53,7 +53,11 @@ fn go_on(daemon: &Daemon) -> Told {
     let mut told = Told::default();
     let toy = daemon.toy("0.2.0", &[1, 2], &[2, 1]);
     let toy = toy.to_str().expect("UTF-8");
-    let adds = |name| daemon.ask(&["release", "add", "--unsigned", toy, "--as", name]).ok;
+    let adds = |name| {
+        daemon
+            .ask(&["release", "add", "--unsigned", toy, "--as", name])
+            .ok
+    };
     told.added = adds("good") && adds("next");
     told.runs = told.added && daemon.run("web", "good").ok;
     // Asked of a daemon that dies it would be waited for.

@@ -28,6 +28,7 @@
 //! * successor: when the predecessor's pidfd says that it is dead and the state was sealed, it
 //!   takes the guest; in every other case it exits.
 
+pub mod agree;
 pub mod correct;
 mod hold;
 pub mod incoming;

@@ -14,8 +14,8 @@ use super::refusal::{Body, Refusal};
 use super::swaps::{check_budget, check_notice, new_id};
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, HOST, HostSwap, HostSwapState, Problem, SwapId, SwapRecord, SwapState, VmRecord, VmState,
-    Wanted,
+    Code, HOST, HostSwap, HostSwapState, Problem, Safeguards, SwapId, SwapRecord, SwapState,
+    VmRecord, VmState, Wanted,
 };
 use crate::store::Busy;
 
@@ -180,6 +180,7 @@ impl Desk {
             clock: None,
             notice_ns: swap.notice_ns,
             no_notice: swap.no_notice.clone(),
+            safeguards: Safeguards::default(),
             successor: None,
             epoch_before: None,
             asked_at_unix_ns: swap.asked_at_unix_ns,

@@ -12,8 +12,8 @@ use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Release, Safeguards,
-    SwapId, SwapRecord, SwapState, VMM, VmState, Wanted,
+    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Safeguards, SwapId,
+    SwapRecord, SwapState, VMM, VmState, Wanted,
 };
 
 /// The longest reason for a swap without notice.

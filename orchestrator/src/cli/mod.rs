@@ -54,7 +54,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Starts a guest.
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// Lists guests.
     Ls,
     /// Shows one guest.
@@ -155,7 +155,7 @@ fn run(args: Args) -> Result<ExitCode, Problem> {
 
 async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
     match verb {
-        Verb::Run(args) => run::run(desk, args).await,
+        Verb::Run(args) => run::run(desk, *args).await,
         Verb::Ls => ls::run(desk).await,
         Verb::Show(args) => show::run(desk, args).await,
         Verb::Console(args) => console::run(desk, args).await,

@@ -188,6 +188,7 @@ fn way_back(swap: &SwapRecord, why: &str) -> SwapRecord {
     let now = unix_ns();
     SwapRecord {
         id: SwapId(format!("{}-back", swap.id)),
+        part_of: None,
         vm: swap.vm.clone(),
         component: swap.component.clone(),
         from: swap.to.clone(),

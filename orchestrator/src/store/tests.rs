@@ -6,8 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    Health, HealthState, HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards, SwapId,
-    SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+    Health, HealthState, HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards,
+    SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -238,17 +238,21 @@ async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
     // A swap of one of them stands in the way, and nothing is left of the try.
     let mut other = swap("9", "b", SwapState::Wanted);
     assert!(store.add_swap(&other).await.expect("add"));
-    let added = store.add_host_swap(&wanted("1"), &parts("1", SwapState::Wanted));
-    assert_eq!(added.await.expect("asked"), Err(Busy::Vm("b".into())));
+    let added = store
+        .add_host_swap(&wanted("1"), &parts("1", SwapState::Wanted))
+        .await;
+    assert_eq!(added.expect("asked"), Err(Busy::Vm("b".into())));
     assert_eq!(store.host_swaps().await.expect("read"), []);
     assert_eq!(store.open_swap(&name("a")).await.expect("read"), None);
     other.state = SwapState::Kept;
     store.update_swap(&other).await.expect("end");
-    let added = store.add_host_swap(&wanted("2"), &parts("2", SwapState::Wanted));
-    assert_eq!(added.await.expect("asked"), Ok(()));
-    let added = store.add_host_swap(&wanted("3"), &[]);
+    let added = store
+        .add_host_swap(&wanted("2"), &parts("2", SwapState::Wanted))
+        .await;
+    assert_eq!(added.expect("asked"), Ok(()));
+    let added = store.add_host_swap(&wanted("3"), &[]).await;
     let busy = Busy::Host(SwapId("2".into()));
-    assert_eq!(added.await.expect("asked"), Err(busy));
+    assert_eq!(added.expect("asked"), Err(busy));
     let open = store.open_parts(&SwapId("2".into())).await.expect("read");
     assert_eq!(open, parts("2", SwapState::Wanted));
     store.close().await;
@@ -261,8 +265,8 @@ async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
     assert_eq!(store.host_swap(&done.id).await.expect("read"), Some(done));
     let open = store.open_parts(&SwapId("2".into())).await.expect("read");
     assert_eq!(open, []);
-    let added = store.add_host_swap(&wanted("3"), &[]);
-    assert_eq!(added.await.expect("asked"), Ok(()));
+    let added = store.add_host_swap(&wanted("3"), &[]).await;
+    assert_eq!(added.expect("asked"), Ok(()));
 }
 
 #[tokio::test]

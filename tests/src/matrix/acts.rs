@@ -47,13 +47,13 @@ pub(super) fn stand_still(number: u32) -> anyhow::Result<Still> {
     signal(number, Signal::STOP)?;
     let still = Still(number);
     wait_for("all threads to stand still", PATIENCE, || {
-        let threads = std::fs::read_dir(format!("/proc/{number}/task"))?.flatten();
+        let mut threads = std::fs::read_dir(format!("/proc/{number}/task"))?.flatten();
         let stands = |thread: std::fs::DirEntry| {
             let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
             stat.rsplit_once(") ")
                 .is_none_or(|(_, rest)| rest.starts_with('T'))
         };
-        Ok(threads.map(stands).all(|stands| stands).then_some(()))
+        Ok(threads.all(stands).then_some(()))
     })?;
     Ok(still)
 }
@@ -120,7 +120,7 @@ impl Full {
     }
 
     /// There is none.
-    pub(super) fn to_the_last_byte(&mut self) {
+    pub(super) fn fill_to_the_last_byte(&mut self) {
         let mut size = LEFT;
         while size >= 4096 {
             if !self.fill(size) {

@@ -147,7 +147,7 @@ fn act(
 ) -> anyhow::Result<String> {
     let soon = || Instant::now() + PATIENCE;
     if let Some(full) = &mut full {
-        full.to_the_last_byte();
+        full.fill_to_the_last_byte();
     }
     match cell.act {
         Act::Kill if cell.whom == Whom::Daemon => {

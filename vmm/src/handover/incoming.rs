@@ -14,9 +14,9 @@ use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 use stillpoint_control::report::SwapReport;
 use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MachineSpec, SpecError};
-use stillpoint_state::contents::Contents;
 use stillpoint_state::{StateError, Unclaimed};
 
+use super::agree::{self, NoFormat};
 use super::lend::Borrowed;
 use super::measure::Evidence;
 use super::{
@@ -35,7 +35,7 @@ use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
-use crate::{clock, faults, release};
+use crate::{clock, faults};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
@@ -63,24 +63,8 @@ pub enum AdoptError {
         source: ChannelError,
     },
     /// It offers something we can't read.
-    #[error(
-        "the running release writes saved state in formats {offered:?}, this one reads {:?}",
-        release::FORMATS
-    )]
-    Formats {
-        /// What it writes.
-        offered: Vec<u32>,
-    },
-    /// Its state would hold something that we can't read.
-    #[error(
-        "the guest's state could not be read here, so it was not paused; format {format}: {error}"
-    )]
-    Contents {
-        /// In which format.
-        format: u32,
-        /// What.
-        error: StateError,
-    },
+    #[error(transparent)]
+    Format(#[from] NoFormat),
     /// Its offer lacks file descriptors.
     #[error("the offer came with {0} file descriptors, {OFFERED_FDS} belong to it")]
     Fds(usize),
@@ -181,7 +165,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     let [ram, ownership, state, predecessor, control, console, log] = fds;
     // Before anything is refused: who closes with packets unread takes its last word back with it.
     let mut files = await_files(channel, offer.files)?;
-    let format = choose_format(&offer)?;
+    let format = agree::on_format(&offer)?;
     let spec = MachineSpec::from_json(&offer.spec)?;
     let ram = Arc::new(GuestRam::adopt(ram, &spec.memory)?);
     let promise = Promise {
@@ -225,22 +209,6 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         reserve,
         timing,
     })
-}
-
-/// The first format offered that this release reads, all that the state will hold in it included.
-fn choose_format(offer: &Offer) -> Result<u32, AdoptError> {
-    let mut unreadable = None;
-    for format in release::readable(&offer.formats) {
-        let contents = offer.contents.iter().find(|c| c.format == format);
-        match contents.map_or(Ok(()), Contents::check) {
-            Ok(()) => return Ok(format),
-            // What stands in the way of the newest one says most.
-            Err(error) => drop(unreadable.get_or_insert(AdoptError::Contents { format, error })),
-        }
-    }
-    Err(unreadable.unwrap_or_else(|| AdoptError::Formats {
-        offered: offer.formats.clone(),
-    }))
 }
 
 /// Waits for the files of devices that belong to the offer.

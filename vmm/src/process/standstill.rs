@@ -131,6 +131,7 @@ impl Process {
             state_format: 0,
             state_bytes: 0,
             budget: seen.ceiling,
+            margin: None,
             phases: phases(&seen),
             blackout: Blackout {
                 host,

@@ -134,7 +134,7 @@ impl Content {
             });
         }
         let unknown = |number: &u32| !kind.added.iter().any(|field| field.number == *number);
-        match self.added.iter().position(|number| unknown(number)) {
+        match self.added.iter().position(unknown) {
             None => Ok(()),
             Some(at) => {
                 let number = self.added[at];

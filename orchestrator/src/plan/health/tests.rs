@@ -198,6 +198,7 @@ fn report(clock: ClockReceipt) -> SwapReport {
         state_format: 3,
         state_bytes: 0,
         budget: at(1_000),
+        margin: None,
         phases: Vec::new(),
         blackout: Default::default(),
         clock: Some(clock),

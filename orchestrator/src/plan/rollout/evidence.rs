@@ -71,6 +71,7 @@ mod tests {
             state_format: 3,
             state_bytes: 0,
             budget: MS * 1000,
+            margin: None,
             phases: vec![phase("build", false, MS * 30), phase("load", true, MS * 5)],
             blackout: Blackout {
                 host: MS * 7,
@@ -87,6 +88,7 @@ mod tests {
     fn swap(state: HealthState) -> SwapRecord {
         SwapRecord {
             id: SwapId("s".into()),
+            part_of: None,
             vm: "web-1".to_owned().try_into().expect("name"),
             component: "vmm".into(),
             from: ReleaseName::default(),

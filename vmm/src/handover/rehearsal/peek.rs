@@ -129,11 +129,13 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
     /// Says what the machine is, and gives what it is to be built of.
     fn ask(&mut self, machine: &Machine, state: &OwnedFd) -> Result<(), Trouble> {
         machine.lend(&mut self.files).map_err(FreezeError::Lend)?;
+        let formats = machine.formats(self.errand.clock);
         let offer = Offer {
             spec: serde_json::to_string(machine.spec()).unwrap_or_default(),
             cpuid: cpuid::to_bytes(machine.cpuid()),
             tsc_khz: machine.tsc_khz(),
-            formats: machine.formats(self.errand.clock),
+            contents: machine.contents(&formats),
+            formats,
             files: u32::try_from(self.files.count()).unwrap_or(u32::MAX),
             tsc_offset: machine.tsc_offset(),
             hold: self.errand.clock == Policy::Hold,

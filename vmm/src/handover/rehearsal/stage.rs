@@ -12,6 +12,7 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::{MachineSpec, Pages, SpecError};
 use stillpoint_state::{StateError, Unclaimed};
 
+use super::super::agree::{self, NoFormat};
 use super::super::lend::Borrowed;
 use super::super::{Adopted, Body, Channel, ChannelError, Offer, State, out_of_turn};
 use super::{REHEARSED_FDS, Rehearse, Rehearsed, compare};
@@ -39,14 +40,8 @@ pub enum StageError {
         source: ChannelError,
     },
     /// It offers something we can't read.
-    #[error(
-        "the running release writes saved state in formats {offered:?}, this one reads {:?}",
-        release::FORMATS
-    )]
-    Formats {
-        /// What it writes.
-        offered: Vec<u32>,
-    },
+    #[error(transparent)]
+    Format(#[from] NoFormat),
     /// File descriptors are missing.
     #[error("a rehearsal comes with {REHEARSED_FDS} file descriptors, this one with {0}")]
     Fds(usize),
@@ -105,9 +100,7 @@ fn build(channel: &mut Channel) -> Result<Built, StageError> {
     let count = fds.len();
     let fds: [OwnedFd; REHEARSED_FDS] = fds.try_into().map_err(|_| StageError::Fds(count))?;
     let [ram, state] = fds;
-    let format = release::choose_format(&offer.formats).ok_or_else(|| StageError::Formats {
-        offered: offer.formats.clone(),
-    })?;
+    let format = agree::on_format(&offer)?;
     let spec = MachineSpec::from_json(&offer.spec)?;
     let ram = Arc::new(GuestRam::view(ram, &spec.memory)?);
     let promise = Promise {
