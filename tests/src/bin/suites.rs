@@ -82,6 +82,20 @@ const SUITES: &[Suite] = &[
     ),
     scenario("faults", &["-p", "stillpoint-tests", "--test", "faults"], 2),
     scenario("matrix", &["-p", "stillpoint-tests", "--test", "matrix"], 1),
+    scenario(
+        "safeguards",
+        &[
+            "-p",
+            "stillpoint-tests",
+            "--test",
+            "preflight",
+            "--test",
+            "rehearsal",
+            "--test",
+            "way_back",
+        ],
+        2,
+    ),
     scenario("budget", &["-p", "stillpoint-tests", "--test", "budget"], 1),
     scenario(
         "bad-input",

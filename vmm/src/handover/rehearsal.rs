@@ -15,7 +15,7 @@
 //! What the throw-away process is given it can harm nobody with, whatever it does: guest RAM as a file
 //! open for reading only, which it maps privately; disks' images opened anew, for reading only, so
 //! without the guest's locks; in place of kicks, taps, sockets and listeners fresh ones that lead
-//! nowhere ([`standins`]); no ownership page, no secret, no console. It enters no vCPU. And it never
+//! nowhere (`standins`); no ownership page, no secret, no console. It enters no vCPU. And it never
 //! hears of an [`Offer`], which is another packet.
 //!
 //! Must never: seal, or touch the ownership word; hold the guest for longer than the budget.

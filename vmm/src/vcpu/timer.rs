@@ -8,7 +8,7 @@
 //!   and after agrees: then a fired timer is in the IRR (or was taken), and nowhere else;
 //! * a one-shot timer that has fired is saved disarmed (initial count 0);
 //! * a count that still runs is moved on by the pause when it is loaded; a periodic timer keeps
-//!   its phase ([`phase`]), and a tick that the pause swallowed is put into the IRR, as KVM would
+//!   its phase (`phase`), and a tick that the pause swallowed is put into the IRR, as KVM would
 //!   coalesce it.
 
 pub(super) mod phase;
