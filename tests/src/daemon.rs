@@ -149,8 +149,7 @@ impl Daemon {
             stdout,
             stderr,
         } = self
-            .command(args)
-            .arg("--json")
+            .command(&[&["--json"], args].concat())
             .output()
             .context("running stillpoint")?;
         let json = serde_json::from_slice(&stdout).unwrap_or(Value::Null);
