@@ -7,6 +7,7 @@ use rustix::fs::MemfdFlags;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::rehearsal::{Rehearsal, Stage, Verdict};
+use stillpoint_state::likeness;
 
 use super::super::lend::Lending;
 use super::super::{Adopted, Body, Channel, ChannelError, Files, Offer, State, out_of_turn};
@@ -205,7 +206,8 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
             .map_err(Trouble::State)?
             .unwrap_or_default();
         self.told.differences = compare::differences(before, &again, without_late)?;
-        match self.told.differences.is_empty() {
+        let mut differences = self.told.differences.iter();
+        match differences.all(|difference| likeness::is_kvms_own(difference)) {
             true => Ok(()),
             false => Err(Trouble::Differs),
         }

@@ -98,8 +98,11 @@ fn every_other_change_is_named() {
     named(|v| v.sregs[9] = 1, "sregs is 1 at 9, and was 7");
     named(|v| v.xsave = vec![1], "xsave");
     named(|v| v.tsc_offset = Some(4), "tsc_offset");
-    named(|v| v.mp_state = 0, "mp_state");
-    named(|v| v.msr_values[0] = 9, "MSR 0x174 is 0x9, and was 0x8");
+    named(|v| v.mp_state = 1, "mp_state");
+    named(
+        |v| v.msr_values[0] = 9,
+        "MSR 0x174 is 0x9, where it was 0x8",
+    );
     named(|v| v.msr_values[1] = 98, "MSR 0x6e0");
     named(
         |v| (v.msr_indices, v.msr_values) = (vec![TSC_DEADLINE], vec![99]),
@@ -144,4 +147,30 @@ fn devices_and_sections_are_named() {
             "probe: was not there before"
         ]
     );
+}
+
+/// KVM makes of an MSR what it will, whichever release writes it; of a missing one it makes nothing.
+#[test]
+fn what_kvm_makes_of_an_msr_is_told_and_does_not_count() {
+    let a = Vcpu {
+        msr_indices: vec![0x175, 0x176, 0x4000_0010, 0x4000_0020, 0xc000_0081],
+        msr_values: vec![0xffff_fe00_0000_3000, 7, 1, 2, 3],
+        ..Vcpu::default()
+    };
+    let mut b = a.clone();
+    (b.msr_values[0], b.msr_values[2], b.msr_values[3]) = (0x3000, 5, 6);
+    assert_eq!(msrs(&a, &b).expect("readable"), [""; 0]);
+    b.msr_values[4] = 4;
+    let found = msrs(&a, &b).expect("readable");
+    let told = |what: &String| format!("vcpu/0: {what}");
+    assert_eq!(found.len(), 1);
+    assert!(is_kvms_own(&told(&found[0])), "{found:?}");
+    (b.msr_indices.pop(), b.msr_values.pop());
+    let found = msrs(&a, &b).expect("readable");
+    assert!(!is_kvms_own(&told(&found[0])), "{found:?}");
+    assert!(!is_kvms_own("probe: scratch is 2, and was 1"));
+    // The upper half of a value that fits nobody's registers is no more the same.
+    b = a.clone();
+    b.msr_values[0] = 0x3001;
+    assert_eq!(msrs(&a, &b).expect("readable").len(), 1);
 }
