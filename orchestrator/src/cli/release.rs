@@ -26,19 +26,22 @@ enum Verb {
     /// Verifies signature and digest of a release, or of all; exits 1 if one must not be run.
     Verify {
         /// Its version [all].
+        #[arg(id = "release", value_name = "VERSION")]
         version: Option<String>,
     },
     /// Sets, shows or takes away the least version that may be run.
     Pin {
         /// That version [shows the pin].
+        #[arg(id = "release", value_name = "VERSION")]
         version: Option<String>,
         /// Takes the pin away.
-        #[arg(long, conflicts_with = "version")]
+        #[arg(long, conflicts_with = "release")]
         none: bool,
     },
     /// Removes a release that runs no guest.
     Rm {
         /// Its version.
+        #[arg(id = "release", value_name = "VERSION")]
         version: String,
     },
     /// Prints the manifest of a binary, to be signed by `minisign -S`; needs no daemon, and runs the

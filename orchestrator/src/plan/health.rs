@@ -130,6 +130,8 @@ impl Watch {
         self.sign("vmm", false, SILENCE, now, || {
             format!("the VMM does not say how the guest is: {why}")
         });
+        // Nothing else is seen meanwhile: what was not seen yet has its time from here on.
+        self.began = now;
         self.verdict(now)
     }
 
