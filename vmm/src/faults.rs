@@ -57,7 +57,7 @@ impl Point {
 pub enum Spoilt {
     /// kvmclock is set once, and not in a loop (`spoil=loop`).
     Loop,
-    /// kvmclock is set a microsecond off its line (`spoil=clock`).
+    /// kvmclock is set a millisecond off its line (`spoil=clock`).
     Clock,
     /// TSC offsets are a thousand cycles off (`spoil=offset`).
     Offset,

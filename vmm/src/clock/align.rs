@@ -78,7 +78,7 @@ pub fn align(vm: &VmFd, from: &ClockSection, held: u64) -> Result<Alignment, kvm
         scale: Scale::of_khz(from.tsc_khz),
     };
     if faults::is_spoilt(Spoilt::Clock) {
-        line.clock += 1_000;
+        line.clock += 1_000_000;
     }
     let most = match faults::is_spoilt(Spoilt::Loop) {
         true => 1,

@@ -28,7 +28,7 @@ pub fn controls() -> anyhow::Result<Vec<Figure>> {
     let mut figures = Vec::new();
     for (name, how) in [
         ("control: kvmclock set once", "spoil=loop"),
-        ("control: kvmclock set 1 µs off", "spoil=clock"),
+        ("control: kvmclock set 1 ms off", "spoil=clock"),
     ] {
         let seen = spoilt(how)?;
         let (error, warned) = (error(&seen), warned(&seen, "kvmclock is off"));
