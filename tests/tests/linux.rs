@@ -139,7 +139,8 @@ fn swapped_at_full_load(kernel: Kernel, form: Form, cpus: u8) -> anyhow::Result<
     ensure!(after.cpus == u32::from(cpus), "{} CPUs", after.cpus);
     guest.dmesg_is_clean()?;
     reboots(&guest, &after.boot_id)?;
-    guest.must_move().context("a swap after the reboot")?;
+    let guarded = guest.must_move_guarded();
+    guarded.context("a swap after the reboot, rehearsed")?;
     guest.agent()?.shutdown(Shutdown::Poweroff)?;
     guest.wait_off()
 }

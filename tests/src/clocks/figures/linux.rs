@@ -174,7 +174,11 @@ impl<'d> Stage<'d> {
     fn swap(&self, to: &str, policy: Policy) -> anyhow::Result<SwapReport> {
         let (name, policy) = (self.guest.name.as_str(), policy.as_str());
         let args = ["swap", "vmm", name, "--to", to, "--clock", policy];
-        let args = [&args[..], &["--budget", "30s"]].concat();
+        let args = [
+            &args[..],
+            &["--budget", "30s", "--no-rehearsal", "--watch", "0s"],
+        ]
+        .concat();
         let mut answer = self.daemon.stillpoint(&args)?;
         for _ in 0..CALLED_OFF {
             let reason = answer.json["report"]["reason"].as_str().unwrap_or_default();
