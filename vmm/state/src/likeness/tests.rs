@@ -165,7 +165,8 @@ fn what_kvm_makes_of_an_msr_is_told_and_does_not_count() {
     let told = |what: &String| format!("vcpu/0: {what}");
     assert_eq!(found.len(), 1);
     assert!(is_kvms_own(&told(&found[0])), "{found:?}");
-    (b.msr_indices.pop(), b.msr_values.pop());
+    b.msr_indices.pop();
+    b.msr_values.pop();
     let found = msrs(&a, &b).expect("readable");
     assert!(!is_kvms_own(&told(&found[0])), "{found:?}");
     assert!(!is_kvms_own("probe: scratch is 2, and was 1"));
