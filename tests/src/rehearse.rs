@@ -1,16 +1,15 @@
 //! A rehearsal, driven as the daemon does it.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::{Child, ExitStatus};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::message::Request;
 use stillpoint_control::rehearsal::Rehearsal;
 
 use crate::patience::{PATIENCE, wait_end};
 use crate::releases::Release;
-use crate::start::{command, start, wait_ready};
-use crate::vm::{Vm, binary};
+use crate::start::wait_ready;
+use crate::vm::Vm;
 
 /// A process that waits for something to rehearse.
 #[derive(Debug)]
@@ -41,26 +40,11 @@ impl Drop for Stage {
 impl Vm {
     /// Starts the process of another release that is to rehearse with this guest.
     pub fn start_stage(&mut self, to: Release) -> anyhow::Result<Stage> {
-        let flags = SocketFlags::CLOEXEC;
-        let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-        let (reader, writer) = std::io::pipe()?;
-        let writer = OwnedFd::from(writer);
-        let log = self.dir.path().join("vmm.log");
-        let binary = binary(to, self.manner.uid, self.dir.path())?;
-        let mut command = command(&binary, &log, self.manner)?;
-        command.args(to.arguments()).arg("rehearse");
-        command
-            .arg("--handover-fd")
-            .arg(theirs.as_raw_fd().to_string());
-        command
-            .arg("--ready-fd")
-            .arg(writer.as_raw_fd().to_string());
-        let stage = Stage {
-            child: start(&mut command, &[&theirs, &writer])?,
-            socket: Some(socket),
-        };
-        drop((theirs, writer));
-        wait_ready(reader, "the rehearsal", &log)?;
+        let (reader, stage) = self.start_beside(to, "rehearse", |child, socket| {
+            let socket = Some(socket);
+            Ok(Stage { child, socket })
+        })?;
+        wait_ready(reader, "the rehearsal", &self.dir.path().join("vmm.log"))?;
         Ok(stage)
     }
 

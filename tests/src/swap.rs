@@ -1,5 +1,6 @@
 //! A swap, driven as the daemon does it: whole, or step by step.
 
+use std::io::PipeReader;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, ExitStatus};
 use std::time::Duration;
@@ -119,6 +120,28 @@ impl Vm {
     /// Starts a successor, ready for the offer.
     pub fn start_successor(&mut self, to: Release) -> anyhow::Result<Successor> {
         self.swaps += 1;
+        let state = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let (reader, successor) = self.start_beside(to, "adopt", |child, socket| {
+            Ok(Successor {
+                child,
+                to,
+                swap: format!("swap-{}", self.swaps),
+                socket: Some(socket),
+                state: rustix::fs::memfd_create("stillpoint-state", state)?,
+            })
+        })?;
+        wait_ready(reader, "the successor", &self.dir.path().join("vmm.log"))?;
+        Ok(successor)
+    }
+
+    /// Starts a process of that release beside the guest's, which does `verb` over a socketpair. `hold`
+    /// makes of it and of our end what ends it when it is dropped; with that, where it says that it is ready.
+    pub(crate) fn start_beside<T>(
+        &self,
+        to: Release,
+        verb: &str,
+        hold: impl FnOnce(Child, OwnedFd) -> anyhow::Result<T>,
+    ) -> anyhow::Result<(PipeReader, T)> {
         let flags = SocketFlags::CLOEXEC;
         let (socket, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
         let (reader, writer) = std::io::pipe()?;
@@ -126,24 +149,15 @@ impl Vm {
         let log = self.dir.path().join("vmm.log");
         let binary = binary(to, self.manner.uid, self.dir.path())?;
         let mut command = command(&binary, &log, self.manner)?;
-        command.args(to.arguments()).arg("adopt");
+        command.args(to.arguments()).arg(verb);
         command
             .arg("--handover-fd")
             .arg(theirs.as_raw_fd().to_string());
         command
             .arg("--ready-fd")
             .arg(writer.as_raw_fd().to_string());
-        let state = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let successor = Successor {
-            child: start(&mut command, &[&theirs, &writer])?,
-            to,
-            swap: format!("swap-{}", self.swaps),
-            socket: Some(socket),
-            state: rustix::fs::memfd_create("stillpoint-state", state)?,
-        };
-        drop((theirs, writer));
-        wait_ready(reader, "the successor", &log)?;
-        Ok(successor)
+        let child = start(&mut command, &[&theirs, &writer])?;
+        Ok((reader, hold(child, socket)?))
     }
 
     /// Swaps the VMM on these terms. `Ok` is the report, moved or kept.

@@ -112,6 +112,24 @@ fn mem_total_mib() -> Option<u64> {
     Some(kib >> 10)
 }
 
+/// That something could not be done to the file of RAM.
+fn not_to(what: &'static str) -> impl Fn(Errno) -> MemoryError {
+    move |source| MemoryError::File {
+        what,
+        source,
+        remedy: "",
+    }
+}
+
+/// A file of RAM is as large as the spec says; `what` is what can't be done if it isn't.
+fn check_size(fd: &OwnedFd, spec: &MemorySpec, what: &'static str) -> Result<(), MemoryError> {
+    let len = rustix::fs::fstat(fd).map_err(not_to("look at"))?.st_size;
+    match u64::try_from(len) {
+        Ok(len) if len == spec.size => Ok(()),
+        _ => Err(not_to(what)(Errno::INVAL)),
+    }
+}
+
 impl GuestRam {
     /// New, zeroed RAM.
     pub fn create(spec: &MemorySpec) -> Result<Self, MemoryError> {
@@ -148,18 +166,11 @@ impl GuestRam {
 
     /// RAM that another process made.
     pub fn adopt(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        let file = |what| {
-            move |source| MemoryError::File {
-                what,
-                source,
-                remedy: "",
-            }
+        check_size(&fd, spec, "adopt: its size is not the spec's;")?;
+        let dup = || {
+            let dup = fd.try_clone();
+            dup.map_err(|_| not_to("duplicate")(Errno::MFILE))
         };
-        let len = rustix::fs::fstat(&fd).map_err(file("look at"))?.st_size;
-        if u64::try_from(len) != Ok(spec.size) {
-            return Err(file("adopt: its size is not the spec's;")(Errno::INVAL));
-        }
-        let dup = || fd.try_clone().map_err(|_| file("duplicate")(Errno::MFILE));
         let mut offset = 0;
         let mut parts = Vec::new();
         for (start, len) in ranges(spec.size) {
@@ -188,23 +199,13 @@ impl GuestRam {
     /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process. The
     /// file may be open for reading only.
     pub fn view(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        let file = |what| {
-            move |source| MemoryError::File {
-                what,
-                source,
-                remedy: "",
-            }
-        };
-        let len = rustix::fs::fstat(&fd).map_err(file("look at"))?.st_size;
-        if u64::try_from(len) != Ok(spec.size) {
-            return Err(file("view: its size is not the spec's;")(Errno::INVAL));
-        }
+        check_size(&fd, spec, "view: its size is not the spec's;")?;
         let mut offset = 0;
         let mut regions = Vec::new();
         for (start, len) in ranges(spec.size) {
             let dup = fd
                 .try_clone()
-                .map_err(|_| file("duplicate")(Errno::MFILE))?;
+                .map_err(|_| not_to("duplicate")(Errno::MFILE))?;
             let backing = FileOffset::new(File::from(dup), offset);
             let region = MmapRegion::build(
                 Some(backing),
@@ -215,7 +216,8 @@ impl GuestRam {
             )
             .map_err(MemoryError::View)?;
             let region = GuestRegionMmap::new(region, start);
-            regions.push(region.ok_or(file("view: it ends beyond all addresses;")(Errno::INVAL))?);
+            regions
+                .push(region.ok_or(not_to("view: it ends beyond all addresses;")(Errno::INVAL))?);
             offset += len;
         }
         let map = Memory::from_regions(regions).map_err(MemoryError::Regions)?;
