@@ -113,6 +113,10 @@ images-if-any:
 test: releases programs images-if-any rig-static ## run every test; prints each suite's time
 	target/release/suites
 
+.PHONY: linux
+linux: images rig-static ## every scenario of Debian guests on emulated hosts with either kernel (20 minutes)
+	$(CARGO) test --quiet --locked -p stillpoint-tests --test rig -- --ignored --test-threads=1 every_scenario
+
 .PHONY: fmt lint
 fmt: ## check the formatting
 	$(CARGO) fmt --check && $(CARGO) fmt --check --manifest-path guest-images/pulse/Cargo.toml

@@ -56,6 +56,8 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         Request::Rehearse { .. }
         | Request::Signs
         | Request::Freeze { .. }
+        | Request::Detach { .. }
+        | Request::Rebuild { .. }
         | Request::Resume { .. } => Reply::Error {
             code: "bad_request".into(),
             message: "not a request of this protocol".into(),

@@ -30,6 +30,8 @@ pub struct Daemon {
 enum Network {
     /// In this process's namespace.
     Ours,
+    /// In this process's, with a mount namespace of its own.
+    OwnMounts,
     /// In a new one.
     New,
     /// In this one, which an earlier one had to itself.
@@ -66,6 +68,14 @@ impl Daemon {
     /// As [`Daemon::start`], in a network namespace of its own.
     pub fn start_in_own_network(dir: &Path) -> anyhow::Result<Self> {
         Self::start_as(dir, &programs(), Network::New)
+    }
+
+    /// As [`Daemon::start`], in a mount namespace of its own: what it and its children mount is seen by
+    /// nobody else. One that is started again is in ours.
+    pub fn start_among_own_mounts(dir: &Path) -> anyhow::Result<Self> {
+        let mut daemon = Self::start_as(dir, &programs(), Network::OwnMounts)?;
+        daemon.network = Network::Ours;
+        Ok(daemon)
     }
 
     fn start_as(dir: &Path, bin: &Path, network: Network) -> anyhow::Result<Self> {
@@ -229,11 +239,12 @@ fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
     // All of these become the daemon by exec, so the child's pid is its pid.
     let mut command = match network {
         Network::Ours => Command::new("env"),
-        Network::New => Command::new("unshare"),
+        Network::New | Network::OwnMounts => Command::new("unshare"),
         Network::Kept(_) => Command::new("nsenter"),
     };
     match network {
         Network::Ours => {}
+        Network::OwnMounts => drop(command.arg("-m")),
         Network::New => drop(command.arg("-n")),
         Network::Kept(namespace) => {
             let (pid, fd) = (std::process::id(), namespace.as_raw_fd());

@@ -128,35 +128,53 @@ fn a_host_that_stood_still_is_tried_once_more_and_that_is_said() -> anyhow::Resu
     Ok(())
 }
 
-/// Debian guests of both kernels on a host with this one: all the scenarios of `linux.rs`, which a host
-/// with hardware KVM runs directly.
-fn debian_guests_on(kernel: Kernel) -> anyhow::Result<()> {
+/// Scenarios of `linux.rs` on a host with this kernel: those whose names hold one of these words, or all of
+/// them. A host with hardware KVM runs them directly.
+fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Result<()> {
+    let linux = ["env", "STILLPOINT_LINUX=1", "linux", "--test-threads=1"];
     let outcome = Rig::new(&format!("linux-on-{}", kernel.name()), kernel)
         .memory_mib(3072)
         .programs()?
         .images(Kernel::Bookworm, &["bzImage", "vmlinux", "initramfs"])
         .images(Kernel::Backports, &["bzImage", "vmlinux", "initramfs"])
         .archive("curl")
-        .command(&["env", "STILLPOINT_LINUX=1", "linux", "--test-threads=1"])
+        .command(&[&linux[..], named].concat())
         .time_limit(Duration::from_secs(1500))
         .run()?;
     let console = std::fs::read_to_string(&outcome.log)?;
     ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
     ensure!(
-        console.contains("11 passed; 0 failed; 0 ignored"),
+        console.contains(&format!("{count} passed; 0 failed; 0 ignored")),
         "not all of them:\n{console}"
     );
     Ok(())
 }
 
+/// Each guest on a host with its own kernel, and every scenario on one of both.
 #[test]
 fn debian_guests_on_a_host_with_6_1() -> anyhow::Result<()> {
     needs!(rig::missing);
-    debian_guests_on(Kernel::Bookworm)
+    let named = ["bookworm", "power_button", "goes_bad", "modules"];
+    debian_guests_on(Kernel::Bookworm, &named, 7)
 }
 
 #[test]
 fn debian_guests_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
     needs!(rig::missing);
-    debian_guests_on(Kernel::Backports)
+    debian_guests_on(Kernel::Backports, &["backports", "announced"], 5)
+}
+
+/// All of them: `make linux`.
+#[test]
+#[ignore = "10 minutes; `make linux` runs it"]
+fn every_scenario_on_a_host_with_6_1() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    debian_guests_on(Kernel::Bookworm, &[], 12)
+}
+
+#[test]
+#[ignore = "10 minutes; `make linux` runs it"]
+fn every_scenario_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    debian_guests_on(Kernel::Backports, &[], 12)
 }

@@ -246,15 +246,18 @@ impl Machine {
                 .and_then(|()| device.freeze(deadline));
             rest.map_err(std::io::Error::other)?;
         }
+        let belongings = self.belongings()?;
+        self.console = None;
+        Ok(belongings)
+    }
+
+    /// Duplicates of the viewers' sockets and of the devices' files, for a machine that comes after it.
+    pub fn belongings(&self) -> std::io::Result<(Vec<OwnedFd>, Borrowed)> {
         let mut lending = Lending::default();
         self.lend(&mut lending)?;
         let viewers = self.viewers();
-        let viewers = viewers
-            .iter()
-            .map(|v| v.as_fd().try_clone_to_owned())
-            .collect::<Result<_, _>>()?;
-        self.console = None;
-        Ok((viewers, lending.arrive()))
+        let viewers = viewers.iter().map(|v| v.as_fd().try_clone_to_owned());
+        Ok((viewers.collect::<Result<_, _>>()?, lending.arrive()))
     }
 
     /// Brings to rest, while the guest runs, what may take long to come to rest.

@@ -5,11 +5,13 @@
 //! one to change anything.
 
 pub mod desk;
+mod detached;
 mod rehearse;
 mod serve;
 mod standstill;
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -58,6 +60,20 @@ pub struct Start {
     pub release: ReleaseName,
     /// The VM's secret.
     pub secret: Option<Secret>,
+}
+
+/// Ends a guest, in order.
+fn power_off(desk: &Desk, dir: &str) -> End {
+    desk.set_state(GuestState::Stopped);
+    // A guest that ended leaves no control socket; one that is found without its process
+    // tells of a crash, also to a daemon that was not there.
+    let _ = std::fs::remove_file(Path::new(dir).join(CONTROL_SOCKET));
+    End::PoweredOff
+}
+
+fn refusal(code: &str, message: String) -> Reply {
+    let code = code.to_owned();
+    Reply::Error { code, message }
 }
 
 /// A process with its guest.
@@ -161,7 +177,7 @@ impl Process {
                 None => self.events.recv()?,
             };
             match event {
-                Event::PowerOff => return Ok(self.power_off()),
+                Event::PowerOff => return Ok(power_off(&self.desk, &self.dir)),
                 Event::Reset => {
                     tracing::info!("the guest resets itself");
                     self.reset()?;
@@ -183,6 +199,12 @@ impl Process {
                     self.desk.set_state(GuestState::Stopped);
                     anyhow::bail!("vCPU {vcpu}: {failure}");
                 }
+                Event::Control(job) if matches!(job.request, Request::Detach { .. }) => {
+                    match self.detach(job)? {
+                        ControlFlow::Continue(process) => self = process,
+                        ControlFlow::Break(end) => return Ok(end),
+                    }
+                }
                 Event::Control(mut job) => {
                     let told = job.told.take();
                     if let Some(end) = self.carry_out(job) {
@@ -193,14 +215,6 @@ impl Process {
                 }
             }
         }
-    }
-
-    fn power_off(&self) -> End {
-        self.desk.set_state(GuestState::Stopped);
-        // A guest that ended leaves no control socket; one that is found without its process
-        // tells of a crash, also to a daemon that was not there.
-        let _ = std::fs::remove_file(Path::new(&self.dir).join(CONTROL_SOCKET));
-        End::PoweredOff
     }
 
     /// The machine begins anew: same RAM file, same doors and viewers, fresh everything else.
@@ -232,7 +246,7 @@ impl Process {
                 None
             }
             Request::PowerOff => {
-                let end = self.power_off();
+                let end = power_off(&self.desk, &self.dir);
                 let _ = job.reply.send(Reply::Done);
                 Some(end)
             }
@@ -243,6 +257,11 @@ impl Process {
             }
             Request::Resume { swap } => {
                 let _ = job.reply.send(self.desk.resumed(&swap));
+                None
+            }
+            Request::Rebuild { .. } => {
+                let message = "this guest has not let go of KVM: there is nothing to rebuild";
+                let _ = job.reply.send(refusal("bad_request", message.into()));
                 None
             }
             Request::Rehearse { .. } => {

@@ -7,6 +7,7 @@
 //! | [`trust`] | whose signatures of manifests count |
 //! | [`launch`] | what runs in the child between fork and the VMM: waits, then becomes it |
 //! | [`spawn`] | starts a VMM process and waits for its word |
+//! | [`modules`] | KVM's modules: which are loaded, who holds them, their exchange |
 //! | [`process`] | one process, held by its pidfd |
 //! | [`find`] | a VMM by its control socket, and the proof that it is the one |
 //! | [`pair`] | predecessor and successor of a swap |
@@ -20,6 +21,7 @@ pub mod binaries;
 pub mod custody;
 pub mod find;
 pub mod launch;
+pub mod modules;
 pub mod pair;
 mod pidfd;
 pub mod places;

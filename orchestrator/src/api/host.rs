@@ -12,10 +12,11 @@ use utoipa::ToSchema;
 use super::Desk;
 use super::refusal::{Body, Refusal};
 use super::swaps::{check_budget, check_notice, new_id};
+use crate::agent::modules;
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, HOST, HostSwap, HostSwapState, Problem, Safeguards, SwapId, SwapRecord, SwapState,
-    VmRecord, VmState, Wanted,
+    Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem, Safeguards, SwapId, SwapRecord,
+    SwapState, VmRecord, VmState, Wanted,
 };
 use crate::store::Busy;
 
@@ -26,8 +27,12 @@ const MAX_COMMAND: usize = 100_000;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewHostSwap {
+    /// KVM's modules are exchanged: the guests let go of KVM meanwhile.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kvm: Option<NewKvm>,
     /// The program and its arguments that are run, as the daemon's user, while the guests stand still.
-    /// Empty: the operator does it by hand, and lets the guests go.
+    /// Empty: the operator does it by hand, and lets the guests go; or, of KVM, the daemon exchanges the
+    /// modules.
     #[serde(default)]
     pub command: Vec<String>,
     /// What `/bin/sh -c` runs when that failed, once the guests run again.
@@ -46,6 +51,18 @@ pub struct NewHostSwap {
     pub no_notice: Option<String>,
 }
 
+/// What is to become of KVM's modules.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewKvm {
+    /// The folder with the modules to load; the same files again when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// Parameters that are to be other than they are, `MODULE.NAME=VALUE`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parameters: Vec<String>,
+}
+
 /// Asks for a swap of the host. It is recorded, then done; `GET /v1/host/swaps/{id}` says how far it is.
 #[utoipa::path(
     post, path = "/v1/host/swaps", request_body = NewHostSwap,
@@ -60,8 +77,13 @@ pub(super) async fn ask(
 ) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
     check(&new)?;
     let vms = desk.guests(&new.vms).await?;
+    let kvm = match &new.kvm {
+        Some(kvm) => Some(desk.kvm(kvm, &new.command, &vms).await?),
+        None => None,
+    };
     let swap = HostSwap {
         id: new_id()?,
+        kvm,
         command: new.command,
         undo: new.undo,
         vms: vms.iter().map(|vm| vm.name.clone()).collect(),
@@ -98,6 +120,12 @@ pub(super) async fn ask(
 
 fn check(new: &NewHostSwap) -> Result<(), Problem> {
     let bad = |message: String| Err(Problem::new(Code::BadRequest, message));
+    if new.kvm.is_some() && !new.vms.is_empty() {
+        return bad(
+            "field `vms`: KVM's modules are exchanged under all guests of the host or under none"
+                .into(),
+        );
+    }
     check_budget(Some(new.budget_ns))?;
     check_notice(new.notice_ns, new.no_notice.as_deref())?;
     let words = new.command.iter().chain(&new.undo);
@@ -131,7 +159,74 @@ fn is_program(name: &str) -> bool {
     !name.is_empty() && std::env::split_paths(&path).any(|dir| executable(&dir.join(name)))
 }
 
+/// Whether KVM's modules could be exchanged now. Nothing is touched.
+#[utoipa::path(
+    post, path = "/v1/host/kvm/checks", request_body = NewKvm,
+    responses((status = 200, body = KvmCheck), (status = "4XX", body = Problem))
+)]
+pub(super) async fn check_kvm(
+    State(desk): State<Desk>,
+    Body(new): Body<NewKvm>,
+) -> Result<Json<KvmCheck>, Refusal> {
+    let vms = desk.guests(&[]).await?;
+    let names = vms.iter().map(|vm| vm.name.to_string()).collect();
+    let (swap, problems) = desk.look_at_kvm(&new, &[], &vms).await?;
+    Ok(Json(KvmCheck {
+        swap,
+        vms: names,
+        problems,
+    }))
+}
+
 impl Desk {
+    /// What is to be exchanged of KVM, if nothing stands in the way.
+    async fn kvm(
+        &self,
+        new: &NewKvm,
+        command: &[String],
+        vms: &[VmRecord],
+    ) -> Result<KvmSwap, Refusal> {
+        match self.look_at_kvm(new, command, vms).await? {
+            (Some(swap), problems) if problems.is_empty() => Ok(swap),
+            (_, problems) => Err(Problem::new(Code::BadRequest, problems.join("; ")).into()),
+        }
+    }
+
+    /// What would be exchanged of KVM, and what stands in the way.
+    async fn look_at_kvm(
+        &self,
+        new: &NewKvm,
+        command: &[String],
+        vms: &[VmRecord],
+    ) -> Result<(Option<KvmSwap>, Vec<String>), Refusal> {
+        let ours: Vec<u32> = vms
+            .iter()
+            .filter_map(|vm| Some(vm.process.as_ref()?.pid))
+            .collect();
+        let (new, by_command) = (new.clone(), !command.is_empty());
+        let looked = tokio::task::spawn_blocking(move || {
+            let holders = modules::holders(&ours);
+            let mut problems: Vec<_> = holders
+                .iter()
+                .map(|holder| format!("{holder} has KVM open: end it first, or move it away"))
+                .collect();
+            let swap = match by_command {
+                // What the command does, the operator knows.
+                true => Ok(KvmSwap::default()),
+                false => modules::present().and_then(|before| {
+                    let folder = new.to.as_deref().map(std::path::Path::new);
+                    let to = modules::instead(&before, folder, &new.parameters)?;
+                    Ok(KvmSwap { to, before })
+                }),
+            };
+            let swap = swap.map_err(|error| problems.push(error.to_string())).ok();
+            (swap, problems)
+        });
+        looked.await.map_err(|error| {
+            Problem::new(Code::Failed, format!("looking at KVM's modules: {error}")).into()
+        })
+    }
+
     /// The guests of these names, each of which must run; all that run if there are no names.
     async fn guests(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
         let mut vms = Vec::new();
@@ -170,7 +265,7 @@ impl Desk {
             id: SwapId(format!("{}.{}", swap.id, vm.name)),
             part_of: Some(swap.id.clone()),
             vm: vm.name.clone(),
-            component: HOST.into(),
+            component: swap.component().into(),
             from: release.clone(),
             to: release,
             state: SwapState::Wanted,

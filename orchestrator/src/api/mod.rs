@@ -22,7 +22,7 @@ use crate::execute::Host;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
-pub use host::NewHostSwap;
+pub use host::{NewHostSwap, NewKvm};
 pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
@@ -63,6 +63,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(host::list, host::ask))
         .routes(routes!(host::show))
         .routes(routes!(host::release))
+        .routes(routes!(host::check_kvm))
         .routes(routes!(pauses::list))
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))

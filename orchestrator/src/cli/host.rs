@@ -1,4 +1,4 @@
-//! `stillpoint swap host` and `stillpoint host`
+//! `stillpoint swap host`, `stillpoint swap kvm`, and `stillpoint host`
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -7,26 +7,20 @@ use hyper::Method;
 use indicatif::ProgressBar;
 
 use super::{Desk, format, progress, say, say_json};
-use crate::api::NewHostSwap;
-use crate::model::{Code, HostSwap, HostSwapState, Problem};
+use crate::api::{NewHostSwap, NewKvm};
+use crate::model::{Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem};
 
 /// Between two looks at how far it is.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a daemon may stay away before the command stops waiting for it.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
 
-/// What both ways of standing still have in common.
+/// What all ways of standing still have in common.
 #[derive(Debug, clap::Args)]
 pub(super) struct Terms {
-    /// A guest that is to stand still; may be given more than once [all that run].
-    #[arg(long = "vm", value_name = "NAME")]
-    vms: Vec<String>,
     /// The longest a guest stands still, such as 10s, and at most 30s.
     #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
     budget: Duration,
-    /// What a shell runs, once the guests run again, when it failed or the budget ended.
-    #[arg(long, value_name = "COMMAND")]
-    undo: Option<String>,
     /// How long before the pause the guests hear of it, such as 15min; they may approve sooner [each
     /// one's own, if any listens].
     #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
@@ -36,10 +30,44 @@ pub(super) struct Terms {
     no_notice: Option<String>,
 }
 
+/// Of a pause in which guests keep their machines.
+#[derive(Debug, clap::Args)]
+pub(super) struct InPlace {
+    /// A guest that is to stand still; may be given more than once [all that run].
+    #[arg(long = "vm", value_name = "NAME")]
+    vms: Vec<String>,
+    /// What a shell runs, once the guests run again, when it failed or the budget ended.
+    #[arg(long, value_name = "COMMAND")]
+    undo: Option<String>,
+    #[command(flatten)]
+    terms: Terms,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct KvmArgs {
+    /// The folder with the modules to load, kvm.ko and the vendor's [the same files again].
+    #[arg(long, value_name = "DIR")]
+    to: Option<std::path::PathBuf>,
+    /// A parameter that is to be another than now, such as kvm_amd.nested=0; may be given more than once.
+    #[arg(long = "parameter", value_name = "MODULE.NAME=VALUE")]
+    parameters: Vec<String>,
+    /// Only say whether it would work; nothing is touched. Exits 0 if it would.
+    #[arg(long, conflicts_with_all = ["undo", "command"])]
+    check: bool,
+    /// What a shell runs when COMMAND failed, before the guests come back.
+    #[arg(long, value_name = "COMMAND", requires = "command")]
+    undo: Option<String>,
+    #[command(flatten)]
+    terms: Terms,
+    /// Instead of exchanging the modules: the command that does it, after `--`.
+    #[arg(last = true, value_name = "COMMAND", conflicts_with_all = ["to", "parameters"])]
+    command: Vec<String>,
+}
+
 #[derive(Debug, clap::Args)]
 pub(super) struct SwapArgs {
     #[command(flatten)]
-    terms: Terms,
+    terms: InPlace,
     /// The command, after `--`; the daemon runs it, as its own user.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<String>,
@@ -54,7 +82,7 @@ pub(super) struct Args {
 #[derive(Debug, clap::Subcommand)]
 enum Act {
     /// Has guests stand still until they are released, and no longer than the budget.
-    Hold(Terms),
+    Hold(InPlace),
     /// Lets guests run on that are held.
     Release {
         /// The hold's id [the one there is].
@@ -69,15 +97,24 @@ enum Act {
     },
 }
 
-impl Terms {
+impl InPlace {
     fn with(self, command: Vec<String>) -> NewHostSwap {
         NewHostSwap {
             command,
             undo: self.undo,
             vms: self.vms,
+            ..self.terms.ask()
+        }
+    }
+}
+
+impl Terms {
+    fn ask(self) -> NewHostSwap {
+        NewHostSwap {
             budget_ns: format::whole_ns(self.budget),
             notice_ns: self.notice.map(format::whole_ns),
             no_notice: self.no_notice,
+            ..NewHostSwap::default()
         }
     }
 }
@@ -87,6 +124,67 @@ pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Proble
     let new = args.terms.with(args.command);
     let swap = ask(desk, &new, HostSwapState::is_over).await?;
     show(desk, &swap)
+}
+
+/// `stillpoint swap kvm`
+pub(super) async fn swap_kvm(desk: &Desk, args: KvmArgs) -> Result<ExitCode, Problem> {
+    let to = match args.to {
+        Some(folder) => Some(absolute(&folder)?),
+        None => None,
+    };
+    let kvm = NewKvm {
+        to,
+        parameters: args.parameters,
+    };
+    if args.check {
+        return check_kvm(desk, &kvm).await;
+    }
+    let new = NewHostSwap {
+        kvm: Some(kvm),
+        command: args.command,
+        undo: args.undo,
+        ..args.terms.ask()
+    };
+    let swap = ask(desk, &new, HostSwapState::is_over).await?;
+    show(desk, &swap)
+}
+
+/// The daemon has another working directory.
+fn absolute(folder: &std::path::Path) -> Result<String, Problem> {
+    let path = std::path::absolute(folder).map_err(|error| {
+        let message = format!("{}: {error}", folder.display());
+        Problem::new(Code::BadRequest, message)
+    })?;
+    Ok(path.display().to_string())
+}
+
+async fn check_kvm(desk: &Desk, kvm: &NewKvm) -> Result<ExitCode, Problem> {
+    let path = "/v1/host/kvm/checks";
+    let check: KvmCheck = desk.api.send(Method::POST, path, kvm).await?;
+    if desk.json {
+        say_json(&check)?;
+    } else {
+        say(&check_text(&check))?;
+    }
+    Ok(match check.problems.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+fn check_text(check: &KvmCheck) -> String {
+    let mut text = match check.problems.is_empty() {
+        true => "KVM's modules can be exchanged\n".to_owned(),
+        false => "KVM's modules can't be exchanged now\n".to_owned(),
+    };
+    for problem in &check.problems {
+        text.push_str(&format!("  problem    {problem}\n"));
+    }
+    for module in check.swap.iter().flat_map(|swap| &swap.to) {
+        text.push_str(&format!("  load       {}\n", module.file));
+    }
+    text.push_str(&format!("  guests     {}\n", check.vms.join(", ")));
+    text
 }
 
 /// `stillpoint host`
@@ -141,8 +239,8 @@ async fn follow(
     }
 }
 
-async fn hold(desk: &Desk, terms: Terms) -> Result<ExitCode, Problem> {
-    let budget = terms.budget;
+async fn hold(desk: &Desk, terms: InPlace) -> Result<ExitCode, Problem> {
+    let budget = terms.terms.budget;
     let new = terms.with(Vec::new());
     let swap = ask(desk, &new, |state| state == HostSwapState::InProgress).await?;
     if swap.state != HostSwapState::InProgress {
@@ -213,10 +311,18 @@ async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
 }
 
 fn what(swap: &HostSwap) -> String {
-    match swap.is_by_hand() {
-        true => "by hand".into(),
-        false => swap.command.join(" "),
+    let command = swap.command.join(" ");
+    match (&swap.kvm, command.is_empty()) {
+        (None, true) => "by hand".into(),
+        (None, false) => command,
+        (Some(_), false) => format!("KVM, by {command}"),
+        (Some(kvm), true) => format!("KVM: {}", files(kvm)),
     }
+}
+
+fn files(kvm: &KvmSwap) -> String {
+    let files: Vec<_> = kvm.to.iter().map(|module| module.file.as_str()).collect();
+    files.join(", ")
 }
 
 fn show(desk: &Desk, swap: &HostSwap) -> Result<ExitCode, Problem> {
@@ -282,6 +388,7 @@ mod tests {
     fn a_person_reads_what_became_of_it() {
         let swap = HostSwap {
             id: SwapId("1".into()),
+            kvm: None,
             command: vec!["modprobe".into(), "tg3".into()],
             undo: Some("modprobe old".into()),
             vms: [name("a"), name("b")].into(),

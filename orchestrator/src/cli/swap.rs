@@ -1,4 +1,4 @@
-//! `stillpoint swap vmm`; `stillpoint swap host` is in [`super::host`].
+//! `stillpoint swap vmm`; `stillpoint swap host` and `swap kvm` are in [`super::host`].
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -28,6 +28,9 @@ pub(super) struct Args {
 enum Component {
     /// The process that runs a guest. Exits 0 when the successor runs it, 1 when it stayed.
     Vmm(VmmArgs),
+    /// KVM's modules: all guests stand still without a machine, the modules are exchanged, and the
+    /// guests are rebuilt. Exits 0 when they run on the new modules.
+    Kvm(super::host::KvmArgs),
     /// Anything else of this host: its guests stand still in their places while a command changes it.
     /// Exits 0 when the command did, within the budget.
     Host(super::host::SwapArgs),
@@ -78,6 +81,7 @@ struct VmmArgs {
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let args = match args.component {
         Component::Host(args) => return super::host::swap(desk, args).await,
+        Component::Kvm(args) => return super::host::swap_kvm(desk, args).await,
         Component::Vmm(args) => args,
     };
     let VmmArgs {

@@ -11,28 +11,29 @@
 //! that dies leaves guests that resume in time, and the next one finds out what became of it
 //! ([`settle`]). What the command did then nobody knows, so it counts as failed, and is undone.
 
+mod guests;
+mod kvm;
+
 use std::time::Duration;
 
-use stillpoint_control::client::ClientError;
 use stillpoint_control::report::SwapReport;
 use tokio::time::Instant;
 
 use super::announce::{self, Clearance, Concerned};
 use super::command::{self, Running};
 use super::{Host, unix_ns};
-use crate::agent::find::{Expected, FindError};
+use crate::agent::find::Expected;
 use crate::model::{
     CommandEnd, Event, HostSwap, HostSwapState, Measured, SwapRecord, SwapState, VmRecord, VmState,
 };
 use crate::store::StoreError;
+use guests::{freeze_all, resume_all};
 
 /// How long the resumption of every guest is thought to take: the command's time ends so much before
 /// the guests' own ceilings.
 const RESERVE: Duration = Duration::from_millis(50);
 /// And no less than this part of the budget.
 const RESERVE_PART: u32 = 20;
-/// How long a VMM may take to come to rest before its ceiling counts, and to measure afterwards.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// The longest an undo may take: guests run meanwhile.
 const UNDO_PATIENCE: Duration = Duration::from_secs(600);
 /// Between two tries to record what has happened.
@@ -79,14 +80,20 @@ async fn carry_out(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
     let records: Vec<_> = parts.iter_mut().map(Part::begin).collect();
     host.store.update_host_swap(swap, &records).await?;
     host.tell_host_swap(swap);
-    let frozen = freeze_all(swap, &parts).await;
+    let frozen = match swap.kvm {
+        Some(_) => guests::detach_all(swap, &parts).await,
+        None => freeze_all(swap, &parts).await,
+    };
     if let Err(why) = frozen {
         let reports = resume_all(swap, &parts).await;
         swap.pause_ns = longest(&reports);
         let parts = ended(parts, reports, unix_ns());
         return refuse(host, swap, parts, why).await;
     }
-    let stood = stand(host, swap).await;
+    let stood = match swap.kvm.clone() {
+        Some(modules) => kvm::stand_apart(host, swap, &modules, &parts).await,
+        None => stand(host, swap).await,
+    };
     let reports = resume_all(swap, &parts).await;
     swap.pause_ns = longest(&reports);
     let parts = ended(parts, reports, unix_ns());
@@ -96,6 +103,10 @@ async fn carry_out(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
 /// What an earlier daemon left: guests are resumed, and what it was about is undone.
 async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
     let parts = parts(host, swap).await?;
+    if let Some(modules) = &swap.kvm {
+        // Guests without a machine wait for KVM, and for nothing else.
+        kvm::see_that_it_is_there(modules).await;
+    }
     let reports = resume_all(swap, &parts).await;
     swap.pause_ns = longest(&reports);
     let parts = ended(parts, reports, unix_ns());
@@ -179,65 +190,6 @@ impl Part {
     }
 }
 
-/// Freezes all guests at once; an error names the first that would not.
-async fn freeze_all(swap: &HostSwap, parts: &[Part]) -> Result<(), String> {
-    let ceiling = Duration::from_nanos(swap.budget_ns);
-    let freeze = |part: &Part| {
-        let (expected, id, name) = (
-            part.expected.clone(),
-            swap.id.0.clone(),
-            part.vm.name.clone(),
-        );
-        tokio::task::spawn_blocking(move || {
-            let frozen = expected.greet().and_then(|(client, _)| {
-                client
-                    .set_patience(PATIENCE)
-                    .and_then(|()| client.freeze(&id, ceiling))
-                    .map_err(|e| expected.mute(e))
-            });
-            frozen.map_err(|error| format!("{name} did not stand still: {error}"))
-        })
-    };
-    let tasks: Vec<_> = parts.iter().map(freeze).collect();
-    let mut all = Ok(());
-    for task in tasks {
-        let one = task
-            .await
-            .map_err(|e| e.to_string())
-            .and_then(|frozen| frozen);
-        all = all.and(one);
-    }
-    all
-}
-
-/// Has all guests run on; gives each one's report, or why there is none.
-async fn resume_all(swap: &HostSwap, parts: &[Part]) -> Vec<Result<SwapReport, String>> {
-    let resume = |part: &Part| {
-        let (expected, id) = (part.expected.clone(), swap.id.0.clone());
-        tokio::task::spawn_blocking(move || {
-            let (client, _) = expected.greet()?;
-            client
-                .set_patience(PATIENCE)
-                .and_then(|()| client.resume(&id))
-                .map_err(|error| expected.mute(error))
-        })
-    };
-    let tasks: Vec<_> = parts.iter().map(resume).collect();
-    let mut reports = Vec::new();
-    for task in tasks {
-        reports.push(match task.await {
-            Ok(Ok(report)) => Ok(report),
-            Ok(Err(FindError::Mute {
-                source: ClientError::Refused { message, .. },
-                ..
-            })) => Err(message),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(error) => Err(error.to_string()),
-        });
-    }
-    reports
-}
-
 fn longest(reports: &[Result<SwapReport, String>]) -> Option<u64> {
     let pauses = reports.iter().flatten().map(|report| report.blackout.host);
     let longest = pauses.filter(|pause| !pause.is_zero()).max()?;
@@ -270,11 +222,17 @@ fn end_part(swap: &mut SwapRecord, report: Option<SwapReport>, problem: Option<S
     swap.report = report;
 }
 
+/// By when what is done to the host must be done, for the guests to run in time.
+fn command_deadline(swap: &HostSwap) -> Instant {
+    let budget = Duration::from_nanos(swap.budget_ns);
+    let reserve = (budget / RESERVE_PART).max(RESERVE).min(budget / 2);
+    Instant::now() + (budget - reserve)
+}
+
 /// While the guests stand still: the command runs, or the operator does what is to be done.
 async fn stand(host: &Host, swap: &mut HostSwap) -> Stood {
     let budget = Duration::from_nanos(swap.budget_ns);
-    let reserve = (budget / RESERVE_PART).max(RESERVE).min(budget / 2);
-    let deadline = Instant::now() + (budget - reserve);
+    let deadline = command_deadline(swap);
     if swap.is_by_hand() {
         swap.step = "by hand".into();
         host.tell_host_swap(swap);
@@ -285,6 +243,11 @@ async fn stand(host: &Host, swap: &mut HostSwap) -> Stood {
             output: String::new(),
         };
     }
+    run_command(host, swap, deadline).await
+}
+
+/// Runs the operator's command, until then at the longest.
+async fn run_command(host: &Host, swap: &mut HostSwap, deadline: Instant) -> Stood {
     swap.step = "command".into();
     host.tell_host_swap(swap);
     let log = host.host_swap_log(&swap.id);
@@ -333,19 +296,28 @@ async fn conclude(
         None => HostSwapState::Done,
         Some(_) => HostSwapState::Failed,
     };
-    if let (HostSwapState::Failed, Some(undo)) = (swap.state, swap.undo.clone()) {
-        swap.step = "undo".into();
-        host.tell_host_swap(swap);
-        let log = host.host_swap_log(&swap.id);
-        let shell = ["/bin/sh".to_owned(), "-c".to_owned(), undo];
-        swap.undone = Some(match Running::start(&shell, &log) {
-            Ok(running) => running.end_by(Instant::now() + UNDO_PATIENCE).await,
-            Err(why) => CommandEnd::NotStarted(why),
-        });
-        swap.output = command::tail(&log);
+    // Of KVM, what failed was undone before the guests ran.
+    if swap.state == HostSwapState::Failed && swap.kvm.is_none() {
+        undo(host, swap).await;
     }
     end(host, swap).await;
     Ok(())
+}
+
+/// Runs what the operator gave for the case that it fails.
+async fn undo(host: &Host, swap: &mut HostSwap) {
+    let Some(undo) = swap.undo.clone() else {
+        return;
+    };
+    swap.step = "undo".into();
+    host.tell_host_swap(swap);
+    let log = host.host_swap_log(&swap.id);
+    let shell = ["/bin/sh".to_owned(), "-c".to_owned(), undo];
+    swap.undone = Some(match Running::start(&shell, &log) {
+        Ok(running) => running.end_by(Instant::now() + UNDO_PATIENCE).await,
+        Err(why) => CommandEnd::NotStarted(why),
+    });
+    swap.output = command::tail(&log);
 }
 
 /// Ends one that did not begin. No command was run.

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::message::ProcessId;
 use utoipa::ToSchema;
 
-use super::swap::SwapId;
+use super::kvm_swap::KvmSwap;
+use super::swap::{HOST, KVM, SwapId};
 use super::vm::VmName;
 
 /// How far it is.
@@ -89,7 +90,11 @@ impl std::fmt::Display for CommandEnd {
 pub struct HostSwap {
     /// Id.
     pub id: SwapId,
-    /// What is run while the guests stand still; empty if the operator does it by hand.
+    /// KVM's modules, if it is they that are exchanged: the guests let go of KVM while they stand still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kvm: Option<KvmSwap>,
+    /// What is run while the guests stand still; empty if the operator does it by hand, or if modules are
+    /// exchanged.
     pub command: Vec<String>,
     /// What a shell runs when it failed, after the guests run again.
     pub undo: Option<String>,
@@ -126,7 +131,15 @@ pub struct HostSwap {
 impl HostSwap {
     /// Whether the operator does it by hand.
     pub fn is_by_hand(&self) -> bool {
-        self.command.is_empty()
+        self.command.is_empty() && self.kvm.is_none()
+    }
+
+    /// The component that each guest's part is of.
+    pub fn component(&self) -> &'static str {
+        match self.kvm {
+            Some(_) => KVM,
+            None => HOST,
+        }
     }
 
     /// The guests, in a line.

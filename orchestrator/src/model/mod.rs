@@ -5,6 +5,7 @@ mod event;
 mod fleet;
 mod host_swap;
 mod journal;
+mod kvm_swap;
 mod moment;
 mod pause;
 mod policy;
@@ -22,6 +23,7 @@ pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, MOST_DOMAINS, Rung};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
+pub use kvm_swap::{KvmCheck, KvmSwap, Module};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,
@@ -35,6 +37,6 @@ pub use release::{Manifest, Pin, Release, Signer, VMM, validate_minimum, validat
 pub use safeguards::{
     Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,
 };
-pub use swap::{HOST, SwapId, SwapRecord, SwapState};
+pub use swap::{HOST, KVM, SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

@@ -11,6 +11,8 @@ use super::vm::VmName;
 
 /// The component that is anything of a host but a guest's own: guests stand still in their places.
 pub const HOST: &str = "host";
+/// The component that is KVM's modules: guests stand still without a machine.
+pub const KVM: &str = "kvm";
 
 /// A swap's id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]

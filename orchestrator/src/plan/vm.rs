@@ -5,7 +5,7 @@
 
 use stillpoint_control::ownership::{Epoch, Owner};
 
-use crate::model::{HOST, SwapId, SwapRecord, SwapState, VmRecord, VmState, Wanted};
+use crate::model::{SwapId, SwapRecord, SwapState, VmRecord, VmState, Wanted};
 
 /// What can be seen of a VM's process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub fn next(vm: &VmRecord, swap: Option<&SwapRecord>, seen: &Seen) -> Planned {
     // A guest's part of a swap of its host is the host's to carry out, and the VM's own way goes on:
     // it may end, or be ended.
     if let Some(part) = swap
-        && part.component == HOST
+        && part.part_of.is_some()
     {
         return match (seen, vm.wanted) {
             (Seen::Alive, Wanted::Running) => planned(Step::Rest, "its host is being swapped"),

@@ -108,6 +108,11 @@ const SUITES: &[Suite] = &[
         &["-p", "stillpoint-tests", "--test", "standstill"],
         1,
     ),
+    scenario(
+        "kvm-swap",
+        &["-p", "stillpoint-tests", "--test", "kvm_swap"],
+        1,
+    ),
     scenario("virtio", &["-p", "stillpoint-tests", "--test", "virtio"], 1),
     scenario("disks", &["-p", "stillpoint-tests", "--test", "disks"], 1),
     scenario("taps", &["-p", "stillpoint-tests", "--test", "taps"], 1),

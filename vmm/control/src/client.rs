@@ -192,6 +192,24 @@ impl Client {
         }
     }
 
+    /// Has the guest stand still and its process let go of KVM, for `ceiling` at the longest.
+    pub fn detach(&self, swap: &str, ceiling: Duration) -> Result<(), ClientError> {
+        let swap = swap.to_owned();
+        match self.ask(&Request::Detach { swap, ceiling }, &[])?.0 {
+            Reply::Detached => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Has the machine rebuilt of a guest that was detached for this swap. It does not run yet.
+    pub fn rebuild(&self, swap: &str) -> Result<(), ClientError> {
+        let swap = swap.to_owned();
+        match self.ask(&Request::Rebuild { swap }, &[])?.0 {
+            Reply::Rebuilt => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// Asks for a rehearsal and waits for its end. `request` must be a [`Request::Rehearse`]. The
     /// socket is closed here as soon as it is sent, so that each side hears when the other closes.
     pub fn rehearse(&self, request: &Request, socket: OwnedFd) -> Result<Rehearsal, ClientError> {

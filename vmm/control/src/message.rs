@@ -65,8 +65,25 @@ pub enum Request {
         #[serde(rename = "ceiling_ns", with = "crate::nanos")]
         ceiling: Duration,
     },
-    /// Have the guest run on that stands still for this swap. Answered by [`Reply::Resumed`], also if
-    /// it runs on already, for whatever reason.
+    /// Have the guest stand still, keep its state in its process's memory, and let go of KVM: no file
+    /// descriptor of KVM stays open, while RAM stays mapped and devices' files stay open. Answered by
+    /// [`Reply::Detached`]; also of a guest that was rebuilt and has not run since.
+    Detach {
+        /// Id of the swap of the host.
+        swap: String,
+        /// The longest it stands still: then it is rebuilt on whatever KVM there is, and runs on,
+        /// whoever has died meanwhile.
+        #[serde(rename = "ceiling_ns", with = "crate::nanos")]
+        ceiling: Duration,
+    },
+    /// Rebuild the virtual machine of a guest that has let go of KVM. It does not run yet. Answered by
+    /// [`Reply::Rebuilt`]; on an error the guest is as it was before, and this can be asked again.
+    Rebuild {
+        /// Id of the swap.
+        swap: String,
+    },
+    /// Have the guest run on that stands still for this swap, rebuilt first if it has let go of KVM.
+    /// Answered by [`Reply::Resumed`], also if it runs on already, for whatever reason.
     Resume {
         /// Id of the swap.
         swap: String,
@@ -127,6 +144,10 @@ pub enum Reply {
     Handover(Handover),
     /// To [`Request::Freeze`]: the guest stands still.
     Frozen,
+    /// To [`Request::Detach`]: the guest stands still, and KVM is let go of.
+    Detached,
+    /// To [`Request::Rebuild`]: there is a machine again, with the guest's state in it.
+    Rebuilt,
     /// To [`Request::Resume`]: the guest runs, and this was its pause.
     Resumed {
         /// The report.

@@ -382,7 +382,7 @@ fn check_header(state: &Unclaimed, prepared: &Prepared) -> Result<(), StateError
 }
 
 /// The guest's pvclock pages as the predecessor's KVM left them.
-fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> {
+pub(crate) fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> {
     let page = |&msr: &u64| {
         let at = vm_memory::GuestAddress(msr & !1);
         (msr & 1 == 1)
@@ -393,7 +393,7 @@ fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> 
 }
 
 /// The guest's wall clock structure, likewise.
-fn wall_before(machine: &Machine, loaded: &LoadedMachine) -> Option<WallClock> {
+pub(crate) fn wall_before(machine: &Machine, loaded: &LoadedMachine) -> Option<WallClock> {
     let at = vm_memory::GuestAddress(loaded.wall_clock);
     (loaded.wall_clock != 0)
         .then(|| WallClock::read(machine.ram().map(), at))

@@ -53,6 +53,12 @@ pub struct Missing(pub String);
 pub struct Borrowed(BTreeMap<String, OwnedFd>);
 
 impl Borrowed {
+    /// A duplicate of each: the same descriptions.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        let pair = |(name, fd): (&String, &OwnedFd)| Ok((name.clone(), fd.try_clone()?));
+        self.0.iter().map(pair).collect::<Result<_, _>>().map(Self)
+    }
+
     /// How many have come and are not taken.
     pub fn count(&self) -> usize {
         self.0.len()

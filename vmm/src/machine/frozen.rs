@@ -56,6 +56,17 @@ pub struct Frozen<'g> {
     pub timing: Timing,
 }
 
+/// What is known of the pause of a guest whose machine is taken apart.
+#[derive(Debug)]
+pub struct Aside {
+    /// Host TSC at the kick.
+    pub kicked_tsc: u64,
+    /// When the blackout's budget ends.
+    pub deadline: Instant,
+    /// Phases so far.
+    pub timing: Timing,
+}
+
 /// A guest that this process may not run, unless it takes it back by the word.
 #[derive(Debug)]
 pub struct GivenUp<'g> {
@@ -146,6 +157,17 @@ impl<'g> Frozen<'g> {
         // Nothing is left to undo: what could go wrong from here on, another try would not mend.
         self.resumed = true;
         self.guest.machine.resume(stolen, patience)
+    }
+
+    /// Ends the guard of a guest whose saved state is all there will be of it: the caller is about to
+    /// take its machine apart, and owes it another one. Nothing of this can fail.
+    pub fn set_aside(mut self) -> Aside {
+        self.resumed = true;
+        Aside {
+            kicked_tsc: self.kicked_tsc,
+            deadline: self.deadline,
+            timing: self.timing.clone(),
+        }
     }
 
     /// Says that the saved state is complete and lies where the others can reach it.

@@ -89,6 +89,8 @@ fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
         | Request::PowerOff
         | Request::HandOver { .. }
         | Request::Freeze { .. }
+        | Request::Detach { .. }
+        | Request::Rebuild { .. }
         | Request::Resume { .. }
         | Request::Rehearse { .. } => {
             return change(caller, desk, events, request, fds);
@@ -155,10 +157,16 @@ fn change(
 }
 
 fn refuse(desk: &Desk, request: &Request) -> Option<Reply> {
-    let ends_pause = matches!(request, Request::Resume { .. } | Request::PowerOff);
+    let of_pause = matches!(
+        request,
+        Request::Resume { .. }
+            | Request::Detach { .. }
+            | Request::Rebuild { .. }
+            | Request::PowerOff
+    );
     let (code, message) = match desk.state() {
         GuestState::Running => return None,
-        GuestState::Frozen if ends_pause => return None,
+        GuestState::Frozen if of_pause => return None,
         GuestState::Frozen => (
             "busy",
             "this guest stands still while its host is changed; wait until it runs on",

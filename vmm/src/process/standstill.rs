@@ -22,7 +22,7 @@ use stillpoint_control::report::{
 use stillpoint_control::spec::MAX_BUDGET;
 use stillpoint_state::sections::Clock;
 
-use super::{ENTER_PATIENCE, Process};
+use super::{ENTER_PATIENCE, Process, refusal};
 use crate::clock::{self, Scale, host_tsc};
 use crate::event::{Event, Job};
 use crate::handover::{correct, measure};
@@ -157,11 +157,6 @@ impl Process {
         report.warnings = measure::warnings(&report);
         report
     }
-}
-
-fn refusal(code: &str, message: String) -> Reply {
-    let code = code.to_owned();
-    Reply::Error { code, message }
 }
 
 /// Waits until the guest is to run on.

@@ -216,7 +216,7 @@ fn a_swap_is_settled_by_the_word_and_who_lives() {
 fn a_part_of_a_swap_of_the_host_is_left_to_the_host() {
     for swap_state in [SwapState::Wanted, SwapState::InProgress, SwapState::InDoubt] {
         let part = SwapRecord {
-            component: HOST.into(),
+            component: crate::model::HOST.into(),
             part_of: Some(SwapId("0".into())),
             ..swap(swap_state)
         };
