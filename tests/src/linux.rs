@@ -86,6 +86,12 @@ impl Recipe {
         self
     }
 
+    /// Run by this release [the newest].
+    pub fn release(mut self, release: &str) -> Self {
+        self.devices.extend(["--release".into(), release.into()]);
+        self
+    }
+
     /// Free to reach all of its host, where the tests' servers are.
     pub fn open(mut self) -> Self {
         self.devices.extend(["--reach".into(), "all".into()]);

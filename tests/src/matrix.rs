@@ -6,15 +6,18 @@
 //! must come of it is a table in SPECIFICATION.md, which is read, so that the two can't differ.
 
 mod acts;
+mod bare;
 mod host;
 pub mod pool;
 mod random;
+mod resident;
 mod rounds;
 mod table;
 mod unattended;
 
-pub use host::Host;
+pub use host::{GUEST, Host};
 pub use random::{Tally, random};
+pub use resident::{Boot, Resident};
 pub use rounds::{Verdict, run};
 pub use table::expected;
 pub use unattended::unattended;

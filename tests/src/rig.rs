@@ -126,17 +126,21 @@ impl Rig {
         self
     }
 
-    /// Our static programs and pulse, where the harness expects them below [`order::ROOT`].
+    /// Our static programs and pulse, and what they are held to, where the harness expects them below
+    /// [`order::ROOT`].
     pub fn programs(self) -> anyhow::Result<Self> {
         let built = root().join("target/static");
         if !built.join("stillpointd").is_file() {
             bail!("{} is not built; run `make rig-static`", built.display());
         }
         let pulse = root().join("target/releases/pulse");
-        let mut rig = self.file(
-            built.join("releases"),
-            format!("{}/target/releases", order::ROOT),
-        );
+        let promises = "SPECIFICATION.md";
+        let mut rig = self
+            .file(
+                built.join("releases"),
+                format!("{}/target/releases", order::ROOT),
+            )
+            .file(root().join(promises), format!("{}/{promises}", order::ROOT));
         if pulse.is_file() {
             rig = rig.file(pulse, format!("{}/target/releases/pulse", order::ROOT));
         }

@@ -4,6 +4,7 @@
 //! starts this very program there, linked statically), where they are not skipped: `STILLPOINT_LINUX=1`.
 
 mod announced;
+mod faulted;
 mod modules;
 
 use std::ffi::CString;

@@ -169,12 +169,12 @@ fn debian_guests_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
 #[ignore = "10 minutes; `make linux` runs it"]
 fn every_scenario_on_a_host_with_6_1() -> anyhow::Result<()> {
     needs!(rig::missing);
-    debian_guests_on(Kernel::Bookworm, &[], 12)
+    debian_guests_on(Kernel::Bookworm, &[], 13)
 }
 
 #[test]
 #[ignore = "10 minutes; `make linux` runs it"]
 fn every_scenario_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
     needs!(rig::missing);
-    debian_guests_on(Kernel::Backports, &[], 12)
+    debian_guests_on(Kernel::Backports, &[], 13)
 }

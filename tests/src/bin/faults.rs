@@ -52,6 +52,11 @@ fn main() -> anyhow::Result<ExitCode> {
             .args(std::env::args_os().skip(1))
             .env(INSIDE, dir.path())
             .status()?;
+        // What it had to say it said, unless it had no time to.
+        ensure!(
+            status.code().is_some(),
+            "it was ended by somebody: {status}"
+        );
         return Ok(exit(status.success()));
     };
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);

@@ -1,36 +1,24 @@
-//! A host for the matrix: a daemon, releases that stop or fail at each point, and a guest with a disk,
-//! sockets and entropy at work, booted anew after each crash.
+//! A host for the matrix: a daemon, releases that stop or fail at each point, and a guest at work, booted
+//! anew after each crash.
 
 use std::collections::BTreeSet;
-use std::io::{BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
 use anyhow::{Context, ensure};
+use rustix::process::Signal;
 use serde_json::Value;
 use stillpoint_control::ownership::Ownership;
-use stillpoint_guest_abi::pulse::Report;
-use tempfile::NamedTempFile;
 
-use rustix::process::Signal;
-
-use super::acts::{is_stopped, signal, stand_still};
+use super::acts::{is_stopped, signal};
+use super::bare;
+use super::resident::{Boot, Resident};
 use crate::daemon::Daemon;
-use crate::devices::check_disk;
-use crate::furnished::{HOST_PORT, call, echo};
-use crate::guest::Pulse;
 use crate::patience::{PATIENCE, wait_for};
-use crate::releases::{Release, pulse};
+use crate::releases::Release;
 
 /// The guest's name.
-pub(super) const GUEST: &str = "web-1";
-/// The vCPU that drives the disk.
-const DISK: usize = 1;
-/// The vCPU that speaks with the host.
-const SOCKETS: usize = 2;
-const VCPUS: usize = 3;
-const UNDER_WAY: usize = 1000;
+pub const GUEST: &str = "web-1";
 /// A budget that no busy machine breaks.
 pub(super) const AMPLE: &str = "20s";
 /// One that who hangs breaks soon.
@@ -43,22 +31,15 @@ pub struct Host {
     pub(super) dir: PathBuf,
     /// The daemon.
     pub(super) daemon: Daemon,
-    guest: Option<Guest>,
+    guest: Option<Box<dyn Resident>>,
+    word: Option<Ownership>,
+    resident: Boot,
     /// The release that runs the guest.
     pub(super) runs: String,
     /// Releases that were added.
     added: BTreeSet<String>,
     /// Guests booted so far.
     pub boots: usize,
-}
-
-#[derive(Debug)]
-struct Guest {
-    pulse: Pulse,
-    image: NamedTempFile,
-    call: BufReader<UnixStream>,
-    number: u8,
-    word: Ownership,
 }
 
 const STOPS: &str = "stops-";
@@ -75,17 +56,23 @@ pub(super) fn fails_at(point: &str) -> String {
 }
 
 impl Host {
-    /// Below this directory.
+    /// Below this directory, with a bare-metal guest.
     pub fn start(dir: &Path) -> anyhow::Result<Self> {
-        let daemon = Daemon::start(dir)?;
-        Ok(Self {
-            dir: dir.to_owned(),
+        Ok(Self::with(Daemon::start(dir)?, bare::boot))
+    }
+
+    /// With this daemon, and guests that are booted so.
+    pub fn with(daemon: Daemon, resident: Boot) -> Self {
+        Self {
+            dir: daemon.dir().to_owned(),
             daemon,
             guest: None,
+            word: None,
+            resident,
             runs: String::new(),
             added: BTreeSet::new(),
             boots: 0,
-        })
+        }
     }
 
     /// There is a release of this name: `good`, or one that stops or fails at a point.
@@ -139,60 +126,18 @@ impl Host {
     }
 
     fn boot(&mut self, release: &str) -> anyhow::Result<()> {
-        let image = NamedTempFile::new()?;
-        image.as_file().set_len(16 << 20)?;
-        let kernel = pulse()?.display().to_string();
-        let cmdline = format!("pulse ram=2M gap_us=500 mode1=blk mode2=vsock port={HOST_PORT}");
-        let disk = image.path().display().to_string();
-        let cpus = VCPUS.to_string();
         let _ = self.daemon.stillpoint(&["rm", GUEST]);
-        let run = [
-            "run",
-            GUEST,
-            "--release",
-            release,
-            "--cpus",
-            &cpus,
-            "--memory",
-            "64M",
-            "--kernel",
-            &kernel,
-            "--cmdline",
-            &cmdline,
-            "--disk",
-            &disk,
-            "--vsock",
-            "--rng",
-            "--budget",
-            "1s",
-        ];
-        self.daemon.must(&run)?;
-        let dir = self.daemon.guest_dir(GUEST);
-        let _ = std::fs::remove_file(dir.join(format!("vsock.sock_{HOST_PORT}")));
-        echo(&dir)?;
-        let (ram, word) = self.daemon.vmm(GUEST)?.lend_guest()?;
-        let pulse = Pulse::find(ram, PATIENCE)?;
-        pulse.wait_online(u32::try_from(VCPUS)?)?;
-        self.guest = Some(Guest {
-            pulse,
-            image,
-            call: call(&dir)?,
-            number: 0,
-            word: Ownership::map(word)?,
-        });
+        self.guest = Some((self.resident)(&self.daemon, release)?);
+        let (_ram, word) = self.daemon.vmm(GUEST)?.lend_guest()?;
+        self.word = Some(Ownership::map(word)?);
         self.runs = release.into();
         self.boots += 1;
-        self.send()?;
-        self.is_whole()
-    }
-
-    fn guest(&self) -> anyhow::Result<&Guest> {
-        self.guest.as_ref().context("a guest")
+        Ok(())
     }
 
     /// The ownership word.
     pub(super) fn word(&self) -> anyhow::Result<&Ownership> {
-        Ok(&self.guest()?.word)
+        self.word.as_ref().context("a guest")
     }
 
     /// Begins a swap with this budget.
@@ -234,49 +179,18 @@ impl Host {
         Ok(self.daemon.get(&format!("/v1/vms/{GUEST}")))
     }
 
-    /// Puts bytes on their way to the guest and back.
-    fn send(&mut self) -> anyhow::Result<()> {
-        let guest = self.guest.as_mut().context("a guest")?;
-        guest.number = guest.number.wrapping_add(1);
-        Ok(guest.call.get_mut().write_all(&[guest.number; UNDER_WAY])?)
-    }
-
     /// Somebody runs the guest, whoever it is.
     pub(super) fn goes_on(&self) -> anyhow::Result<()> {
-        let vcpus: Vec<usize> = (0..VCPUS).collect();
-        self.guest()?.pulse.wait_progress(&vcpus, 20).map(drop)
+        self.guest
+            .as_ref()
+            .context("a guest")?
+            .goes_on(&self.daemon)
     }
 
-    /// Every vCPU goes on, both devices work, what was under way came as it was sent, and nothing
-    /// about the guest is wrong: counters, clocks, timers, RAM, and that it ran once. Its disk, looked at
-    /// from outside while all of the VMM stands still, holds what the guest was told it holds.
+    /// The guest goes on, and nothing about it is wrong.
     pub(super) fn is_whole(&mut self) -> anyhow::Result<()> {
-        let vcpus: Vec<usize> = (0..VCPUS).collect();
         let guest = self.guest.as_mut().context("a guest")?;
-        let from = guest.pulse.look()?;
-        guest.pulse.wait_progress(&vcpus, 20)?;
-        let done = |r: &Report| (r.blk.reads + r.blk.writes + r.blk.flushes, r.vsock.rounds);
-        let seen = guest.pulse.wait("all devices at work", PATIENCE, |s| {
-            done(&s.vcpus[DISK]).0 >= done(&from.vcpus[DISK]).0 + 20
-                && done(&s.vcpus[SOCKETS]).1 > done(&from.vcpus[SOCKETS]).1
-                || !s.faults().is_empty()
-        })?;
-        ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());
-        guest.pulse.ran_once()?;
-        let mut back = [0; UNDER_WAY];
-        guest
-            .call
-            .read_exact(&mut back)
-            .context("the socket's bytes")?;
-        ensure!(
-            back == [guest.number; UNDER_WAY],
-            "what was under way changed"
-        );
-        let vmm = self.daemon.vmm_pid(GUEST)?;
-        let still = stand_still(vmm)?;
-        check_disk(&guest.pulse, DISK, guest.image.path())?;
-        drop(still);
-        self.send()
+        guest.is_whole(&self.daemon)
     }
 
     /// What could not be judged is not used again: the next cell has a guest of its own.
@@ -300,12 +214,7 @@ impl Host {
         wait_for("the guest to be said to have crashed", PATIENCE, || {
             Ok((self.shown()?["state"] == "crashed").then_some(()))
         })?;
-        let total = |pulse: &Pulse| anyhow::Ok(pulse.look()?.globals.total);
-        let before = total(&guest.pulse)?;
-        std::thread::sleep(std::time::Duration::from_millis(20));
-        ensure!(total(&guest.pulse)? == before, "somebody runs it");
-        check_disk(&guest.pulse, DISK, guest.image.path())?;
-        Ok(())
+        guest.is_gone()
     }
 
     /// What the log says last, for who looks into a failure.
