@@ -32,6 +32,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod execute;
 pub mod metadata;
+pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod reconcile;
