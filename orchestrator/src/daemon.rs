@@ -22,7 +22,6 @@ use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::metrics;
 use crate::reconcile;
 use crate::store::Store;
 
@@ -42,8 +41,6 @@ pub struct Config {
     pub socket: PathBuf,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
-    /// Where Prometheus may ask, if anywhere.
-    pub metrics: Option<std::net::SocketAddr>,
 }
 
 /// The run directory when none is given.
@@ -107,24 +104,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
-    let metrics = match config.metrics {
-        Some(at) => Some(metrics::serve::listen(at).await.with_context(|| {
-            format!("cannot listen at {at} for scrapes; give another --metrics")
-        })?),
-        None => None,
-    };
     let waker = reconcile::start(host.clone()).await?;
     for swap in host.store.host_swaps().await? {
         if !swap.state.is_over() {
             tokio::spawn(execute::host_swap(host.clone(), swap));
         }
-    }
-    if let Some(listener) = metrics {
-        // It ends with the process: a scrape that is cut off is asked for again.
-        let at = listener.local_addr()?;
-        tracing::info!(%at, "serving /metrics");
-        let serving = metrics::serve::serve(listener, host.clone(), std::future::pending());
-        tokio::spawn(serving);
     }
     let router = api::router(Desk { host, waker });
     let (end, ended) = tokio::sync::oneshot::channel::<()>();

@@ -32,7 +32,6 @@ pub mod daemon;
 pub mod doctor;
 pub mod execute;
 pub mod metadata;
-pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod reconcile;

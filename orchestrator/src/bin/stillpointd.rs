@@ -26,10 +26,6 @@ struct Args {
     /// be given again.
     #[arg(long, value_name = "FILE[,until=DATE]")]
     trust: Vec<String>,
-    /// Where Prometheus may ask for /metrics, such as 127.0.0.1:9464. Figures only; nothing can be changed
-    /// there, and nobody is asked who they are [nowhere].
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    metrics: Option<std::net::SocketAddr>,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -87,7 +83,6 @@ fn run(args: Args) -> anyhow::Result<()> {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
         trust: args.trust,
-        metrics: args.metrics,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -31,15 +31,6 @@ pub enum HostSwapState {
 }
 
 impl HostSwapState {
-    /// Every one there is.
-    pub const ALL: [Self; 5] = [
-        Self::Wanted,
-        Self::InProgress,
-        Self::Done,
-        Self::Failed,
-        Self::Refused,
-    ];
-
     /// Whether nothing more will happen.
     pub fn is_over(self) -> bool {
         matches!(self, Self::Done | Self::Failed | Self::Refused)

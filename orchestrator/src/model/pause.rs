@@ -179,9 +179,6 @@ pub enum PauseState {
 }
 
 impl PauseState {
-    /// Every one there is.
-    pub const ALL: [Self; 4] = [Self::Scheduled, Self::Started, Self::Over, Self::Cancelled];
-
     /// Whether guests see it.
     pub fn is_open(self) -> bool {
         matches!(self, Self::Scheduled | Self::Started)

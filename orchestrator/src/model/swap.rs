@@ -54,17 +54,6 @@ pub enum SwapState {
 }
 
 impl SwapState {
-    /// Every one there is.
-    pub const ALL: [Self; 7] = [
-        Self::Wanted,
-        Self::InProgress,
-        Self::Moved,
-        Self::Kept,
-        Self::Resumed,
-        Self::InDoubt,
-        Self::Crashed,
-    ];
-
     /// Whether nothing more will happen.
     pub fn is_over(self) -> bool {
         matches!(

@@ -79,17 +79,6 @@ pub enum VmState {
 }
 
 impl VmState {
-    /// Every one there is.
-    pub const ALL: [Self; 7] = [
-        Self::Starting,
-        Self::Running,
-        Self::Swapping,
-        Self::Stopped,
-        Self::Crashed,
-        Self::Failed,
-        Self::Lost,
-    ];
-
     /// Whether a process may belong to it.
     pub fn is_active(self) -> bool {
         match self {
