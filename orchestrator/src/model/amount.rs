@@ -2,8 +2,13 @@
 
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 /// A number of things, or a share of however many there turn out to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schema(value_type = String)]
 pub enum Amount {
     /// So many.
     Count(u32),
@@ -65,6 +70,19 @@ impl FromStr for Amount {
             Some(share @ 0..=10_000) => Ok(Self::Share(share)),
             _ => Err(wrong()),
         }
+    }
+}
+
+impl TryFrom<String> for Amount {
+    type Error = NoAmount;
+    fn try_from(text: String) -> Result<Self, NoAmount> {
+        text.parse()
+    }
+}
+
+impl From<Amount> for String {
+    fn from(amount: Amount) -> Self {
+        amount.to_string()
     }
 }
 

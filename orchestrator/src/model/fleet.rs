@@ -1,9 +1,48 @@
 //! Where hosts stand, and which VMs belong together.
 
+use serde::{Deserialize, Serialize};
+use stillpoint_control::spec::{self, SpecError};
+use utoipa::ToSchema;
+
 /// How many update domains an availability set has unless it says otherwise.
 pub const DOMAINS: u8 = 5;
 /// The most update domains that a set can have.
 pub const MOST_DOMAINS: u8 = 20;
+
+/// A host's name: safe as a part of keys and paths.
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
+#[serde(try_from = "String", into = "String")]
+#[schema(value_type = String)]
+pub struct HostName(String);
+
+impl HostName {
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for HostName {
+    type Error = SpecError;
+    fn try_from(name: String) -> Result<Self, SpecError> {
+        spec::validate_name(&name)?;
+        Ok(Self(name))
+    }
+}
+
+impl From<HostName> for String {
+    fn from(name: HostName) -> Self {
+        name.0
+    }
+}
+
+impl std::fmt::Display for HostName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
 
 /// An update domain of an availability set: its members may be away at the same time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,7 +118,10 @@ pub enum DomainError {
 /// What can be exchanged, from the least that a guest notices to the most.
 ///
 /// The planner takes the lowest rung that contains a fix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
 pub enum Rung {
     /// A process that serves one guest's device.
     Backend,

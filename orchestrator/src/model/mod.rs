@@ -20,7 +20,7 @@ mod window;
 
 pub use amount::{Amount, NoAmount};
 pub use event::Event;
-pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, MOST_DOMAINS, Rung};
+pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
 pub use kvm_swap::{KvmCheck, KvmSwap, Module};

@@ -2,74 +2,127 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+use stillpoint_control::nanos;
+use utoipa::ToSchema;
+
 use super::amount::Amount;
 use super::window::Window;
 
 /// The first VMs or hosts of a rollout, watched for a while before others follow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Stage {
     /// How many of all that the rollout is to swap, those of earlier stages not counted.
     pub size: Amount,
     /// How long they run before others follow.
+    #[serde(rename = "bake_ns", with = "nanos")]
+    #[schema(value_type = u64)]
     pub bake: Duration,
 }
 
 /// How many swaps may be under way at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct AtOnce {
     /// In all.
     pub total: u32,
     /// On one host.
     pub per_host: u32,
     /// In one rack (fault domain).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_rack: Option<u32>,
     /// In one zone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_zone: Option<u32>,
 }
 
 /// What a swap's report may show at the worst. A swap beyond it has failed, though it moved.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Limits {
     /// The longest blackout.
+    #[serde(
+        rename = "blackout_ns",
+        with = "some_nanos",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>)]
     pub blackout: Option<Duration>,
     /// The largest error of a guest's clock.
+    #[serde(
+        rename = "clock_error_ns",
+        with = "some_nanos",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>)]
     pub clock_error: Option<Duration>,
     /// The longest brownout.
+    #[serde(
+        rename = "brownout_ns",
+        with = "some_nanos",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>)]
     pub brownout: Option<Duration>,
 }
 
 /// How a rollout goes about it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Policy {
     /// Canaries, and further stages before all the rest.
+    #[serde(default)]
     pub stages: Vec<Stage>,
     /// How many members of an availability set may be away, whatever made them so. At least one
     /// always may: a set of one member could never be swapped otherwise.
     pub set_budget: Amount,
     /// The same, of all VMs of the fleet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fleet_budget: Option<Amount>,
     /// How many swaps may be under way at once.
     pub at_once: AtOnce,
     /// How long guest and host must have been well before a swap, and after it until it is done.
+    #[serde(rename = "well_for_ns", with = "nanos")]
+    #[schema(value_type = u64)]
     pub well_for: Duration,
     /// How long before its pause each guest hears of it; each guest's own notice when absent.
+    #[serde(
+        rename = "notice_ns",
+        with = "some_nanos",
+        default,
+        skip_serializing_if = "Option::is_none"
+    )]
+    #[schema(value_type = Option<u64>)]
     pub notice: Option<Duration>,
     /// How long a swap may take, the notice of its guests included; and then how long it may take
     /// until all is well.
+    #[serde(rename = "deadline_ns", with = "nanos")]
+    #[schema(value_type = u64)]
     pub deadline: Duration,
     /// Between two update domains of a set.
+    #[serde(rename = "between_domains_ns", with = "nanos")]
+    #[schema(value_type = u64)]
     pub between_domains: Duration,
     /// How often a swap is tried that was kept, so did no harm.
     pub tries: u8,
     /// Between two tries.
+    #[serde(rename = "retry_after_ns", with = "nanos")]
+    #[schema(value_type = u64)]
     pub retry_after: Duration,
     /// How many swaps may fail, of those tried so far. In all stages before the last: none.
     pub failures: Amount,
     /// Whether what a failing release touched is swapped back without asking.
     pub roll_back: bool,
     /// What a swap's report may show at the worst.
+    #[serde(default)]
     pub limits: Limits,
     /// When swaps may begin; at any time if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
     pub windows: Vec<Window>,
 }
 
@@ -100,6 +153,30 @@ impl Default for Policy {
             limits: Limits::default(),
             windows: Vec::new(),
         }
+    }
+}
+
+/// Durations that may be absent, as whole nanoseconds in JSON.
+mod some_nanos {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+    use stillpoint_control::nanos;
+
+    pub(super) fn serialize<S: Serializer>(
+        duration: &Option<Duration>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        match duration {
+            Some(duration) => nanos::serialize(duration, to),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(from)?.map(Duration::from_nanos))
     }
 }
 
@@ -212,6 +289,20 @@ impl Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_policy_is_read_as_it_is_written() {
+        let mut policy = Policy::default();
+        policy.at_once.per_rack = Some(2);
+        policy.notice = Some(Duration::from_secs(5));
+        policy.limits.blackout = Some(Duration::from_millis(3));
+        policy.windows = vec!["Sat 02:00 5h Europe/Berlin".parse().expect("window")];
+        for policy in [policy, Policy::default()] {
+            let text = serde_json::to_string(&policy).expect("JSON");
+            let read: Policy = serde_json::from_str(&text).expect(&text);
+            assert_eq!(read, policy, "{text}");
+        }
+    }
 
     #[test]
     fn policies_by_which_nothing_could_be_done_are_refused() {

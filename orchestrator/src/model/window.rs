@@ -12,11 +12,15 @@ use jiff::civil::{Time, Weekday};
 use jiff::fmt::friendly::{Spacing, SpanPrinter};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp, ToSpan, ZonedDateTime};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::moment::Moment;
 
 /// A window.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schema(value_type = String)]
 pub struct Window {
     days: Vec<Weekday>,
     opens: Time,
@@ -116,6 +120,19 @@ const DAYS: [(&str, Weekday); 7] = [
     ("Sat", Weekday::Saturday),
     ("Sun", Weekday::Sunday),
 ];
+
+impl TryFrom<String> for Window {
+    type Error = NoWindow;
+    fn try_from(text: String) -> Result<Self, NoWindow> {
+        text.parse()
+    }
+}
+
+impl From<Window> for String {
+    fn from(window: Window) -> Self {
+        window.to_string()
+    }
+}
 
 impl FromStr for Window {
     type Err = NoWindow;

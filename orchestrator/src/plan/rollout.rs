@@ -63,7 +63,10 @@ pub struct Rollout {
 }
 
 /// In which direction a unit is swapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
 pub enum Way {
     /// To the release that is rolled out.
     Forward,

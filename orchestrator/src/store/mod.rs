@@ -7,12 +7,14 @@
 
 #[cfg(feature = "fault-injection")]
 pub mod disk;
+mod epoch;
 mod host_swaps;
 mod journal;
 mod open;
 mod pauses;
 mod releases;
 mod rows;
+pub mod shared;
 mod swaps;
 mod vms;
 

@@ -19,6 +19,7 @@ const STEPS: &[M<'static>] = &[
     M::up(include_str!("schema-5.sql")),
     M::up(include_str!("schema-6.sql")),
     M::up(include_str!("schema-7.sql")),
+    M::up(include_str!("schema-8.sql")),
 ];
 const MIGRATIONS: Migrations<'static> = Migrations::from_slice(STEPS);
 

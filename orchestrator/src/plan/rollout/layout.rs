@@ -106,13 +106,27 @@ impl Layout {
         seed: u64,
         wanted: impl Fn(Ix<Host>) -> bool,
     ) -> Result<Self, LayoutError> {
+        Self::of_units(fleet, remedy, stages, seed, |unit| wanted(unit.host))
+    }
+
+    /// The same, over the units that `wanted` says.
+    ///
+    /// # Errors
+    /// There is no rung by which the fix could be brought.
+    pub fn of_units(
+        fleet: &Fleet,
+        remedy: &Remedy,
+        stages: &[Stage],
+        seed: u64,
+        wanted: impl Fn(&Unit) -> bool,
+    ) -> Result<Self, LayoutError> {
         let rung = remedy.smallest().ok_or_else(|| no_rung(remedy))?;
         let last = u8::try_from(stages.len())
             .ok()
             .filter(|&last| last <= 250)
             .ok_or(LayoutError::Stages(stages.len()))?;
         let mut units: Vec<Unit> = Vec::new();
-        for host in fleet.hosts.keys().filter(|&host| wanted(host)) {
+        for host in fleet.hosts.keys() {
             let unit = |vm| Unit {
                 rung,
                 stage: last,
@@ -125,6 +139,7 @@ impl Layout {
                 units.extend(fleet.guests(host).iter().map(|&vm| unit(Some(vm))));
             }
         }
+        units.retain(wanted);
         draw_stages(fleet, &mut units, stages, seed);
         units.sort_by_cached_key(|unit| (unit.stage, first_domain(fleet, unit)));
         let mut unit_of: Column<Vm, Option<Ix<Unit>>> = vec![None; fleet.vms.len()].into();

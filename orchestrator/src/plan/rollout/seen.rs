@@ -18,12 +18,17 @@
 //! The executor moves a unit from waiting to begun, and on to watched or back to waiting; the same
 //! on the way back. All else is for the planner to say: its verdicts are recorded as they are.
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 use super::fleet::{Column, Host, Ix, Vm};
 use super::layout::Unit;
 use crate::model::{Moment, Rung};
 
 /// How far a unit is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = UnitPhase)]
 pub enum Phase {
     /// Not begun, or kept and to be tried again.
     #[default]
@@ -64,6 +69,14 @@ impl Phase {
         !matches!(self, Self::Waiting | Self::Failed | Self::Back)
     }
 
+    /// Whether it is on its way back, or ended it.
+    pub fn is_back(self) -> bool {
+        matches!(
+            self,
+            Self::BackBegun | Self::BackWaiting | Self::BackWatched | Self::Back | Self::Stuck
+        )
+    }
+
     /// Whether the swap failed.
     pub fn is_failure(self) -> bool {
         match self {
@@ -86,7 +99,9 @@ pub struct Progress {
 }
 
 /// How a guest is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = GuestHealth)]
 pub enum Health {
     /// Its agent is heard, or whatever else stands for that.
     Well,
@@ -152,6 +167,25 @@ pub enum Gate {
     Fail,
     /// It gave no answer: no evidence of anything, so nothing begins and nothing is judged.
     Mute,
+}
+
+impl Phase {
+    /// The words for it.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Begun => "being swapped",
+            Self::Watched => "being watched",
+            Self::Done => "done",
+            Self::Failed => "failed, not moved",
+            Self::Spoilt => "failed",
+            Self::BackBegun => "being put back",
+            Self::BackWaiting => "waiting to be put back",
+            Self::BackWatched => "put back, being watched",
+            Self::Back => "put back",
+            Self::Stuck => "stuck",
+        }
+    }
 }
 
 /// What the record of a swap showed that was beyond its rollout's limits ([`super::evidence`]).

@@ -1,5 +1,8 @@
 //! What a rollout is as a whole.
 
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
 /// What a rollout is as a whole.
 ///
 /// ```text
@@ -11,7 +14,9 @@
 ///
 ///  paused, running, stopped ──abort──▶ aborting ──▶ aborted
 /// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[schema(as = RolloutState)]
 pub enum State {
     /// It goes on.
     #[default]
