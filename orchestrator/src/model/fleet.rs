@@ -96,6 +96,11 @@ impl DomainCount {
             Err(DomainError::Count(count))
         }
     }
+
+    /// So many.
+    pub fn number(self) -> u8 {
+        self.0
+    }
 }
 
 impl Default for DomainCount {

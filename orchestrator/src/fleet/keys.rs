@@ -1,0 +1,49 @@
+//! Where records are.
+
+use crate::model::{HostName, VmName};
+
+use super::record::RolloutId;
+
+/// What hosts say of themselves.
+pub const HOSTS: &str = "hosts/";
+/// Hosts whose daemons are heard.
+pub const ALIVE: &str = "alive/";
+/// Hosts that are to be left alone.
+pub const CORDONS: &str = "cordons/";
+/// What hosts say of their guests.
+pub const VMS: &str = "vms/";
+/// Availability sets.
+pub const SETS: &str = "sets/";
+/// Who drives.
+pub const DRIVER: &str = "driver";
+/// Raised by each start of a rollout.
+pub const OPEN: &str = "open";
+/// Rollouts.
+pub const ROLLOUTS: &str = "rollouts/";
+/// What was done, step by step.
+pub const HISTORY: &str = "history/";
+/// Swaps to be done.
+pub const ORDERS: &str = "orders/";
+/// How far they are.
+pub const ANSWERS: &str = "answers/";
+
+pub(crate) fn of_host(area: &str, host: &HostName) -> String {
+    format!("{area}{host}")
+}
+
+pub(crate) fn guests(area: &str, host: &HostName) -> String {
+    format!("{area}{host}/")
+}
+
+pub(crate) fn of_vm(area: &str, host: &HostName, vm: &VmName) -> String {
+    format!("{area}{host}/{vm}")
+}
+
+pub(crate) fn rollout(id: &RolloutId) -> String {
+    format!("{ROLLOUTS}{id}")
+}
+
+/// Steps sort as they happened.
+pub(crate) fn step(id: &RolloutId, step: u64) -> String {
+    format!("{HISTORY}{id}/{step:08}")
+}
