@@ -20,10 +20,15 @@ use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
 use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
+use crate::fleet::{Fleet, Stands, driver, publish};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
+use crate::model::HostName;
+use crate::orders;
 use crate::reconcile;
 use crate::store::Store;
+use crate::store::shared::etcd::{Etcd, EtcdConfig};
+use crate::store::shared::{Shared, Sqlite};
 
 /// Events kept for a listener that is slow.
 const EVENTS: usize = 1024;
@@ -39,6 +44,12 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The API's socket.
     pub socket: PathBuf,
+    /// This host's name in its fleet; what the kernel calls it when absent.
+    pub host_name: Option<String>,
+    /// Where it stands.
+    pub stands: Stands,
+    /// The etcd that its fleet shares; this host's own store when absent.
+    pub etcd: Option<EtcdConfig>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
 }
@@ -78,6 +89,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _lock = lock(&config.run_dir)?;
     let trust = Trust::load(&config.trust)?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
+    let fleet = fleet(&config, &store).await?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
     for line in store.begin_journal(env!("CARGO_PKG_VERSION")).await? {
@@ -110,7 +122,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             tokio::spawn(execute::host_swap(host.clone(), swap));
         }
     }
-    let router = api::router(Desk { host, waker });
+    let desk = Desk { host, waker, fleet };
+    tokio::spawn(publish::publish(desk.fleet.clone(), desk.host.clone()));
+    tokio::spawn(driver::drive(desk.fleet.clone()));
+    tokio::spawn(orders::obey(desk.clone()));
+    let router = api::router(desk);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = api::serve(listener, router, async move {
         let _ = ended.await;
@@ -132,6 +148,40 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = store.end_journal().await;
     store.close().await;
     Ok(())
+}
+
+/// This host's place in its fleet. A fleet that is away keeps no host from starting.
+async fn fleet(config: &Config, store: &Store) -> anyhow::Result<Fleet> {
+    let name = match &config.host_name {
+        Some(name) => name.clone(),
+        None => own_name(),
+    };
+    let me = HostName::try_from(name)
+        .context("this host's name can't be one in a fleet; give another with --host-name")?;
+    let shared = match &config.etcd {
+        Some(etcd) => Shared::Etcd(Etcd::open(etcd.clone()).context("the shared store")?),
+        None => Shared::Sqlite(Sqlite::open(store).await?),
+    };
+    tracing::info!(host = %me, shared = shared.said(), "belongs to a fleet");
+    Ok(Fleet {
+        shared,
+        me,
+        stands: config.stands.clone(),
+    })
+}
+
+/// What the kernel calls this host, made to fit: up to its first dot, and no longer than names are.
+fn own_name() -> String {
+    let uname = rustix::system::uname();
+    let name = uname.nodename().to_string_lossy();
+    let first = name.split('.').next().unwrap_or_default();
+    let plain = |c: &char| c.is_ascii_alphanumeric() || "_-".contains(*c);
+    let name: String = first.chars().filter(plain).take(48).collect();
+    let name = name.trim_start_matches(['-', '_']);
+    match name {
+        "" => "host".into(),
+        name => name.into(),
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

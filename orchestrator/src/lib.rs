@@ -14,6 +14,8 @@
 //! | [`store`] | SQLite: desired and observed state, releases, every swap's report |
 //! | [`agent`] | VMM processes: start, find, watch, pair, end |
 //! | [`execute`] | carries out one step |
+//! | [`fleet`] | many hosts, one plan: what daemons tell each other, and who drives rollouts |
+//! | [`orders`] | carries out what a rollout asks of this host |
 //! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
@@ -31,8 +33,10 @@ pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod execute;
+pub mod fleet;
 pub mod metadata;
 pub mod model;
+pub mod orders;
 pub mod plan;
 pub mod reconcile;
 pub mod simulate;

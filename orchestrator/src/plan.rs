@@ -5,7 +5,7 @@
 //! | room | the question | who asks |
 //! |---|---|---|
 //! | [`vm`] | what is next for one VM on its host, and who runs a guest after a swap nobody watched | [`crate::reconcile`] |
-//! | [`rollout`] | which VMs and hosts of a fleet are next, why these, and why not each of the others | [`crate::simulate`] |
+//! | [`rollout`] | which VMs and hosts of a fleet are next, why these, and why not each of the others | [`crate::fleet`], [`crate::simulate`] |
 
 pub mod health;
 pub mod rollout;

@@ -288,7 +288,7 @@ impl Desk {
         let swap = self.host.store.host_swap(&SwapId(id.to_owned())).await?;
         swap.ok_or_else(|| {
             let message =
-                format!("there is no swap `{id}` of this host; `stillpoint host ls` lists all");
+                format!("there is no swap `{id}` of this host; `stillpoint host changes` lists all");
             Problem::new(Code::NotFound, message).into()
         })
     }

@@ -9,6 +9,7 @@ mod journal;
 mod pauses;
 mod refusal;
 mod releases;
+mod rollouts;
 mod serve;
 mod swaps;
 mod vms;
@@ -19,12 +20,14 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::execute::Host;
+use crate::fleet::Fleet;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
 pub use host::{NewHostSwap, NewKvm};
 pub use pauses::Cancel;
 pub use refusal::Refusal;
+pub use rollouts::{Explained, NewAct, NewCordon};
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
 pub use serve::serve;
 pub use swaps::{NewCheck, NewSwap};
@@ -37,6 +40,8 @@ pub struct Desk {
     pub host: Host,
     /// Wakes the task of a VM.
     pub waker: Waker,
+    /// This host's place in its fleet.
+    pub fleet: Fleet,
 }
 
 #[derive(OpenApi)]
@@ -72,6 +77,13 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(releases::verify))
         .routes(routes!(releases::pins))
         .routes(routes!(releases::pin, releases::unpin))
+        .routes(routes!(rollouts::list, rollouts::start))
+        .routes(routes!(rollouts::show))
+        .routes(routes!(rollouts::act))
+        .routes(routes!(rollouts::history))
+        .routes(routes!(rollouts::explain))
+        .routes(routes!(rollouts::hosts))
+        .routes(routes!(rollouts::cordon, rollouts::uncordon))
         .routes(routes!(journal::list))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))

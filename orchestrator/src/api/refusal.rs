@@ -33,6 +33,12 @@ impl From<StoreError> for Refusal {
     }
 }
 
+impl From<crate::store::shared::SharedError> for Refusal {
+    fn from(error: crate::store::shared::SharedError) -> Self {
+        Self(error.into())
+    }
+}
+
 impl From<stillpoint_control::spec::SpecError> for Refusal {
     fn from(error: stillpoint_control::spec::SpecError) -> Self {
         Self(Problem::new(Code::BadRequest, error.to_string()))

@@ -69,14 +69,7 @@ pub(super) async fn ask(
     Path(name): Path<String>,
     Body(new): Body<NewSwap>,
 ) -> Result<(StatusCode, Json<SwapRecord>), Refusal> {
-    let swap = desk.check_swap(&name, new).await?;
-    if !desk.host.store.add_swap(&swap).await? {
-        let message = format!(
-            "another swap of `{name}` is going on; wait for its end (`stillpoint report {name}`)"
-        );
-        return Err(Problem::new(Code::SwapInProgress, message).into());
-    }
-    desk.waker.wake(&swap.vm);
+    let swap = desk.ask_swap(&name, new, new_id()?).await?;
     Ok((StatusCode::ACCEPTED, Json(swap)))
 }
 
@@ -112,6 +105,25 @@ pub(super) async fn check(
 }
 
 impl Desk {
+    /// Asks for a swap by that id.
+    pub(crate) async fn ask_swap(
+        &self,
+        name: &str,
+        new: NewSwap,
+        id: SwapId,
+    ) -> Result<SwapRecord, Problem> {
+        let mut swap = self.check_swap(name, new).await.map_err(|refusal| refusal.0)?;
+        swap.id = id;
+        if !self.host.store.add_swap(&swap).await? {
+            let message = format!(
+                "another swap of `{name}` is going on; wait for its end (`stillpoint report {name}`)"
+            );
+            return Err(Problem::new(Code::SwapInProgress, message));
+        }
+        self.waker.wake(&swap.vm);
+        Ok(swap)
+    }
+
     /// Checks everything that can be checked before the guest hears of it.
     async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
         let vm = self.vm(name).await?;

@@ -16,6 +16,7 @@ use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::doctor::Check;
 use crate::execute::{self, unix_ns};
+use crate::fleet::seats::Wish;
 use crate::model::{Code, Event, Problem, Profile, VmName, VmRecord, VmState, Wanted};
 use crate::reconcile;
 
@@ -31,6 +32,12 @@ pub struct NewVm {
     /// What its guest hears of itself, and how its pauses are announced.
     #[serde(default)]
     pub profile: Profile,
+    /// Its update domain is the one whose turn it is in its availability set, in place of the profile's.
+    #[serde(default)]
+    pub in_turn: bool,
+    /// How many update domains its availability set has, where it is the set's first member; 5 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_domains: Option<u8>,
     /// Start it with a release below the pinned minimum.
     #[serde(default)]
     pub allow_downgrade: bool,
@@ -176,14 +183,26 @@ pub(super) async fn put(
     Path(name): Path<String>,
     Body(new): Body<NewVm>,
 ) -> Result<(StatusCode, Json<VmView>), Refusal> {
-    let vm = desk.check(&name, new).await?;
-    let events = desk.host.events.subscribe();
-    if !desk.host.store.put_vm(&vm).await? {
+    let wish = Wish {
+        domain: (!new.in_turn).then_some(new.profile.update_domain),
+        of: new.update_domains,
+    };
+    let mut vm = desk.check(&name, new).await?;
+    let taken = || {
         let message = format!(
             "a guest called `{name}` is there already and was left alone; stop it first, or \
              take another name"
         );
-        return Err(Problem::new(Code::NameTaken, message).into());
+        Refusal(Problem::new(Code::NameTaken, message))
+    };
+    let known = desk.host.store.vm(&vm.name).await?;
+    if known.as_ref().is_some_and(|known| known.state.is_active()) {
+        return Err(taken());
+    }
+    desk.seat(&mut vm, known.as_ref(), wish).await?;
+    let events = desk.host.events.subscribe();
+    if !desk.host.store.put_vm(&vm).await? {
+        return Err(taken());
     }
     desk.waker.wake(&vm.name);
     let vm = desk
@@ -198,10 +217,30 @@ pub(super) async fn put(
 }
 
 impl Desk {
+    /// Gives a VM its seat in its availability set; one that it had in another is free again.
+    async fn seat(
+        &self,
+        vm: &mut VmRecord,
+        known: Option<&VmRecord>,
+        wish: Wish,
+    ) -> Result<(), Refusal> {
+        let set = vm.profile.availability_set.clone();
+        if let Some(set) = &set {
+            let seat = self.fleet.seat(set, &vm.name, wish).await?;
+            vm.profile.update_domain = seat.number().into();
+        }
+        let left = known.and_then(|known| known.profile.availability_set.as_ref());
+        if let Some(left) = left.filter(|&left| Some(left) != set.as_ref()) {
+            self.fleet.unseat(left, &vm.name).await?;
+        }
+        Ok(())
+    }
+
     /// Checks everything that can be checked before it is recorded.
     async fn check(&self, name: &str, mut new: NewVm) -> Result<VmRecord, Refusal> {
         new.spec.validate()?;
         new.profile.validate()?;
+        self.not_cordoned().await?;
         if new.spec.name != name {
             let problem = format!("{:?} is not the {name:?} of the path", new.spec.name);
             return Err(field("name", problem));
@@ -241,6 +280,27 @@ impl Desk {
             created_at_unix_ns: now,
             changed_at_unix_ns: now,
         })
+    }
+
+    /// A host that is to be left alone takes no new guests. A fleet that can't be asked is no reason to
+    /// leave a guest off.
+    async fn not_cordoned(&self) -> Result<(), Refusal> {
+        match self.fleet.cordoned().await {
+            Ok(Some(cordon)) => {
+                let me = &self.fleet.me;
+                let message = format!(
+                    "host {me} is cordoned ({}), so no guest is started there; \
+                     `stillpoint host uncordon {me}` ends that",
+                    cordon.reason
+                );
+                Err(Problem::new(Code::Cordoned, message).into())
+            }
+            Ok(None) => Ok(()),
+            Err(error) => {
+                tracing::warn!("not known whether this host is cordoned: {error}");
+                Ok(())
+            }
+        }
     }
 
     /// The version that was asked for, or the one that was added last; not one below the pin, unless
@@ -312,6 +372,12 @@ pub(super) async fn remove(
     // Its sockets are gone already; logs go with the record.
     let _ = tokio::fs::remove_dir_all(desk.host.dir(&vm.name).path()).await;
     execute::forget(&desk.host, &vm.name).await?;
+    if let Some(set) = &vm.profile.availability_set {
+        // It is gone; its seat may stay taken where the fleet can't be told.
+        if let Err(problem) = desk.fleet.unseat(set, &vm.name).await {
+            tracing::warn!(vm = %vm.name, "its seat in set {set} is not given back: {problem}");
+        }
+    }
     reconcile::removed(&desk.host, &vm.name);
     desk.waker.wake(&vm.name);
     Ok(StatusCode::NO_CONTENT)

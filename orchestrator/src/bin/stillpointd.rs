@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;
 use orchestrator::daemon::{self, Config};
+use orchestrator::fleet::Stands;
+use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
 
 /// Starts guests on this host, watches them, and swaps what runs them. Ending it harms no guest.
 #[derive(Debug, Parser)]
@@ -26,6 +28,17 @@ struct Args {
     /// be given again.
     #[arg(long, value_name = "FILE[,until=DATE]")]
     trust: Vec<String>,
+    /// This host's name in its fleet [what the kernel calls it].
+    #[arg(long, value_name = "NAME")]
+    host_name: Option<String>,
+    /// The zone it stands in.
+    #[arg(long, value_name = "NAME", default_value = "zone-0")]
+    zone: String,
+    /// The fault domain it stands in: a rack, or whatever fails together.
+    #[arg(long, value_name = "NAME", default_value = "rack-0")]
+    fault_domain: String,
+    #[command(flatten)]
+    shared: SharedArgs,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -42,6 +55,52 @@ struct Args {
     print_guest_openapi: bool,
     #[command(subcommand)]
     command: Option<Internal>,
+}
+
+/// The store that a fleet shares.
+#[derive(Debug, clap::Args)]
+struct SharedArgs {
+    /// The etcd that the fleet shares: etcd://HOST:PORT,..., or etcds:// for TLS [this host's own store: a
+    /// fleet of one].
+    #[arg(long, value_name = "URL", env = "STILLPOINT_STORE")]
+    store: Option<String>,
+    /// Whose certificates etcd's members must have, as PEM.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    store_ca: Option<PathBuf>,
+    /// This daemon's certificate for etcd, as PEM.
+    #[arg(long, value_name = "FILE", requires_all = ["store", "store_key"])]
+    store_cert: Option<PathBuf>,
+    /// The key of that certificate, as PEM.
+    #[arg(long, value_name = "FILE", requires = "store_cert")]
+    store_key: Option<PathBuf>,
+    /// A user of etcd's.
+    #[arg(long, value_name = "NAME", requires_all = ["store", "store_password_file"])]
+    store_user: Option<String>,
+    /// The file that holds that user's password.
+    #[arg(long, value_name = "FILE", requires = "store_user")]
+    store_password_file: Option<PathBuf>,
+    /// What the fleet's keys in etcd begin with: fleets that share an etcd have one each.
+    #[arg(long, value_name = "PREFIX", default_value = PREFIX)]
+    store_prefix: String,
+}
+
+impl SharedArgs {
+    fn etcd(self) -> anyhow::Result<Option<EtcdConfig>> {
+        let Some(store) = self.store else {
+            return Ok(None);
+        };
+        let prefix = self.store_prefix;
+        if !prefix.ends_with('/') {
+            anyhow::bail!("--store-prefix {prefix:?} does not end in a slash: {prefix}/ is meant?");
+        }
+        Ok(Some(EtcdConfig {
+            endpoints: Endpoint::list(&store)?,
+            prefix,
+            ca: self.store_ca,
+            identity: self.store_cert.zip(self.store_key),
+            user: self.store_user.zip(self.store_password_file),
+        }))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -83,6 +142,12 @@ fn run(args: Args) -> anyhow::Result<()> {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
         trust: args.trust,
+        host_name: args.host_name,
+        stands: Stands {
+            zone: args.zone,
+            fault_domain: args.fault_domain,
+        },
+        etcd: args.shared.etcd()?,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -88,8 +88,20 @@ enum Act {
         /// The hold's id [the one there is].
         id: Option<String>,
     },
-    /// Lists what was done to this host while its guests stood still.
+    /// Lists the hosts of the fleet.
     Ls,
+    /// Has a host left alone: no rollout begins anything there, and no guest is started there.
+    Cordon(super::hosts::CordonArgs),
+    /// Ends a cordon.
+    Uncordon {
+        /// The host [this one].
+        name: Option<String>,
+    },
+    /// Cordons a host and says what runs there. Guests are not moved to other hosts: with --stop those of
+    /// this host are ended, otherwise they run on.
+    Drain(super::hosts::DrainArgs),
+    /// Lists what was done to this host while its guests stood still.
+    Changes,
     /// Shows one of them, with what its command printed.
     Show {
         /// Its id.
@@ -192,7 +204,11 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.act {
         Act::Hold(terms) => hold(desk, terms).await,
         Act::Release { id } => release(desk, id).await,
-        Act::Ls => ls(desk).await,
+        Act::Ls => super::hosts::ls(desk).await,
+        Act::Cordon(args) => super::hosts::cordon(desk, args).await,
+        Act::Uncordon { name } => super::hosts::uncordon(desk, name).await,
+        Act::Drain(args) => super::hosts::drain(desk, args).await,
+        Act::Changes => changes(desk).await,
         Act::Show { id } => show(desk, &get(desk, &id).await?),
     }
 }
@@ -278,12 +294,12 @@ async fn the_hold(desk: &Desk) -> Result<String, Problem> {
         .iter()
         .filter(|swap| swap.is_by_hand() && !swap.state.is_over());
     held.next().map(|swap| swap.id.to_string()).ok_or_else(|| {
-        let message = "no guests are held; `stillpoint host ls` lists what was".to_owned();
+        let message = "no guests are held; `stillpoint host changes` lists what was".to_owned();
         Problem::new(Code::NotFound, message)
     })
 }
 
-async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
+async fn changes(desk: &Desk) -> Result<ExitCode, Problem> {
     let swaps: Vec<HostSwap> = desk.api.get("/v1/host/swaps").await?;
     if desk.json {
         say_json(&swaps)?;

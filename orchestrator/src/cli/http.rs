@@ -48,6 +48,11 @@ impl Api {
         checked(response).await.map(drop)
     }
 
+    /// A request without a body, with an answer.
+    pub(super) async fn take_away<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
+        self.ask(Method::DELETE, path, None::<&()>).await
+    }
+
     async fn ask<T: DeserializeOwned>(
         &self,
         method: Method,

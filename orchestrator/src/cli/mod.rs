@@ -10,6 +10,7 @@ mod events;
 mod format;
 mod history;
 mod host;
+mod hosts;
 mod http;
 mod logs;
 mod ls;
@@ -18,6 +19,7 @@ mod progress;
 mod release;
 mod report;
 mod rm;
+mod rollout;
 mod run;
 mod safeguards;
 mod show;
@@ -69,7 +71,7 @@ enum Verb {
     Rm(rm::Args),
     /// Swaps a component under a running guest.
     Swap(swap::Args),
-    /// Has guests stand still while this host is changed by hand, and lists such changes.
+    /// Lists hosts, has one left alone, and has guests stand still while this one is changed by hand.
     Host(host::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
@@ -81,6 +83,8 @@ enum Verb {
     Doctor(doctor::Args),
     /// Adds and lists releases.
     Release(release::Args),
+    /// Rolls a release out over VMs and hosts, one update domain at a time.
+    Rollout(rollout::Args),
     /// Simulates rollouts over a fleet that isn't there; needs no daemon.
     Simulate(simulate::Args),
     /// Prints completions for a shell.
@@ -169,6 +173,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::History(args) => history::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,
         Verb::Release(args) => release::run(desk, args).await,
+        Verb::Rollout(args) => rollout::run(desk, args).await,
         Verb::Simulate(args) => simulate::run(desk, &args),
         Verb::Completions(args) => completions::run(&args),
         Verb::Man(args) => man::run(&args),

@@ -79,9 +79,12 @@ pub(super) struct Args {
     /// The availability set it belongs to: its members see and approve each other's events.
     #[arg(long = "set", value_name = "NAME")]
     availability_set: Option<String>,
-    /// Its update domain in the set [0].
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    update_domain: u16,
+    /// Its update domain in the set, 0 to 19 [the one whose turn it is].
+    #[arg(long, value_name = "N", requires = "availability_set")]
+    update_domain: Option<u16>,
+    /// How many update domains the set has, 1 to 20, where this is its first guest [5].
+    #[arg(long, value_name = "N", requires = "availability_set")]
+    update_domains: Option<u8>,
     /// Its fault domain in the set [0].
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     fault_domain: u16,
@@ -153,9 +156,11 @@ impl From<CorrectionArg> for Correction {
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let (release, allow_downgrade) = (args.release.clone(), args.allow_downgrade);
+    let in_turn = args.availability_set.is_some() && args.update_domain.is_none();
+    let update_domains = args.update_domains;
     let profile = Profile {
         availability_set: args.availability_set.clone(),
-        update_domain: args.update_domain,
+        update_domain: args.update_domain.unwrap_or(0),
         fault_domain: args.fault_domain,
         tags: args.tags.iter().cloned().collect(),
         notice_ns: args.notice.map(format::whole_ns),
@@ -174,6 +179,8 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         spec,
         release,
         profile,
+        in_turn,
+        update_domains,
     };
     let path = format!("/v1/vms/{name}");
     let started: Result<VmView, Problem> = desk.api.send(Method::PUT, &path, &new).await;
@@ -190,6 +197,10 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
             format::size(vm.spec.memory.size),
             vm.release
         );
+        if let Some(set) = &vm.profile.availability_set {
+            let domain = vm.profile.update_domain;
+            text.push_str(&format!("\nits availability set: {set}, update domain {domain}"));
+        }
         if let Some(socket) = &vm.vsock_socket {
             text.push_str(&format!("\nits vsock: {socket}"));
         }

@@ -176,7 +176,6 @@ pub struct RolloutRecord {
     /// How many stages there are, the last one counted.
     pub stages: u8,
     /// What it is as a whole.
-    #[schema(value_type = RolloutState)]
     pub state: State,
     /// Why, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]

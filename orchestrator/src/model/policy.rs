@@ -14,6 +14,7 @@ use super::window::Window;
 #[serde(deny_unknown_fields)]
 pub struct Stage {
     /// How many of all that the rollout is to swap, those of earlier stages not counted.
+    #[schema(value_type = String)]
     pub size: Amount,
     /// How long they run before others follow.
     #[serde(rename = "bake_ns", with = "nanos")]
@@ -79,9 +80,11 @@ pub struct Policy {
     pub stages: Vec<Stage>,
     /// How many members of an availability set may be away, whatever made them so. At least one
     /// always may: a set of one member could never be swapped otherwise.
+    #[schema(value_type = String)]
     pub set_budget: Amount,
     /// The same, of all VMs of the fleet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
     pub fleet_budget: Option<Amount>,
     /// How many swaps may be under way at once.
     pub at_once: AtOnce,
@@ -114,6 +117,7 @@ pub struct Policy {
     #[schema(value_type = u64)]
     pub retry_after: Duration,
     /// How many swaps may fail, of those tried so far. In all stages before the last: none.
+    #[schema(value_type = String)]
     pub failures: Amount,
     /// Whether what a failing release touched is swapped back without asking.
     pub roll_back: bool,

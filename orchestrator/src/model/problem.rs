@@ -23,6 +23,10 @@ pub enum Code {
     TooLate,
     /// Another swap of this VM is going on.
     SwapInProgress,
+    /// Another rollout has the VM.
+    RolloutInProgress,
+    /// The host is cordoned.
+    Cordoned,
     /// A release of this version is there already, with another digest.
     ReleaseExists,
     /// The file is no release.
@@ -60,6 +64,8 @@ impl Code {
             | Self::NotRunning
             | Self::StillRunning
             | Self::SwapInProgress
+            | Self::RolloutInProgress
+            | Self::Cordoned
             | Self::TooLate
             | Self::ReleaseExists
             | Self::ReleaseInUse

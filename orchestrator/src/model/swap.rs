@@ -15,7 +15,7 @@ pub const HOST: &str = "host";
 pub const KVM: &str = "kvm";
 
 /// A swap's id.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(transparent)]
 #[schema(value_type = String)]
 pub struct SwapId(pub String);

@@ -13,14 +13,12 @@ use jiff::fmt::friendly::{Spacing, SpanPrinter};
 use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp, ToSpan, ZonedDateTime};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use super::moment::Moment;
 
 /// A window.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-#[schema(value_type = String)]
 pub struct Window {
     days: Vec<Weekday>,
     opens: Time,

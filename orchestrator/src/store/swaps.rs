@@ -167,6 +167,18 @@ impl Store {
         .await
     }
 
+    /// Each VM's last swap.
+    pub async fn last_swaps(&self) -> Result<Vec<SwapRecord>, StoreError> {
+        self.call(move |tx| {
+            let query = format!(
+                "{COLUMNS} s WHERE NOT EXISTS (SELECT 1 FROM swaps later WHERE later.vm = s.vm AND \
+                 (later.asked_at_unix_ns, later.rowid) > (s.asked_at_unix_ns, s.rowid))"
+            );
+            tx.prepare(&query)?.query_map([], record)?.collect()
+        })
+        .await
+    }
+
     /// Swaps, of one VM or all, oldest first; with their reports.
     pub async fn swaps(&self, vm: Option<&VmName>) -> Result<Vec<SwapRecord>, StoreError> {
         let vm = vm.map(|name| name.as_str().to_owned());

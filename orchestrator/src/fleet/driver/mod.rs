@@ -21,6 +21,8 @@ use crate::execute::unix_ns;
 use crate::model::Moment;
 use crate::store::shared::{Change, Committed, Expect, Guard, Keep, Lease, SharedError};
 
+pub(in crate::fleet) use step::hear;
+pub(crate) use step::reason;
 pub use step::{Step, step};
 
 /// How long a driver that says nothing more is still the driver.

@@ -234,7 +234,7 @@ fn order(record: &RolloutRecord, unit: &UnitRecord, way: Way, epoch: u64) -> Opt
 }
 
 /// A unit's name.
-pub(in crate::fleet) fn said(unit: &UnitRecord) -> String {
+fn said(unit: &UnitRecord) -> String {
     match &unit.set {
         Some(set) => format!(
             "{} on {} (set {set}, domain {})",
@@ -296,7 +296,7 @@ fn turned(state: State, turn: Turn) -> String {
 }
 
 /// What an answer's reason is, from the swap.
-pub(in crate::fleet) fn reason(swap: &SwapRecord) -> Option<String> {
+pub(crate) fn reason(swap: &SwapRecord) -> Option<String> {
     let health = swap.safeguards.health.as_ref();
     let problems = health.map(|health| health.problems.join("; "));
     let problems = problems.filter(|problems| !problems.is_empty());

@@ -18,9 +18,6 @@ mod memory;
 mod mirror;
 mod sqlite;
 
-#[cfg(test)]
-pub(crate) mod suite;
-
 use std::time::Duration;
 
 use tokio::sync::watch;

@@ -1,0 +1,133 @@
+//! Rollouts as tables.
+
+use std::time::Duration;
+
+use crate::cli::format;
+use crate::fleet::explain::RolloutView;
+use crate::fleet::record::{HistoryStep, RolloutRecord, UnitRecord};
+use crate::model::Opening;
+
+fn stage(record: &RolloutRecord, unit: &UnitRecord) -> String {
+    match unit.stage + 1 < record.stages {
+        true => format!("canary {}", unit.stage),
+        false => "rest".into(),
+    }
+}
+
+fn place(unit: &UnitRecord) -> [String; 2] {
+    match &unit.set {
+        Some(set) => [set.clone(), unit.domain.to_string()],
+        None => ["-".into(), "-".into()],
+    }
+}
+
+/// What will be done, before it is.
+pub(super) fn of_plan(view: &RolloutView) -> String {
+    let record = &view.rollout;
+    let row = |unit: &UnitRecord| {
+        let [set, domain] = place(unit);
+        vec![
+            stage(record, unit),
+            set,
+            domain,
+            unit.vm.to_string(),
+            unit.host.to_string(),
+            unit.from.clone(),
+        ]
+    };
+    let rows: Vec<_> = record.units.iter().map(row).collect();
+    let head = ["STAGE", "SET", "DOMAIN", "VM", "HOST", "FROM"];
+    format!(
+        "to release {}: {} VMs, in this order\n{}{}",
+        record.to,
+        record.units.len(),
+        format::table(&head, &[], &rows),
+        terms(record)
+    )
+}
+
+/// How it goes about it.
+fn terms(record: &RolloutRecord) -> String {
+    let policy = &record.policy;
+    let mut lines = vec![format!(
+        "at once: {}, {} a host; one update domain of a set at a time, and {} of its members away at most",
+        policy.at_once.total, policy.at_once.per_host, policy.set_budget
+    )];
+    for (number, stage) in policy.stages.iter().enumerate() {
+        lines.push(format!(
+            "canary {number}: {}, watched for {}",
+            stage.size,
+            format::time(stage.bake)
+        ));
+    }
+    let then = match policy.roll_back {
+        true => "all that was touched is put back",
+        false => "it stops, and leaves all where it is",
+    };
+    lines.push(format!("more than {} failed: {then}", policy.failures));
+    for window in &policy.windows {
+        lines.push(format!("begins only in {window}"));
+    }
+    if let Opening::ClosedUntil(opens) = crate::model::opening(&policy.windows, now()) {
+        lines.push(format!(
+            "no window is open: the first opens {}",
+            format::until(opens.0 / 1_000_000_000)
+        ));
+    }
+    lines.join("\n") + "\n"
+}
+
+fn now() -> crate::model::Moment {
+    crate::model::Moment(crate::execute::unix_ns())
+}
+
+/// One line that says how it is.
+pub(super) fn headline(view: &RolloutView) -> String {
+    let record = &view.rollout;
+    let reason = record.reason.as_deref();
+    let reason = reason.map_or(String::new(), |reason| format!(" ({reason})"));
+    let driver = match (&view.driver, record.state.is_over()) {
+        (_, true) => String::new(),
+        (Some(driver), false) => format!(", driven by {driver}"),
+        (None, false) => ", and nobody drives it just now".into(),
+    };
+    format!("rollout {} to {} is {}{reason}{driver}", record.id, record.to, record.state)
+}
+
+/// A rollout, and each unit's reason.
+pub(super) fn of_view(view: &RolloutView) -> String {
+    let record = &view.rollout;
+    let row = |(unit, why): (&UnitRecord, &crate::fleet::explain::UnitWhy)| {
+        let [set, domain] = place(unit);
+        let blackout = unit.blackout_ns.map(Duration::from_nanos);
+        let note = unit.note.as_deref();
+        let note = note.map_or(String::new(), |note| format!(" ({note})"));
+        vec![
+            stage(record, unit),
+            set,
+            domain,
+            unit.vm.to_string(),
+            unit.host.to_string(),
+            unit.phase.words().to_owned(),
+            blackout.map_or_else(|| "-".into(), format::time),
+            format!("{}{note}", why.why),
+        ]
+    };
+    let rows: Vec<_> = record.units.iter().zip(&view.whys).map(row).collect();
+    let head = [
+        "STAGE", "SET", "DOMAIN", "VM", "HOST", "IS", "BLACKOUT", "WHY",
+    ];
+    format!("{}\n{}", headline(view), format::table(&head, &[6], &rows))
+}
+
+/// What was done, step by step.
+pub(super) fn of_history(steps: &[HistoryStep]) -> String {
+    let mut text = String::new();
+    for step in steps {
+        let at = format::ago(step.at.0);
+        for line in &step.lines {
+            text.push_str(&format!("{at:<12} {:<24} {line}\n", step.by));
+        }
+    }
+    text
+}

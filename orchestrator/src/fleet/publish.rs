@@ -1,0 +1,144 @@
+//! What this host says of itself and its guests, whenever that changes.
+//!
+//! Cards come before the word that the host is heard: whoever hears it knows its guests.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::member::Heard;
+use super::record::{HostCard, VmCard};
+use super::{Fleet, HOSTS, VMS, keys, written};
+use crate::execute::Host;
+use crate::model::{
+    HealthState, HostName, Moment, SwapRecord, SwapState, VmName, VmRecord, VmState, Wanted,
+};
+use crate::plan::rollout::seen::Health;
+use crate::store::StoreError;
+use crate::store::shared::{Change, Expect, Keep, SharedError};
+
+/// Between two looks when nothing is heard.
+const TICK: Duration = Duration::from_secs(1);
+/// Events come in swarms.
+const BREATH: Duration = Duration::from_millis(20);
+/// Cards that go into one commit: etcd takes 128 changes.
+const BATCH: usize = 100;
+
+/// Says it until the daemon ends.
+pub async fn publish(fleet: Fleet, host: Host) {
+    let mut heard = Heard::new();
+    let mut said: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut is_known = false;
+    let mut quiet = false;
+    let mut events = host.events.subscribe();
+    loop {
+        match say(&fleet, &host, &mut said, &mut is_known, &mut heard).await {
+            Ok(()) => quiet = false,
+            Err(error) => {
+                // What was said may be gone with whoever was told.
+                said.clear();
+                if !std::mem::replace(&mut quiet, true) {
+                    tracing::warn!("the fleet does not hear of this host: {error}");
+                }
+            }
+        }
+        if let Ok(Ok(_)) = tokio::time::timeout(TICK, events.recv()).await {
+            tokio::time::sleep(BREATH).await;
+            events = events.resubscribe();
+        }
+    }
+}
+
+async fn say(
+    fleet: &Fleet,
+    host: &Host,
+    said: &mut BTreeMap<String, Vec<u8>>,
+    is_known: &mut bool,
+    heard: &mut Heard,
+) -> Result<(), SharedError> {
+    if !*is_known {
+        // What a daemon before this one said, also of guests that are gone.
+        let prefix = keys::guests(VMS, &fleet.me);
+        for entry in fleet.shared.list(&prefix).await?.entries {
+            said.insert(entry.key, entry.value);
+        }
+        *is_known = true;
+    }
+    let now = cards(&fleet.me, host, fleet).await?;
+    let put = now.iter().filter(|(key, card)| said.get(*key) != Some(card));
+    let put = put.map(|(key, card)| {
+        Change::keep(key.clone(), Expect::Anything, card.clone(), Keep::Retold)
+    });
+    let gone = said.keys().filter(|key| !now.contains_key(*key));
+    let gone = gone.map(|key| Change::remove(key.clone(), Expect::Anything));
+    let changes: Vec<Change> = put.chain(gone).collect();
+    for batch in changes.chunks(BATCH) {
+        fleet.shared.commit(batch.to_vec(), None).await?;
+    }
+    *said = now;
+    heard.say(fleet).await
+}
+
+async fn cards(
+    me: &HostName,
+    host: &Host,
+    fleet: &Fleet,
+) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
+    let releases = host.store.releases().await?;
+    let card = HostCard {
+        zone: fleet.stands.zone.clone(),
+        fault_domain: fleet.stands.fault_domain.clone(),
+        releases: releases
+            .into_iter()
+            .map(|release| release.manifest.version)
+            .collect(),
+        daemon: env!("CARGO_PKG_VERSION").into(),
+    };
+    let mut cards = BTreeMap::from([(keys::of_host(HOSTS, me), written(&card))]);
+    let mut last: BTreeMap<VmName, SwapRecord> = BTreeMap::new();
+    for swap in host.store.last_swaps().await? {
+        last.insert(swap.vm.clone(), swap);
+    }
+    for vm in host.store.vms().await? {
+        let card = vm_card(&vm, last.get(&vm.name));
+        cards.insert(keys::of_vm(VMS, me, &vm.name), written(&card));
+    }
+    Ok(cards)
+}
+
+/// What is said of a guest, from its record and its last swap.
+fn vm_card(vm: &VmRecord, last: Option<&SwapRecord>) -> VmCard {
+    let open = last.filter(|swap| !swap.state.is_over());
+    // Of a swap that is over, and of which the guest is still where it brought it.
+    let unwell = last.and_then(|swap| {
+        let health = swap.safeguards.health.as_ref()?;
+        let is_there = swap.state == SwapState::Moved && swap.to.version == vm.release;
+        (is_there && health.state == HealthState::Unwell).then_some(health)
+    });
+    let (health, since, ailment) = match vm.state {
+        VmState::Running | VmState::Swapping => match unwell {
+            Some(unwell) => (
+                Health::Ill,
+                unwell.since_unix_ns,
+                Some(unwell.problems.join("; ")),
+            ),
+            None => (Health::Well, vm.changed_at_unix_ns, None),
+        },
+        VmState::Stopped => (Health::Off, vm.changed_at_unix_ns, None),
+        VmState::Failed | VmState::Crashed if vm.wanted == Wanted::Stopped => {
+            (Health::Off, vm.changed_at_unix_ns, None)
+        }
+        _ => (Health::Ill, vm.changed_at_unix_ns, vm.reason.clone()),
+    };
+    VmCard {
+        set: vm.profile.availability_set.clone(),
+        domain: vm.profile.update_domain,
+        state: vm.state,
+        release: vm.release.clone(),
+        health,
+        ailment,
+        since: Moment(since),
+        swap: open.map(|swap| swap.id.clone()),
+        busy: vm.state == VmState::Starting
+            || (vm.wanted == Wanted::Stopped && vm.state.is_active()),
+    }
+}
