@@ -20,7 +20,8 @@ use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
 use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
-use crate::fleet::{Fleet, Stands, driver, publish};
+use crate::fleet::publish::Publisher;
+use crate::fleet::{Fleet, Stands, driver};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
 use crate::model::HostName;
@@ -122,8 +123,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             tokio::spawn(execute::host_swap(host.clone(), swap));
         }
     }
-    let desk = Desk { host, waker, fleet };
-    tokio::spawn(publish::publish(desk.fleet.clone(), desk.host.clone()));
+    let publisher = Publisher::start(fleet.clone(), host.clone());
+    let desk = Desk {
+        host,
+        waker,
+        fleet,
+        publisher,
+    };
     tokio::spawn(driver::drive(desk.fleet.clone()));
     tokio::spawn(orders::obey(desk.clone()));
     let router = api::router(desk);

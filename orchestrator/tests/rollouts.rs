@@ -111,7 +111,7 @@ fn what_cannot_be_rolled_out_is_refused_and_nothing_moves() {
     bad("next", &["--set", "db"], "set `db`");
     bad("next", &["--vm", "web-9"], "`web-9`");
     bad("next", &["--host", "elsewhere"], "no host `elsewhere`");
-    bad("next", &["--at-once", "0"], "at once is 0");
+    bad("next", &["--tries", "0"], "tries is 0");
     bad(
         "next",
         &["--window", "Sat 02:00 5s UTC"],

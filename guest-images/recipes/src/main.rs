@@ -69,6 +69,7 @@ fn make(args: &Args, progress: Progress) -> anyhow::Result<()> {
     // Guests need none of these; whoever runs `make images` wants to go offline afterwards.
     fetch(Set::Qemu)?;
     fetch(Set::Iproute)?;
+    fetch(Set::Etcd)?;
     let kernels = match args.kernels.as_slice() {
         [] => &Kernel::ALL,
         some => some,

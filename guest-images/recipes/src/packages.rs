@@ -68,6 +68,8 @@ pub enum Set {
     Curl,
     /// `ip` and `tc`, for emulated hosts, with every library they need.
     Iproute,
+    /// etcd, the store that a fleet shares.
+    Etcd,
 }
 
 /// Why a set can't be had.
@@ -113,7 +115,7 @@ pub struct Unpacked {
 
 impl Set {
     /// Every set.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Kernel(Kernel::Bookworm),
         Self::Kernel(Kernel::Backports),
         Self::Qemu,
@@ -121,6 +123,7 @@ impl Set {
         Self::Phc2sys,
         Self::Curl,
         Self::Iproute,
+        Self::Etcd,
     ];
 
     /// Its name in the cache and in messages.
@@ -133,6 +136,7 @@ impl Set {
             Self::Phc2sys => "phc2sys",
             Self::Curl => "curl",
             Self::Iproute => "iproute2",
+            Self::Etcd => "etcd-server",
         }
     }
 
@@ -243,6 +247,8 @@ impl Set {
                 apt.with_dependencies(&names.iter().map(suite).collect::<Vec<_>>())?
             }
             Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
+            // A Go program: it needs nothing but libc.
+            Self::Etcd => apt.alone(&[self.name().to_owned()])?,
             Self::Phc2sys => apt.alone(&["linuxptp".to_owned(), "libc6".to_owned()])?,
             Self::Curl | Self::Iproute => apt.with_dependencies(&[self.name().to_owned()])?,
         };
@@ -302,6 +308,11 @@ impl Unpacked {
     /// Its files as a kernel's.
     pub fn kernel(&self) -> Result<KernelFiles, FetchError> {
         Ok(kernel_files(&self.tree)?)
+    }
+
+    /// The server of [`Set::Etcd`].
+    pub fn etcd(&self) -> PathBuf {
+        self.tree.join("usr/bin/etcd")
     }
 
     /// Its files as a busybox's.

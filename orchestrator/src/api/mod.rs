@@ -21,6 +21,7 @@ use utoipa_axum::routes;
 
 use crate::execute::Host;
 use crate::fleet::Fleet;
+use crate::fleet::publish::Publisher;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
@@ -42,6 +43,8 @@ pub struct Desk {
     pub waker: Waker,
     /// This host's place in its fleet.
     pub fleet: Fleet,
+    /// Tells the fleet of this host.
+    pub publisher: Publisher,
 }
 
 #[derive(OpenApi)]

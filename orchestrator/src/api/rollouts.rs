@@ -80,6 +80,8 @@ pub(super) async fn start(
     if !new.allow_downgrade {
         desk.pin_allows(&new.to).await?;
     }
+    // What was done on this host a moment ago, such as a release that was added, counts.
+    desk.publisher.catch_up().await;
     let id = RolloutId(new_id()?.0);
     let record = desk.fleet.start(&new, id, now()).await?;
     let look = desk.fleet.look().await?;
@@ -145,6 +147,7 @@ pub(super) async fn explain(
     State(desk): State<Desk>,
     axum::extract::Query(Asked { vm }): axum::extract::Query<Asked>,
 ) -> Result<Json<Explained>, Refusal> {
+    desk.publisher.catch_up().await;
     let look = desk.fleet.look().await?;
     let place = the_vm(&look, &vm)?;
     let why = explain::explain(&look, place, now());
@@ -154,6 +157,7 @@ pub(super) async fn explain(
 /// The hosts of the fleet.
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = [HostView])))]
 pub(super) async fn hosts(State(desk): State<Desk>) -> Result<Json<Vec<HostView>>, Refusal> {
+    desk.publisher.catch_up().await;
     Ok(Json(desk.fleet.hosts().await?))
 }
 

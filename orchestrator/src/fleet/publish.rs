@@ -5,6 +5,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use tokio::sync::{mpsc, oneshot};
+
 use super::member::Heard;
 use super::record::{HostCard, VmCard};
 use super::{Fleet, HOSTS, VMS, keys, written};
@@ -22,9 +24,32 @@ const TICK: Duration = Duration::from_secs(1);
 const BREATH: Duration = Duration::from_millis(20);
 /// Cards that go into one commit: etcd takes 128 changes.
 const BATCH: usize = 100;
+/// How long anybody waits for what is said.
+const CATCH_UP: Duration = Duration::from_secs(3);
 
-/// Says it until the daemon ends.
-pub async fn publish(fleet: Fleet, host: Host) {
+/// Asks the publisher for something to be said now. Clones ask the same.
+#[derive(Clone, Debug)]
+pub struct Publisher(mpsc::Sender<oneshot::Sender<()>>);
+
+impl Publisher {
+    /// Starts to say it, until the daemon ends.
+    pub fn start(fleet: Fleet, host: Host) -> Self {
+        let (asks, asked) = mpsc::channel(8);
+        tokio::spawn(publish(fleet, host, asked));
+        Self(asks)
+    }
+
+    /// Returns when all that was so before is said, or could not be.
+    pub async fn catch_up(&self) {
+        let (said, heard) = oneshot::channel();
+        if self.0.send(said).await.is_ok() {
+            let _ = tokio::time::timeout(CATCH_UP, heard).await;
+        }
+    }
+}
+
+async fn publish(fleet: Fleet, host: Host, mut asked: mpsc::Receiver<oneshot::Sender<()>>) {
+    let mut asking: Vec<oneshot::Sender<()>> = Vec::new();
     let mut heard = Heard::new();
     let mut said: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut is_known = false;
@@ -41,9 +66,17 @@ pub async fn publish(fleet: Fleet, host: Host) {
                 }
             }
         }
-        if let Ok(Ok(_)) = tokio::time::timeout(TICK, events.recv()).await {
-            tokio::time::sleep(BREATH).await;
-            events = events.resubscribe();
+        for said in asking.drain(..) {
+            // Whoever asked may have gone.
+            let _ = said.send(());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(TICK) => {}
+            Some(ask) = asked.recv() => asking.push(ask),
+            _ = events.recv() => {
+                tokio::time::sleep(BREATH).await;
+                events = events.resubscribe();
+            }
         }
     }
 }
