@@ -17,6 +17,8 @@ pub(crate) struct Daemon {
     child: Option<Child>,
     /// Keys that it is told to trust.
     trust: Vec<String>,
+    /// Further arguments.
+    more: Vec<String>,
 }
 
 /// What a `stillpoint --json` said.
@@ -50,7 +52,16 @@ impl Daemon {
             dir,
             child: None,
             trust: Vec::new(),
+            more: Vec::new(),
         };
+        daemon.spawn();
+        daemon
+    }
+
+    /// Starts one with further arguments.
+    pub(crate) fn start_with(more: &[&str]) -> Self {
+        let mut daemon = Self::prepare();
+        daemon.more = more.iter().map(|&arg| arg.to_owned()).collect();
         daemon.spawn();
         daemon
     }
@@ -62,6 +73,7 @@ impl Daemon {
             dir,
             child: None,
             trust: Vec::new(),
+            more: Vec::new(),
         }
     }
 
@@ -84,7 +96,9 @@ impl Daemon {
             .arg("--state-dir")
             .arg(self.path().join("state"))
             .args(self.trust.iter().flat_map(|key| ["--trust", key]))
+            .args(&self.more)
             .env_remove("NOTIFY_SOCKET")
+            .env_remove("STILLPOINT_STORE")
             .stdin(Stdio::null());
         command
     }

@@ -154,7 +154,7 @@ impl Connections {
             let response = self.send(&mut sender, member, path, request, token).await?;
             let status = response.status().as_u16();
             let body = response.into_body().collect().await;
-            Ok((status, body.map_err(|e| e.to_string())?.to_bytes()))
+            Ok((status, body.map_err(|e| whole(&e))?.to_bytes()))
         };
         match tokio::time::timeout(PATIENCE, asked).await {
             Err(_) => Err(Failure::BrokeOff(format!("no answer in {PATIENCE:?}"))),
@@ -209,7 +209,7 @@ impl Connections {
         }
         let body = Full::new(Bytes::from(request.to_string()));
         let request = builder.body(body).map_err(|e| e.to_string())?;
-        sender.send_request(request).await.map_err(|e| e.to_string())
+        sender.send_request(request).await.map_err(|e| whole(&e))
     }
 
     /// A free connection to that member, or a new one.
@@ -287,7 +287,7 @@ where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let made = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-    let (sender, connection) = made.map_err(|e| e.to_string())?;
+    let (sender, connection) = made.map_err(|e| whole(&e))?;
     tokio::spawn(connection);
     Ok(sender)
 }
@@ -324,6 +324,17 @@ fn said(failure: Failure) -> String {
     match failure {
         Failure::Unheard(problem) | Failure::BrokeOff(problem) => problem,
     }
+}
+
+/// An error with all that it came of: what a member has against us stands at its end.
+fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
