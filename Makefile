@@ -54,6 +54,10 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
 
+.PHONY: etcd
+etcd: ## the shared store's suite on three members of etcd, killed in turn
+	$(CARGO) test --quiet --locked -p stillpoint --test shared_store -- --ignored
+
 .PHONY: simulate
 simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation
 	$(CARGO) build --release --quiet --locked -p stillpoint --bin stillpoint
@@ -99,6 +103,10 @@ demo: releases programs images-if-any ## swap a running guest's VMM ten times; a
 .PHONY: demo-events
 demo-events: releases programs ## a guest's pause from both sides: announced, approved, withdrawn, urgent
 	target/release/demo-events
+
+.PHONY: demo-fleet
+demo-fleet: releases programs ## three hosts, three members of etcd, twelve guests: a good release, a bad one, a driver that dies
+	target/release/demo-fleet
 
 .PHONY: demo-linux
 demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be

@@ -144,8 +144,7 @@ fn a_bad_release_stops_at_its_canary_and_a_fleet_without_its_store_harms_no_gues
     assert!(message.contains("guests run on"), "{message}");
     daemons[1].run("alone", "good").good();
     assert_eq!(daemons[1].swap("alone", "next")["state"], "moved");
-    cluster.spawn(0);
-    cluster.until_up(0);
+    cluster.restart(0);
 
     until("the rollout rolled itself back", || {
         is_over(&daemons[2], &id, "rolled_back")

@@ -1,6 +1,5 @@
 //! The shared store: one suite, asked of all three.
 
-mod daemon;
 mod etcd;
 
 use std::time::Duration;
@@ -266,8 +265,7 @@ async fn etcd_of_one_member() {
     cluster.kill(0);
     let away = shared.list("").await.expect_err("nobody answers").to_string();
     assert!(away.contains("no etcd member answers"), "{away}");
-    cluster.spawn(0);
-    cluster.until_up(0);
+    cluster.restart(0);
     let back = async { while shared.list("").await.is_err() {} };
     let back = tokio::time::timeout(Duration::from_secs(30), back).await;
     back.expect("it is found again");
@@ -294,8 +292,7 @@ async fn etcd_of_three_members_of_which_any_one_may_die() {
         };
         let done = tokio::time::timeout(Duration::from_secs(30), done).await;
         done.unwrap_or_else(|_| panic!("round {round}: two of three are enough"));
-        cluster.spawn(victim);
-        cluster.until_up(victim);
+        cluster.restart(victim);
     }
     let entries = shared.list("j/").await.expect("list").entries;
     assert_eq!(entries.len(), 6);
@@ -320,7 +317,7 @@ async fn etcd_by_tls_with_names_checked() {
         &text("ca.pem"),
     ];
     let more = more.map(str::to_owned);
-    let cluster = Cluster::start_with(&server, 1, "etcds", &more);
+    let cluster = Cluster::start_with(&server, 1, true, &more);
     let good = EtcdConfig {
         ca: Some(file("ca.pem")),
         identity: Some((file("client.pem"), file("client.key"))),

@@ -23,6 +23,7 @@ pub struct Daemon {
     dir: PathBuf,
     bin: PathBuf,
     network: Network,
+    more: Vec<String>,
 }
 
 /// Where a daemon lives.
@@ -49,9 +50,10 @@ pub struct Answer {
     pub error: String,
 }
 
-/// Where the built programs are.
+/// Where the built programs are; `STILLPOINT_PROGRAMS` names another place.
 pub fn programs() -> PathBuf {
-    root().join("target/release")
+    std::env::var_os("STILLPOINT_PROGRAMS")
+        .map_or_else(|| root().join("target/release"), PathBuf::from)
 }
 
 impl Daemon {
@@ -62,29 +64,41 @@ impl Daemon {
 
     /// As [`Daemon::start`], with the programs in `bin`.
     pub fn start_from(dir: &Path, bin: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, bin, Network::Ours)
+        Self::start_as(dir, bin, Network::Ours, &[])
     }
 
     /// As [`Daemon::start`], in a network namespace of its own.
     pub fn start_in_own_network(dir: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, &programs(), Network::New)
+        Self::start_as(dir, &programs(), Network::New, &[])
     }
 
     /// As [`Daemon::start`], in a mount namespace of its own: what it and its children mount is seen by
     /// nobody else. One that is started again is in ours.
     pub fn start_among_own_mounts(dir: &Path) -> anyhow::Result<Self> {
-        let mut daemon = Self::start_as(dir, &programs(), Network::OwnMounts)?;
+        let mut daemon = Self::start_as(dir, &programs(), Network::OwnMounts, &[])?;
         daemon.network = Network::Ours;
         Ok(daemon)
     }
 
-    fn start_as(dir: &Path, bin: &Path, network: Network) -> anyhow::Result<Self> {
-        let child = spawn(dir, bin, &network)?;
+    /// As [`Daemon::start`], with further arguments.
+    pub fn start_with(dir: &Path, more: &[&str]) -> anyhow::Result<Self> {
+        Self::start_as(dir, &programs(), Network::Ours, more)
+    }
+
+    fn start_as(
+        dir: &Path,
+        bin: &Path,
+        network: Network,
+        more: &[&str],
+    ) -> anyhow::Result<Self> {
+        let more: Vec<String> = more.iter().map(|&arg| arg.to_owned()).collect();
+        let child = spawn(dir, bin, &network, &more)?;
         let mut daemon = Self {
             child,
             dir: dir.to_owned(),
             bin: bin.to_owned(),
             network,
+            more,
         };
         daemon.wait_answers()?;
         if let Network::New = daemon.network {
@@ -137,7 +151,7 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.child = spawn(&self.dir, &self.bin, &self.network)?;
+        self.child = spawn(&self.dir, &self.bin, &self.network, &self.more)?;
         self.wait_answers()
     }
 
@@ -231,7 +245,7 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
+fn spawn(dir: &Path, bin: &Path, network: &Network, more: &[String]) -> anyhow::Result<Child> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
@@ -256,9 +270,11 @@ fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
         .arg("--run-dir")
         .arg(dir.join("run"))
         .arg("--state-dir")
-        .arg(dir.join("state"));
+        .arg(dir.join("state"))
+        .args(more);
     command
         .env_remove("NOTIFY_SOCKET")
+        .env_remove("STILLPOINT_STORE")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);

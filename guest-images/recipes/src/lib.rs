@@ -16,11 +16,13 @@
 //! | [`initramfs`] | a cpio archive being written |
 //! | [`guest`] | the images that test guests boot |
 //! | [`programs`] | programs with their libraries, for an initramfs |
+//! | [`etcd`] | an etcd on this machine, for tests and demos |
 //! | [`qemu`] | the unpacked QEMU, ready to be started |
 //! | [`progress`] | telling whoever waits |
 
 pub mod apt;
 pub mod cache;
+pub mod etcd;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;

@@ -95,7 +95,10 @@ pub(super) async fn post(
                        or the other";
         return Err(Problem::new(Code::BadRequest, message).into());
     }
-    Ok((StatusCode::CREATED, Json(add(&desk.host, new).await?)))
+    let added = add(&desk.host, new).await?;
+    // Whoever starts a rollout anywhere in the fleet after this counts on it.
+    desk.publisher.catch_up().await;
+    Ok((StatusCode::CREATED, Json(added)))
 }
 
 /// Removes a release that runs no guest.
