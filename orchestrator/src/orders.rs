@@ -145,7 +145,10 @@ impl Obedient {
         if record.release == order.to && record.state == VmState::Running {
             return Ok(say(Far::Settled, None));
         }
-        match desk.ask_swap(vm.as_str(), wanted(order), order.id.clone()).await {
+        match desk
+            .ask_swap(vm.as_str(), wanted(order), order.id.clone())
+            .await
+        {
             Ok(_) => Ok(say(Far::UnderWay, None)),
             Err(problem) if problem.code == Code::SwapInProgress => {
                 Ok(say(Far::UnderWay, Some(problem.message)))

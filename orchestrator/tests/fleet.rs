@@ -13,7 +13,14 @@ fn fleet(cluster: &Cluster) -> Vec<Daemon> {
     let url = cluster.url();
     let start = |number: usize| {
         let (name, rack) = (format!("h{number}"), format!("rack-{number}"));
-        let args = ["--store", &url, "--host-name", &name, "--fault-domain", &rack];
+        let args = [
+            "--store",
+            &url,
+            "--host-name",
+            &name,
+            "--fault-domain",
+            &rack,
+        ];
         let daemon = Daemon::start_with(&args);
         daemon.add("good", None);
         daemon.add("next", None);
@@ -116,7 +123,9 @@ fn a_driver_that_dies_is_followed_by_another_and_no_step_is_done_twice() {
         });
         daemons[dead].spawn();
     }
-    until("the rollout is finished", || is_over(&daemons[0], &id, "finished"));
+    until("the rollout is finished", || {
+        is_over(&daemons[0], &id, "finished")
+    });
     let each = (0..3).flat_map(|host| (0..2).map(move |guest| (format!("web-{host}-{guest}"), 1)));
     let each: Vec<(String, usize)> = each.collect();
     assert_eq!(moves(&daemons), each, "seed {seed}, drivers {drivers:?}");
@@ -155,4 +164,99 @@ fn a_bad_release_stops_at_its_canary_and_a_fleet_without_its_store_harms_no_gues
         .collect();
     assert_eq!(tried.len(), 1, "the canary alone was touched: {tried:?}");
     assert_eq!(tried[0].1, 0, "and it stayed where it was: {tried:?}");
+}
+
+/// A driver that only stood still believes that it drives: what it writes is refused by its guard.
+#[test]
+fn a_driver_that_comes_back_to_life_does_no_step_twice() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let daemons = fleet(&cluster);
+    let id = start(&daemons[0], "next");
+    let mut dead = None;
+    until("somebody drives", || {
+        dead = driver(&daemons[0]);
+        dead.is_some()
+    });
+    let dead = dead.expect("a driver");
+    let pid = i32::try_from(daemons[dead].pid()).expect("a pid");
+    let pid = Pid::from_raw(pid).expect("a pid");
+    kill_process(pid, Signal::STOP).expect("SIGSTOP");
+    let other = (dead + 1) % 3;
+    until("another drives", || {
+        driver(&daemons[other]).is_some_and(|now| now != dead)
+    });
+    kill_process(pid, Signal::CONT).expect("SIGCONT");
+    until("the rollout is finished", || {
+        is_over(&daemons[other], &id, "finished")
+    });
+    assert!(moves(&daemons).iter().all(|(_, moves)| *moves == 1));
+    assert_eq!(moves(&daemons).len(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing() {
+    use orchestrator::store::shared::etcd::{Endpoint, Etcd, EtcdConfig, PREFIX};
+    use orchestrator::store::shared::{Change, Expect, Shared};
+
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let config = EtcdConfig {
+        endpoints: Endpoint::list(&cluster.url()).expect("members"),
+        prefix: PREFIX.into(),
+        ca: None,
+        identity: None,
+        user: None,
+    };
+    let shared = Shared::Etcd(Etcd::open(config).expect("open"));
+    let put = async |key: &str, value: String| {
+        let change = Change::put(key, Expect::Anything, value.into_bytes());
+        shared.commit(vec![change], None).await.expect("commit");
+    };
+    put("rollouts/of-nobody", "{\"id\":".into()).await;
+    put("hosts/of nobody", "?".into()).await;
+    put("vms/h9/of-nobody", "[]".into()).await;
+
+    let url = cluster.url();
+    let daemon = Daemon::start_with(&["--store", &url, "--host-name", "h0"]);
+    daemon.add("good", None);
+    daemon.add("next", None);
+    daemon.run("web", "good").good();
+    until("what can't be read is named", || {
+        let log = daemon.log();
+        log.contains("rollouts/of-nobody") && log.contains("hosts/of nobody")
+    });
+    let id = start(&daemon, "next");
+    until("it is finished all the same", || {
+        is_over(&daemon, &id, "finished")
+    });
+
+    let swaps = || {
+        daemon
+            .ask(&["report"])
+            .good()
+            .as_array()
+            .map_or(0, Vec::len)
+    };
+    assert_eq!(swaps(), 1);
+    let driver = shared.get("driver").await.expect("get").expect("a driver");
+    let order = |id: &str, epoch: u64| {
+        serde_json::json!({
+            "id": id, "rollout": "of-nobody", "epoch": epoch, "to": "good", "way": "back",
+            "way_back": false, "allow_downgrade": true, "no_notice": "a test",
+        })
+        .to_string()
+    };
+    put("orders/h0/web", order("late-order", driver.created - 1)).await;
+    until("it is refused", || {
+        daemon
+            .log()
+            .contains("that was replaced is not carried out")
+    });
+    assert_eq!(swaps(), 1, "nothing was done for it");
+    put("orders/h0/web", order("good-order", driver.created)).await;
+    until("the same of the driver is done", || swaps() == 2);
+    daemon.until_state("web", "running");
+    until("it is back", || daemon.show("web")["release"] == "good");
 }

@@ -31,7 +31,9 @@ fn with_set(guests: usize) -> Daemon {
     daemon.add("next", None);
     for number in 0..guests {
         let set = ["--set", "web", "--update-domains", "2"];
-        daemon.run_with(&format!("web-{number}"), "good", &set).good();
+        daemon
+            .run_with(&format!("web-{number}"), "good", &set)
+            .good();
     }
     daemon
 }
@@ -66,7 +68,10 @@ fn ended(said: Said) -> Value {
 fn a_rollout_goes_canary_first_and_one_update_domain_at_a_time() {
     let daemon = with_set(5);
     let planned = rollout(&daemon, "plan", "next", &[]).good();
-    let units = planned["rollout"]["units"].as_array().expect("units").clone();
+    let units = planned["rollout"]["units"]
+        .as_array()
+        .expect("units")
+        .clone();
     assert_eq!(units.len(), 5);
     assert_eq!(swaps(&daemon), Vec::<Value>::new(), "a plan begins nothing");
 
@@ -142,7 +147,9 @@ fn two_rollouts_over_one_vm_a_cordon_and_a_pause_hold_what_they_say() {
         let said = daemon.ask(&["rollout", "explain", "web-0"]).good();
         said["why"].as_str().unwrap_or_default().to_owned()
     };
-    until("the cordon is the reason", || explained().contains("is cordoned"));
+    until("the cordon is the reason", || {
+        explained().contains("is cordoned")
+    });
     let (code, message) = rollout(&daemon, "start", "next", &[]).bad();
     assert_eq!(code, "rollout_in_progress", "{message}");
 
@@ -152,7 +159,11 @@ fn two_rollouts_over_one_vm_a_cordon_and_a_pause_hold_what_they_say() {
         let why = daemon.ask(&["rollout", "show"]).good()["whys"].to_string();
         why.matches("the rollout is paused").count() == 2
     });
-    assert_eq!(swaps(&daemon), Vec::<Value>::new(), "held, so nothing began");
+    assert_eq!(
+        swaps(&daemon),
+        Vec::<Value>::new(),
+        "held, so nothing began"
+    );
     daemon.ask(&["rollout", "resume"]).good();
     let id = daemon.ask(&["rollout", "ls"]).good()[0]["id"].clone();
     let id = id.as_str().expect("an id");
@@ -167,11 +178,23 @@ fn two_rollouts_over_one_vm_a_cordon_and_a_pause_hold_what_they_say() {
 fn a_release_beyond_a_limit_stops_within_its_canary_and_is_put_back() {
     let daemon = with_set(4);
     // The toy's blackout is 10 µs.
-    let over = ended(rollout(&daemon, "start", "next", &["--max-blackout", "9us"]));
+    let over = ended(rollout(
+        &daemon,
+        "start",
+        "next",
+        &["--max-blackout", "9us"],
+    ));
     assert_eq!(over["state"], "rolled_back", "{over}");
     assert_eq!(releases(&daemon), ["good"; 4]);
-    let touched: Vec<Value> = swaps(&daemon).iter().map(|swap| swap["vm"].clone()).collect();
-    assert_eq!(touched.len(), 2, "there and back, of one guest: {touched:?}");
+    let touched: Vec<Value> = swaps(&daemon)
+        .iter()
+        .map(|swap| swap["vm"].clone())
+        .collect();
+    assert_eq!(
+        touched.len(),
+        2,
+        "there and back, of one guest: {touched:?}"
+    );
     assert_eq!(touched[0], touched[1]);
     let history = daemon.ask(&["rollout", "history"]).good().to_string();
     assert!(history.contains("beyond the limit"), "{history}");

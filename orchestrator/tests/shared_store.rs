@@ -7,9 +7,7 @@ use std::time::Duration;
 use etcd::{Cluster, needs_etcd};
 use orchestrator::store::Store;
 use orchestrator::store::shared::etcd::{Endpoint, Etcd, EtcdConfig, PREFIX};
-use orchestrator::store::shared::{
-    Change, Committed, Expect, Guard, Keep, Memory, Shared, Sqlite,
-};
+use orchestrator::store::shared::{Change, Committed, Expect, Guard, Keep, Memory, Shared, Sqlite};
 
 fn put(key: &str, expect: Expect, value: &str) -> Change {
     Change::put(key, expect, value.as_bytes().to_vec())
@@ -93,7 +91,10 @@ async fn a_guard_says_whose_word_counts(shared: &Shared) {
     };
     let by = async |guard: &Guard, text: &str| {
         let change = put("c/1", Expect::Anything, text);
-        shared.commit(vec![change], Some(guard)).await.expect("commit")
+        shared
+            .commit(vec![change], Some(guard))
+            .await
+            .expect("commit")
     };
     assert!(matches!(by(&guard, "1").await, Committed::Done(_)));
     // Another value in the same seat is the same seat; a seat that was left and taken again is another.
@@ -113,7 +114,10 @@ async fn prefixes_are_prefixes(shared: &Shared) {
     }
     let keys = async |prefix: &str| {
         let entries = shared.list(prefix).await.expect("list").entries;
-        entries.into_iter().map(|entry| entry.key).collect::<Vec<_>>()
+        entries
+            .into_iter()
+            .map(|entry| entry.key)
+            .collect::<Vec<_>>()
     };
     assert_eq!(keys("d/").await, ["d/1", "d/10", "d/2"]);
     assert_eq!(keys("d/1").await, ["d/1", "d/10"]);
@@ -127,7 +131,11 @@ async fn what_hangs_on_a_lease_goes_with_it(shared: &Shared) {
         let bytes = b"here".to_vec();
         Change::keep(key, Expect::Anything, bytes, Keep::With(lease))
     };
-    commit(shared, vec![hang("e/1", lease), put("e/2", Expect::Anything, "stays")]).await;
+    commit(
+        shared,
+        vec![hang("e/1", lease), put("e/2", Expect::Anything, "stays")],
+    )
+    .await;
     assert!(shared.keep(lease).await.expect("keep"));
     assert_eq!(value(shared, "e/1").await.as_deref(), Some("here"));
     shared.revoke(lease).await.expect("revoke");
@@ -149,7 +157,10 @@ async fn of_many_at_once_each_counts_once(shared: &Shared) {
                         None => (Expect::Absent, 0),
                         Some(entry) => {
                             let text = String::from_utf8_lossy(&entry.value);
-                            (Expect::Version(entry.version), text.parse().expect("number"))
+                            (
+                                Expect::Version(entry.version),
+                                text.parse().expect("number"),
+                            )
                         }
                     };
                     let next: u32 = seen + 1;
@@ -231,7 +242,10 @@ async fn sqlite_keeps_what_is_to_be_kept_and_rises_from_daemon_to_daemon() {
     assert_eq!(keys, ["h/always"]);
     assert_eq!(entries[0].version, last);
     let next = commit(&shared, vec![keep("h/retold", Keep::Retold)]).await;
-    assert!(matches!(next, Committed::Done(next) if next > last), "{next:?}");
+    assert!(
+        matches!(next, Committed::Done(next) if next > last),
+        "{next:?}"
+    );
     own.close().await;
 }
 
@@ -263,7 +277,11 @@ async fn etcd_of_one_member() {
     assert_eq!(other.list("").await.expect("list").entries, []);
 
     cluster.kill(0);
-    let away = shared.list("").await.expect_err("nobody answers").to_string();
+    let away = shared
+        .list("")
+        .await
+        .expect_err("nobody answers")
+        .to_string();
     assert!(away.contains("no etcd member answers"), "{away}");
     cluster.restart(0);
     let back = async { while shared.list("").await.is_err() {} };

@@ -85,12 +85,7 @@ impl Daemon {
         Self::start_as(dir, &programs(), Network::Ours, more)
     }
 
-    fn start_as(
-        dir: &Path,
-        bin: &Path,
-        network: Network,
-        more: &[&str],
-    ) -> anyhow::Result<Self> {
+    fn start_as(dir: &Path, bin: &Path, network: Network, more: &[&str]) -> anyhow::Result<Self> {
         let more: Vec<String> = more.iter().map(|&arg| arg.to_owned()).collect();
         let child = spawn(dir, bin, &network, &more)?;
         let mut daemon = Self {

@@ -102,7 +102,10 @@ impl Cluster {
         let of = |member: &Member| format!("{}=http://127.0.0.1:{}", member.name, member.peer);
         let peers: Vec<String> = self.members.iter().map(of).collect();
         let log = self.dir.join("log");
-        let log = std::fs::File::options().create(true).append(true).open(log)?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(log)?;
         let protocol = if self.tls { "https" } else { "http" };
         let member = &mut self.members[number];
         let client = format!("{protocol}://127.0.0.1:{}", member.client);

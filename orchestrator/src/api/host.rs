@@ -287,8 +287,9 @@ impl Desk {
     async fn host_swap(&self, id: &str) -> Result<HostSwap, Refusal> {
         let swap = self.host.store.host_swap(&SwapId(id.to_owned())).await?;
         swap.ok_or_else(|| {
-            let message =
-                format!("there is no swap `{id}` of this host; `stillpoint host changes` lists all");
+            let message = format!(
+                "there is no swap `{id}` of this host; `stillpoint host changes` lists all"
+            );
             Problem::new(Code::NotFound, message).into()
         })
     }

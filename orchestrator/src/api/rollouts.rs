@@ -61,7 +61,8 @@ pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<RolloutSum
     let look = desk.fleet.look().await?;
     let all = look.rollouts.iter();
     Ok(Json(
-        all.map(|rollout| explain::summary(&rollout.record)).collect(),
+        all.map(|rollout| explain::summary(&rollout.record))
+            .collect(),
     ))
 }
 

@@ -112,7 +112,10 @@ impl Desk {
         new: NewSwap,
         id: SwapId,
     ) -> Result<SwapRecord, Problem> {
-        let mut swap = self.check_swap(name, new).await.map_err(|refusal| refusal.0)?;
+        let mut swap = self
+            .check_swap(name, new)
+            .await
+            .map_err(|refusal| refusal.0)?;
         swap.id = id;
         if !self.host.store.add_swap(&swap).await? {
             let message = format!(

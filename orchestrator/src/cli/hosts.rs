@@ -62,7 +62,13 @@ pub(super) async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
     }
     let rows: Vec<_> = hosts.iter().map(row).collect();
     let head = [
-        "HOST", "IS", "ZONE", "FAULT DOMAIN", "GUESTS", "RELEASES", "NOTES",
+        "HOST",
+        "IS",
+        "ZONE",
+        "FAULT DOMAIN",
+        "GUESTS",
+        "RELEASES",
+        "NOTES",
     ];
     say(&format::table(&head, &[4], &rows))?;
     Ok(ExitCode::SUCCESS)
@@ -107,7 +113,9 @@ pub(super) async fn cordon(desk: &Desk, args: CordonArgs) -> Result<ExitCode, Pr
         true => (host, format!("host {name} would be cordoned")),
         false => (
             put(desk, &host, args.reason).await?,
-            format!("host {name} is cordoned: no rollout begins anything there, and no guest is started there"),
+            format!(
+                "host {name} is cordoned: no rollout begins anything there, and no guest is started there"
+            ),
         ),
     };
     match desk.json {

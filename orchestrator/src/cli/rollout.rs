@@ -139,7 +139,9 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
 }
 
 async fn get(desk: &Desk, id: &str) -> Result<RolloutView, Problem> {
-    desk.api.get(&format!("/v1/rollouts/{}", super::path_part(id)?)).await
+    desk.api
+        .get(&format!("/v1/rollouts/{}", super::path_part(id)?))
+        .await
 }
 
 async fn all(desk: &Desk) -> Result<Vec<RolloutSummary>, Problem> {
@@ -246,7 +248,9 @@ async fn act(desk: &Desk, args: ActArgs, act: Act) -> Result<ExitCode, Problem> 
         let text = match act {
             Act::Pause => format!("nothing more would begin; {under_way} under way would end"),
             Act::Resume => "it would go on, with all failures so far forgiven".into(),
-            Act::Abort => format!("it would end after the {under_way} under way; what moved would stay"),
+            Act::Abort => {
+                format!("it would end after the {under_way} under way; what moved would stay")
+            }
             Act::RollBack => format!("the {touched} that it touched would be put back"),
         };
         return dry(desk, &view, &text);
@@ -263,7 +267,10 @@ async fn act(desk: &Desk, args: ActArgs, act: Act) -> Result<ExitCode, Problem> 
 fn dry(desk: &Desk, view: &RolloutView, text: &str) -> Result<ExitCode, Problem> {
     match desk.json {
         true => say_json(&serde_json::json!({ "rollout": view.rollout.id, "would": text }))?,
-        false => say(&format!("rollout {} is {}: {text}", view.rollout.id, view.rollout.state))?,
+        false => say(&format!(
+            "rollout {} is {}: {text}",
+            view.rollout.id, view.rollout.state
+        ))?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -199,7 +199,9 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         );
         if let Some(set) = &vm.profile.availability_set {
             let domain = vm.profile.update_domain;
-            text.push_str(&format!("\nits availability set: {set}, update domain {domain}"));
+            text.push_str(&format!(
+                "\nits availability set: {set}, update domain {domain}"
+            ));
         }
         if let Some(socket) = &vm.vsock_socket {
             text.push_str(&format!("\nits vsock: {socket}"));

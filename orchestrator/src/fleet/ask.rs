@@ -312,7 +312,8 @@ impl Fleet {
     pub async fn rollout(&self, id: &RolloutId) -> Result<Versioned<RolloutRecord>, Problem> {
         let entry = self.shared.get(&keys::rollout(id)).await?;
         let entry = entry.ok_or_else(|| {
-            let message = format!("no rollout `{id}`; `stillpoint rollout ls` shows those there are");
+            let message =
+                format!("no rollout `{id}`; `stillpoint rollout ls` shows those there are");
             Problem::new(Code::NotFound, message)
         })?;
         Ok(Versioned {
@@ -322,7 +323,12 @@ impl Fleet {
     }
 
     /// Does something to a rollout.
-    pub async fn act(&self, id: &RolloutId, act: Act, now: Moment) -> Result<RolloutRecord, Problem> {
+    pub async fn act(
+        &self,
+        id: &RolloutId,
+        act: Act,
+        now: Moment,
+    ) -> Result<RolloutRecord, Problem> {
         for _ in 0..TRIES {
             let Versioned {
                 mut record,

@@ -195,7 +195,10 @@ pub fn explain(look: &Look, place: &Place, now: Moment) -> String {
     let why = view.whys.get(at).map_or("", |why| why.why.as_str());
     let note = record.units[at].note.as_deref();
     let note = note.map_or(String::new(), |note| format!(" ({note})"));
-    format!("{why}{note}; rollout {} to {} is {}", record.id, record.to, record.state)
+    format!(
+        "{why}{note}; rollout {} to {} is {}",
+        record.id, record.to, record.state
+    )
 }
 
 impl Fleet {

@@ -120,7 +120,10 @@ impl Look {
         let mut racks = BTreeMap::new();
         let units = rollout.map_or(&[][..], |rollout| &rollout.units);
         let named = units.iter().map(|unit| &unit.host);
-        let names = self.hosts.keys().chain(self.vms.keys().map(|(host, _)| host));
+        let names = self
+            .hosts
+            .keys()
+            .chain(self.vms.keys().map(|(host, _)| host));
         for name in names.chain(named) {
             if tables.hosts.contains_key(name) {
                 continue;

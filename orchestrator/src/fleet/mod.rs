@@ -38,7 +38,9 @@ pub mod publish;
 pub mod record;
 pub mod seats;
 
-pub use keys::{ALIVE, ANSWERS, CORDONS, DRIVER, HISTORY, HOSTS, OPEN, ORDERS, ROLLOUTS, SETS, VMS};
+pub use keys::{
+    ALIVE, ANSWERS, CORDONS, DRIVER, HISTORY, HOSTS, OPEN, ORDERS, ROLLOUTS, SETS, VMS,
+};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;

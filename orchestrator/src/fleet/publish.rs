@@ -97,10 +97,11 @@ async fn say(
         *is_known = true;
     }
     let now = cards(&fleet.me, host, fleet).await?;
-    let put = now.iter().filter(|(key, card)| said.get(*key) != Some(card));
-    let put = put.map(|(key, card)| {
-        Change::keep(key.clone(), Expect::Anything, card.clone(), Keep::Retold)
-    });
+    let put = now
+        .iter()
+        .filter(|(key, card)| said.get(*key) != Some(card));
+    let put = put
+        .map(|(key, card)| Change::keep(key.clone(), Expect::Anything, card.clone(), Keep::Retold));
     let gone = said.keys().filter(|key| !now.contains_key(*key));
     let gone = gone.map(|key| Change::remove(key.clone(), Expect::Anything));
     let changes: Vec<Change> = put.chain(gone).collect();

@@ -9,9 +9,7 @@ use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
 
 /// A rollout's id.
-#[derive(
-    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
-)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(transparent)]
 #[schema(value_type = String)]
 pub struct RolloutId(pub String);

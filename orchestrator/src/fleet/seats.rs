@@ -184,7 +184,10 @@ mod tests {
         assert_eq!(two.expect("a seat").number(), 0);
         let problem = fleet.seat("web", &vm("b"), wish(None, Some(3))).await;
         let problem = problem.expect_err("it has two");
-        assert!(problem.message.contains("has 2 update domains"), "{problem}");
+        assert!(
+            problem.message.contains("has 2 update domains"),
+            "{problem}"
+        );
         fleet.unseat("web", &vm("a")).await.expect("unseat");
         assert_eq!(fleet.sets().await.expect("sets"), []);
     }

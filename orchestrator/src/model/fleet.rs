@@ -10,9 +10,7 @@ pub const DOMAINS: u8 = 5;
 pub const MOST_DOMAINS: u8 = 20;
 
 /// A host's name: safe as a part of keys and paths.
-#[derive(
-    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
-)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schema(value_type = String)]
 pub struct HostName(String);

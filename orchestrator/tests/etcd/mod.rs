@@ -22,7 +22,9 @@ macro_rules! needs_etcd {
         match crate::etcd::server() {
             Some(server) => server,
             None => {
-                eprintln!("SKIPPED: no etcd; `make images` fetches it, or STILLPOINT_ETCD names one");
+                eprintln!(
+                    "SKIPPED: no etcd; `make images` fetches it, or STILLPOINT_ETCD names one"
+                );
                 return;
             }
         }

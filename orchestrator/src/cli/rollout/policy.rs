@@ -92,8 +92,8 @@ impl Args {
             },
             Some(file) => {
                 let text = std::fs::read(file);
-                let text = text
-                    .map_err(|e| io_problem(format_args!("read {}", file.display()), &e))?;
+                let text =
+                    text.map_err(|e| io_problem(format_args!("read {}", file.display()), &e))?;
                 serde_json::from_slice(&text).map_err(|e| {
                     let message = format!("the policy {} can't be read: {e}", file.display());
                     Problem::new(Code::BadRequest, message)

@@ -91,7 +91,10 @@ pub(super) fn headline(view: &RolloutView) -> String {
         (Some(driver), false) => format!(", driven by {driver}"),
         (None, false) => ", and nobody drives it just now".into(),
     };
-    format!("rollout {} to {} is {}{reason}{driver}", record.id, record.to, record.state)
+    format!(
+        "rollout {} to {} is {}{reason}{driver}",
+        record.id, record.to, record.state
+    )
 }
 
 /// A rollout, and each unit's reason.

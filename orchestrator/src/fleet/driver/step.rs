@@ -302,3 +302,6 @@ pub(crate) fn reason(swap: &SwapRecord) -> Option<String> {
     let problems = problems.filter(|problems| !problems.is_empty());
     swap.reason.clone().or(problems)
 }
+
+#[cfg(test)]
+mod tests;

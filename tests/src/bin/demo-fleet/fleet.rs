@@ -31,8 +31,20 @@ pub(crate) struct Fleet {
 /// A `stillpoint rollout` that is quick enough to be watched.
 pub(crate) fn line<'a>(verb: &'a str, to: &'a str) -> Vec<&'a str> {
     let terms = [
-        "--canary", "1", "--bake", "2s", "--well-for", "1s", "--at-once", "3", "--set-budget", "50%",
-        "--notice", "0s", "--deadline", "3min",
+        "--canary",
+        "1",
+        "--bake",
+        "2s",
+        "--well-for",
+        "1s",
+        "--at-once",
+        "3",
+        "--set-budget",
+        "50%",
+        "--notice",
+        "0s",
+        "--deadline",
+        "3min",
     ];
     [&["rollout", verb, "--to", to][..], &terms].concat()
 }
@@ -46,7 +58,14 @@ impl Fleet {
             let dir = dir.join(&name);
             std::fs::create_dir(&dir)?;
             let rack = format!("rack-{number}");
-            let args = ["--store", store, "--host-name", &name, "--fault-domain", &rack];
+            let args = [
+                "--store",
+                store,
+                "--host-name",
+                &name,
+                "--fault-domain",
+                &rack,
+            ];
             let daemon = Daemon::start_with(&dir, &args)?;
             add_releases(&daemon)?;
             daemons.push(daemon);
@@ -58,9 +77,24 @@ impl Fleet {
                 let host = (member + number) % HOSTS;
                 let name = format!("{set}-{member}");
                 let args = [
-                    "run", &name, "--release", "0.2.0", "--kernel", &kernel, "--memory", "64M",
-                    "--cmdline", "ram=4M duty=2", "--budget", "20s", "--watch", "6s",
-                    "--set", set, "--update-domains", "2",
+                    "run",
+                    &name,
+                    "--release",
+                    "0.2.0",
+                    "--kernel",
+                    &kernel,
+                    "--memory",
+                    "64M",
+                    "--cmdline",
+                    "ram=4M duty=2",
+                    "--budget",
+                    "20s",
+                    "--watch",
+                    "6s",
+                    "--set",
+                    set,
+                    "--update-domains",
+                    "2",
                 ];
                 daemons[host].must(&args)?;
                 pulses.push((name.clone(), daemons[host].pulse(&name)?));

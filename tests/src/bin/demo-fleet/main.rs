@@ -37,7 +37,9 @@ fn etcd() -> anyhow::Result<std::path::PathBuf> {
     }
     let cache = Cache::of_this_user()?;
     let fetched = Set::Etcd.fetch(&cache, false, Progress::People);
-    Ok(fetched.context("no etcd, which is the store that the fleet shares")?.etcd())
+    Ok(fetched
+        .context("no etcd, which is the store that the fleet shares")?
+        .etcd())
 }
 
 fn tell() -> anyhow::Result<()> {

@@ -248,8 +248,7 @@ impl Connections {
         match &self.tls {
             Some(config) if endpoint.tls => {
                 let name = ServerName::try_from(endpoint.host.clone());
-                let name =
-                    name.map_err(|_| TlsError::Name(endpoint.host.clone()).to_string())?;
+                let name = name.map_err(|_| TlsError::Name(endpoint.host.clone()).to_string())?;
                 let connector = TlsConnector::from(config.clone());
                 let stream = connector.connect(name, stream).await;
                 handshake(stream.map_err(|e| e.to_string())?).await

@@ -48,7 +48,9 @@ impl Endpoint {
             })
         };
         let members = members.trim_end_matches('/').split(',');
-        members.map(|member| read(member).ok_or_else(wrong)).collect()
+        members
+            .map(|member| read(member).ok_or_else(wrong))
+            .collect()
     }
 }
 
@@ -89,7 +91,14 @@ mod tests {
             assert_eq!(text.parse().as_ref(), Ok(endpoint));
         }
         for bad in [
-            "", "etcd://", "a:1", "http://a:1", "etcd://a", "etcd://a:0", "etcd://a:1,", "etcd://a b:1",
+            "",
+            "etcd://",
+            "a:1",
+            "http://a:1",
+            "etcd://a",
+            "etcd://a:0",
+            "etcd://a:1,",
+            "etcd://a b:1",
         ] {
             let error = Endpoint::list(bad).expect_err(bad).to_string();
             assert!(error.contains("etcd://HOST:PORT"), "{error}");

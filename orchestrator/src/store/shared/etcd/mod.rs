@@ -66,7 +66,9 @@ pub enum EtcdError {
     #[error("etcd refused: {0}")]
     Refused(String),
     /// An answer that is none of etcd's.
-    #[error("the answer of {endpoint} can't be read: {problem}; is it an etcd with its JSON gateway?")]
+    #[error(
+        "the answer of {endpoint} can't be read: {problem}; is it an etcd with its JSON gateway?"
+    )]
     Unreadable {
         /// Who.
         endpoint: String,
@@ -210,7 +212,10 @@ impl Etcd {
     pub(super) async fn keep(&self, lease: Lease) -> Result<bool, EtcdError> {
         let request = json!({ "ID": lease.0.to_string() });
         // Kept twice is kept once, so it may be tried anywhere.
-        let answer = self.connections.read("/v3/lease/keepalive", &request).await?;
+        let answer = self
+            .connections
+            .read("/v3/lease/keepalive", &request)
+            .await?;
         Ok(number::<u64>(&answer.body["result"], "TTL").is_some_and(|left| left > 0))
     }
 
