@@ -12,6 +12,7 @@ use super::window::Window;
 /// The first VMs or hosts of a rollout, watched for a while before others follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = RolloutStage)]
 pub struct Stage {
     /// How many of all that the rollout is to swap, those of earlier stages not counted.
     #[schema(value_type = String)]
@@ -74,6 +75,7 @@ pub struct Limits {
 /// How a rollout goes about it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = RolloutPolicy)]
 pub struct Policy {
     /// Canaries, and further stages before all the rest.
     #[serde(default)]
