@@ -2,6 +2,7 @@
 //! noticing.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,6 +52,8 @@ pub struct Config {
     pub stands: Stands,
     /// The etcd that its fleet shares; this host's own store when absent.
     pub etcd: Option<EtcdConfig>,
+    /// Where figures are served by TCP, to whoever can connect; nowhere when absent.
+    pub metrics: Option<SocketAddr>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
 }
@@ -130,6 +133,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         fleet,
         publisher,
     };
+    if let Some(at) = config.metrics {
+        serve_metrics(at, desk.clone()).await?;
+    }
     tokio::spawn(driver::drive(desk.fleet.clone()));
     tokio::spawn(orders::obey(desk.clone()));
     let router = api::router(desk);
@@ -153,6 +159,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // One that can't be written makes the next daemon say that this one was cut off: no harm.
     let _ = store.end_journal().await;
     store.close().await;
+    Ok(())
+}
+
+/// Figures and nothing else, without asking who reads them.
+async fn serve_metrics(at: SocketAddr, desk: Desk) -> anyhow::Result<()> {
+    let listener = tokio::net::TcpListener::bind(at).await;
+    let listener = listener
+        .with_context(|| format!("cannot listen at {at} for --metrics; give another address"))?;
+    tracing::info!(at = %listener.local_addr()?, "serves figures at /metrics");
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, api::metrics_router(desk)).await {
+            tracing::warn!("figures are served no more: {error}");
+        }
+    });
     Ok(())
 }
 

@@ -17,6 +17,7 @@
 //! | [`fleet`] | many hosts, one plan: what daemons tell each other, and who drives rollouts |
 //! | [`orders`] | carries out what a rollout asks of this host |
 //! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
+//! | [`metrics`] | figures for a monitoring system, added up from the records |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
@@ -35,6 +36,7 @@ pub mod doctor;
 pub mod execute;
 pub mod fleet;
 pub mod metadata;
+pub mod metrics;
 pub mod model;
 pub mod orders;
 pub mod plan;

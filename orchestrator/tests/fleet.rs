@@ -197,6 +197,7 @@ fn a_driver_that_comes_back_to_life_does_no_step_twice() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing() {
+    use orchestrator::fleet::{DRIVER, HOSTS, ORDERS, ROLLOUTS, VMS};
     use orchestrator::store::shared::etcd::{Endpoint, Etcd, EtcdConfig, PREFIX};
     use orchestrator::store::shared::{Change, Expect, Shared};
 
@@ -214,9 +215,9 @@ async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing()
         let change = Change::put(key, Expect::Anything, value.into_bytes());
         shared.commit(vec![change], None).await.expect("commit");
     };
-    put("rollouts/of-nobody", "{\"id\":".into()).await;
-    put("hosts/of nobody", "?".into()).await;
-    put("vms/h9/of-nobody", "[]".into()).await;
+    put(&format!("{ROLLOUTS}of-nobody"), "{\"id\":".into()).await;
+    put(&format!("{HOSTS}of nobody"), "?".into()).await;
+    put(&format!("{VMS}h9/of-nobody"), "[]".into()).await;
 
     let url = cluster.url();
     let daemon = Daemon::start_with(&["--store", &url, "--host-name", "h0"]);
@@ -240,7 +241,7 @@ async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing()
             .map_or(0, Vec::len)
     };
     assert_eq!(swaps(), 1);
-    let driver = shared.get("driver").await.expect("get").expect("a driver");
+    let driver = shared.get(DRIVER).await.expect("get").expect("a driver");
     let order = |id: &str, epoch: u64| {
         serde_json::json!({
             "id": id, "rollout": "of-nobody", "epoch": epoch, "to": "good", "way": "back",
@@ -248,14 +249,22 @@ async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing()
         })
         .to_string()
     };
-    put("orders/h0/web", order("late-order", driver.created - 1)).await;
+    put(
+        &format!("{ORDERS}h0/web"),
+        order("late-order", driver.created - 1),
+    )
+    .await;
     until("it is refused", || {
         daemon
             .log()
             .contains("that was replaced is not carried out")
     });
     assert_eq!(swaps(), 1, "nothing was done for it");
-    put("orders/h0/web", order("good-order", driver.created)).await;
+    put(
+        &format!("{ORDERS}h0/web"),
+        order("good-order", driver.created),
+    )
+    .await;
     until("the same of the driver is done", || swaps() == 2);
     daemon.until_state("web", "running");
     until("it is back", || daemon.show("web")["release"] == "good");

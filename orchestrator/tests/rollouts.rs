@@ -239,3 +239,44 @@ fn a_daemon_that_dies_in_the_middle_does_no_step_twice() {
     let each: Vec<String> = (0..6).map(|number| format!("web-{number}")).collect();
     assert_eq!(vms, each, "seed {seed}: each guest moved once");
 }
+
+#[test]
+fn figures_are_served_by_tcp_and_nothing_else_is() {
+    let daemon = Daemon::start_with(&["--metrics", "127.0.0.1:0"]);
+    daemon.add("good", None);
+    daemon.add("next", None);
+    daemon.run("web", "good").good();
+    assert_eq!(daemon.swap("web", "next")["state"], "moved");
+    let log = daemon.log();
+    let line = log.lines().find(|line| line.contains("serves figures"));
+    let at = line
+        .and_then(|line| line.rsplit_once("at="))
+        .expect("where");
+    let get = |path: &str| {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(at.1.trim()).expect("connect");
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        )
+        .expect("ask");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("an answer");
+        text
+    };
+    let told = get("/metrics");
+    for line in [
+        "stillpoint_swaps_total{component=\"vmm\",outcome=\"moved\"} 1",
+        "stillpoint_blackout_seconds_count 1",
+        // The toy's blackout is 10 µs.
+        "stillpoint_blackout_seconds_bucket{le=\"0.0005\"} 1",
+        "stillpoint_guests{state=\"running\"} 1",
+        "stillpoint_fleet_store_up 1",
+        "stillpoint_drives 1",
+    ] {
+        assert!(told.lines().any(|found| found == line), "{line} in\n{told}");
+    }
+    for path in ["/v1/vms", "/openapi.json", "/"] {
+        assert!(get(path).starts_with("HTTP/1.1 404"), "{path}");
+    }
+}

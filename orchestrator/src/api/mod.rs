@@ -6,6 +6,7 @@
 mod events;
 mod host;
 mod journal;
+mod metrics;
 mod pauses;
 mod refusal;
 mod releases;
@@ -26,6 +27,7 @@ use crate::model::Event;
 use crate::reconcile::Waker;
 
 pub use host::{NewHostSwap, NewKvm};
+pub use metrics::metrics_router;
 pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
@@ -87,6 +89,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(rollouts::explain))
         .routes(routes!(rollouts::hosts))
         .routes(routes!(rollouts::cordon, rollouts::uncordon))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(journal::list))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))

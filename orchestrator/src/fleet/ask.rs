@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::look::{Look, Place, Versioned, is_held};
 use super::record::{HistoryStep, RolloutId, RolloutRecord, UnitRecord, VmCard};
-use super::{Fleet, OPEN, keys, written};
+use super::{Fleet, LIVE, OPEN, keys, written};
 use crate::model::{Code, HostName, Moment, Policy, Problem, Rung, VMM};
 use crate::plan::rollout::State;
 use crate::plan::rollout::layout::{Layout, Remedy};
@@ -260,9 +260,9 @@ fn have_release(look: &Look, new: &NewRollout, wanted: &[Place]) -> Result<(), P
 }
 
 impl Fleet {
-    /// All there is in the shared store.
+    /// All that is so now.
     pub async fn look(&self) -> Result<Look, Problem> {
-        Ok(Look::of(&self.shared.list("").await?))
+        Ok(Look::of(&self.shared.list(LIVE).await?))
     }
 
     /// Starts a rollout, unless it is a dry run; what it is laid out as.

@@ -4,14 +4,16 @@ use crate::model::{HostName, VmName};
 
 use super::record::RolloutId;
 
+/// All that is looked at for each step: what is so now, not what was.
+pub const LIVE: &str = "live/";
 /// What hosts say of themselves.
-pub const HOSTS: &str = "hosts/";
+pub const HOSTS: &str = "live/hosts/";
 /// Hosts whose daemons are heard.
-pub const ALIVE: &str = "alive/";
+pub const ALIVE: &str = "live/alive/";
 /// Hosts that are to be left alone.
-pub const CORDONS: &str = "cordons/";
+pub const CORDONS: &str = "live/cordons/";
 /// What hosts say of their guests.
-pub const VMS: &str = "vms/";
+pub const VMS: &str = "live/vms/";
 /// Availability sets.
 pub const SETS: &str = "sets/";
 /// Who drives.
@@ -19,13 +21,13 @@ pub const DRIVER: &str = "driver";
 /// Raised by each start of a rollout.
 pub const OPEN: &str = "open";
 /// Rollouts.
-pub const ROLLOUTS: &str = "rollouts/";
+pub const ROLLOUTS: &str = "live/rollouts/";
 /// What was done, step by step.
 pub const HISTORY: &str = "history/";
 /// Swaps to be done.
-pub const ORDERS: &str = "orders/";
+pub const ORDERS: &str = "live/orders/";
 /// How far they are.
-pub const ANSWERS: &str = "answers/";
+pub const ANSWERS: &str = "live/answers/";
 
 pub(crate) fn of_host(area: &str, host: &HostName) -> String {
     format!("{area}{host}")

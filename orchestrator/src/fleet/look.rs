@@ -60,7 +60,7 @@ pub struct Look {
 }
 
 impl Look {
-    /// All that a snapshot of the whole store holds.
+    /// All that a snapshot of what is so now holds.
     pub fn of(snapshot: &Snapshot) -> Self {
         let mut look = Self {
             origin: snapshot.origin.clone(),

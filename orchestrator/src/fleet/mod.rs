@@ -21,6 +21,8 @@
 //! | `orders/HOST/VM` | a swap to be done there, with the driver's epoch | the driver |
 //! | `answers/HOST/VM` | how far that swap is | that host's daemon |
 //!
+//! Those of hosts, VMs, rollouts, orders and answers lie under `live/`, which is looked at for each step.
+//!
 //! A host that is alone is a fleet of one, by the same code, in its own store.
 //!
 //! What must be true: a driver's commits are guarded by its epoch, so one that was replaced writes nothing.
@@ -39,7 +41,7 @@ pub mod record;
 pub mod seats;
 
 pub use keys::{
-    ALIVE, ANSWERS, CORDONS, DRIVER, HISTORY, HOSTS, OPEN, ORDERS, ROLLOUTS, SETS, VMS,
+    ALIVE, ANSWERS, CORDONS, DRIVER, HISTORY, HOSTS, LIVE, OPEN, ORDERS, ROLLOUTS, SETS, VMS,
 };
 
 use serde::Serialize;

@@ -8,6 +8,7 @@
 #[cfg(feature = "fault-injection")]
 pub mod disk;
 mod epoch;
+mod figures;
 mod host_swaps;
 mod journal;
 mod open;

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::look::Look;
 use super::record::DriverCard;
-use super::{DRIVER, Fleet, written};
+use super::{DRIVER, Fleet, LIVE, written};
 use crate::execute::unix_ns;
 use crate::model::Moment;
 use crate::store::shared::{Change, Committed, Expect, Guard, Keep, Lease, SharedError};
@@ -133,7 +133,7 @@ impl Term {
         fleet: &Fleet,
         told: &mut BTreeSet<String>,
     ) -> Result<Duration, SharedError> {
-        let look = Look::of(&fleet.shared.list("").await?);
+        let look = Look::of(&fleet.shared.list(LIVE).await?);
         for problem in &look.malformed {
             if told.insert(problem.clone()) {
                 tracing::warn!("{problem}");

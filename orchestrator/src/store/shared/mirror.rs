@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Become, Change, Committed, Entry, Expect, Guard, Keep, Lease, Snapshot};
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Row {
     value: Vec<u8>,
     version: u64,
@@ -13,7 +13,7 @@ struct Row {
 }
 
 /// All records, as they are after the last commit.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub(super) struct Mirror {
     rows: BTreeMap<String, Row>,
     leases: BTreeSet<Lease>,
@@ -48,6 +48,11 @@ impl Mirror {
 
     pub(super) fn revision(&self) -> u64 {
         self.revision
+    }
+
+    /// When the record there was made.
+    pub(super) fn created(&self, key: &str) -> Option<u64> {
+        self.rows.get(key).map(|row| row.created)
     }
 
     pub(super) fn list(&self, prefix: &str) -> Snapshot {

@@ -71,23 +71,30 @@ impl Sqlite {
         changes: Vec<Change>,
         guard: Option<&Guard>,
     ) -> Result<Committed, StoreError> {
+        let (this, guard) = (self.clone(), guard.cloned());
+        // Whoever asked may go in the middle: file and memory must not come apart for that.
+        let made = tokio::spawn(async move { this.make(changes, guard.as_ref()).await });
+        made.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    async fn make(
+        &self,
+        changes: Vec<Change>,
+        guard: Option<&Guard>,
+    ) -> Result<Committed, StoreError> {
         let mut mirror = self.mirror.lock().await;
-        // Made in a copy first: what is not on disk has not been done.
-        let mut next = mirror.clone();
-        let done = next.commit(&changes, guard);
-        let Committed::Done(revision) = done else {
-            return Ok(done);
-        };
-        let written: Vec<Row> = changes
-            .iter()
-            .filter_map(|change| Row::of(change, &next))
-            .collect();
-        if !written.is_empty() {
-            let era = self.era;
-            self.store.call(move |tx| write(tx, era, &written)).await?;
+        if !mirror.allows(&changes, guard) {
+            return Ok(Committed::Refused);
         }
-        *mirror = next;
-        self.revision.send_replace(revision);
+        let rows = changes.iter().filter_map(|change| Row::of(change, &mirror));
+        let rows: Vec<Row> = rows.collect();
+        // On disk first: what is not there has not been done.
+        if !rows.is_empty() {
+            let era = self.era;
+            self.store.call(move |tx| write(tx, era, &rows)).await?;
+        }
+        let done = mirror.commit(&changes, guard);
+        self.revision.send_replace(mirror.revision());
         Ok(done)
     }
 
@@ -113,16 +120,21 @@ struct Row {
 }
 
 impl Row {
-    /// What a change makes of the file; `None` for what is not kept there.
-    fn of(change: &Change, after: &Mirror) -> Option<Self> {
-        if let Become::Value(_, Keep::Retold | Keep::With(_)) = change.to {
-            return None;
-        }
-        let mut found = after.list(&change.key).entries.into_iter();
-        Some(Self {
-            key: change.key.clone(),
-            kept: found.find(|entry| entry.key == change.key),
-        })
+    /// What a change, made next, makes of the file; `None` for what is not kept there.
+    fn of(change: &Change, before: &Mirror) -> Option<Self> {
+        let key = change.key.clone();
+        let version = before.revision() + 1;
+        let kept = match &change.to {
+            Become::Value(_, Keep::Retold | Keep::With(_)) => return None,
+            Become::Gone => None,
+            Become::Value(value, Keep::Always) => Some(Entry {
+                key: key.clone(),
+                value: value.clone(),
+                version,
+                created: before.created(&key).unwrap_or(version),
+            }),
+        };
+        Some(Self { key, kept })
     }
 }
 

@@ -75,7 +75,7 @@ fn after(step: &Step) -> Versioned<RolloutRecord> {
     let change = step
         .changes
         .iter()
-        .find(|change| change.key == "rollouts/r");
+        .find(|change| change.key == "live/rollouts/r");
     let change = change.expect("the record is written");
     assert_eq!(change.expect, Expect::Version(7));
     let crate::store::shared::Become::Value(value, _) = &change.to else {

@@ -25,7 +25,7 @@ use super::{EtcdConfig, EtcdError};
 /// How long a member has to answer. An election of etcd's own takes about a second.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long one has to take a connection.
-const CONNECT: Duration = Duration::from_secs(1);
+const CONNECT: Duration = Duration::from_secs(2);
 /// Connections that are kept for later.
 const KEPT: usize = 4;
 
