@@ -31,6 +31,7 @@ use crate::reconcile;
 use crate::store::Store;
 use crate::store::shared::etcd::{Etcd, EtcdConfig};
 use crate::store::shared::{Shared, Sqlite};
+use crate::web;
 
 /// Events kept for a listener that is slow.
 const EVENTS: usize = 1024;
@@ -52,8 +53,8 @@ pub struct Config {
     pub stands: Stands,
     /// The etcd that its fleet shares; this host's own store when absent.
     pub etcd: Option<EtcdConfig>,
-    /// Where figures are served by TCP, to whoever can connect; nowhere when absent.
-    pub metrics: Option<SocketAddr>,
+    /// Where pages and figures are served by TCP, to whoever can connect; nowhere when absent.
+    pub web: Option<SocketAddr>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
 }
@@ -133,8 +134,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         fleet,
         publisher,
     };
-    if let Some(at) = config.metrics {
-        serve_metrics(at, desk.clone()).await?;
+    if let Some(at) = config.web {
+        serve_web(at, desk.clone()).await?;
     }
     tokio::spawn(driver::drive(desk.fleet.clone()));
     tokio::spawn(orders::obey(desk.clone()));
@@ -162,15 +163,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Figures and nothing else, without asking who reads them.
-async fn serve_metrics(at: SocketAddr, desk: Desk) -> anyhow::Result<()> {
+/// Pages and figures, without asking who reads them: nothing can be changed by them.
+async fn serve_web(at: SocketAddr, desk: Desk) -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(at).await;
     let listener = listener
-        .with_context(|| format!("cannot listen at {at} for --metrics; give another address"))?;
-    tracing::info!(at = %listener.local_addr()?, "serves figures at /metrics");
+        .with_context(|| format!("cannot listen at {at} for --web; give another address"))?;
+    tracing::info!(at = %listener.local_addr()?, "serves pages, and figures at /metrics");
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, api::metrics_router(desk)).await {
-            tracing::warn!("figures are served no more: {error}");
+        if let Err(error) = axum::serve(listener, web::router(desk)).await {
+            tracing::warn!("pages are served no more: {error}");
         }
     });
     Ok(())

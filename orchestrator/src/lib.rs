@@ -21,6 +21,7 @@
 //! | [`reconcile`] | per VM: look, plan, execute, record |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
+//! | [`web`] | pages for a browser, to be looked at |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
 //! | [`doctor`] | what this host can and can't do |
 //! | [`cli`] | the `stillpoint` command, one file per verb |
@@ -43,3 +44,4 @@ pub mod plan;
 pub mod reconcile;
 pub mod simulate;
 pub mod store;
+pub mod web;

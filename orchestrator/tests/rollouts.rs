@@ -241,14 +241,14 @@ fn a_daemon_that_dies_in_the_middle_does_no_step_twice() {
 }
 
 #[test]
-fn figures_are_served_by_tcp_and_nothing_else_is() {
-    let daemon = Daemon::start_with(&["--metrics", "127.0.0.1:0"]);
+fn pages_and_figures_are_served_by_tcp_and_nothing_can_be_done_there() {
+    let daemon = Daemon::start_with(&["--web", "127.0.0.1:0"]);
     daemon.add("good", None);
     daemon.add("next", None);
     daemon.run("web", "good").good();
     assert_eq!(daemon.swap("web", "next")["state"], "moved");
     let log = daemon.log();
-    let line = log.lines().find(|line| line.contains("serves figures"));
+    let line = log.lines().find(|line| line.contains("serves pages"));
     let at = line
         .and_then(|line| line.rsplit_once("at="))
         .expect("where");
@@ -276,7 +276,18 @@ fn figures_are_served_by_tcp_and_nothing_else_is() {
     ] {
         assert!(told.lines().any(|found| found == line), "{line} in\n{told}");
     }
-    for path in ["/v1/vms", "/openapi.json", "/"] {
+    for path in ["/v1/vms", "/openapi.json", "/v1/rollouts", "/rollouts/none"] {
         assert!(get(path).starts_with("HTTP/1.1 404"), "{path}");
+    }
+    // Without a script the page has the facts all the same.
+    rollout(&daemon, "start", "good", &[]).good();
+    let page = get("/");
+    for fact in ["<strong>web</strong>", "release good", "heard", "finished", "1 of 1"] {
+        assert!(page.contains(fact), "{fact} in\n{page}");
+    }
+    let id = daemon.ask(&["rollout", "ls"]).good()[0]["id"].clone();
+    let page = get(&format!("/rollouts/{}", id.as_str().expect("an id")));
+    for fact in ["1 blackouts, the longest 10 µs", "it is a canary", "is done"] {
+        assert!(page.contains(fact), "{fact} in\n{page}");
     }
 }

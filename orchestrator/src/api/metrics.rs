@@ -7,7 +7,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 
 use super::Desk;
-use super::refusal::{self, Refusal};
+use super::refusal::Refusal;
 use crate::metrics::{Figures, text};
 use crate::model::{HealthState, SwapState};
 
@@ -49,10 +49,9 @@ pub(super) async fn metrics(State(desk): State<Desk>) -> Result<impl IntoRespons
     Ok(([(CONTENT_TYPE, TEXT)], text(&figures)))
 }
 
-/// What is served by TCP: figures, and nothing else.
+/// What is served of this by TCP: figures, and nothing else.
 pub fn metrics_router(desk: Desk) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
-        .fallback(refusal::no_such_path)
         .with_state(desk)
 }

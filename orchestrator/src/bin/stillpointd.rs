@@ -39,9 +39,10 @@ struct Args {
     fault_domain: String,
     #[command(flatten)]
     shared: SharedArgs,
-    /// Where figures for Prometheus are served (/metrics), to whoever can connect [nowhere].
+    /// Where pages are served, and figures for Prometheus (/metrics), to whoever can connect: to be looked
+    /// at, nothing can be changed there [nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
-    metrics: Option<std::net::SocketAddr>,
+    web: Option<std::net::SocketAddr>,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -151,7 +152,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             fault_domain: args.fault_domain,
         },
         etcd: args.shared.etcd()?,
-        metrics: args.metrics,
+        web: args.web,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

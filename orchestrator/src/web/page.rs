@@ -1,0 +1,263 @@
+//! The pages. Pure: what is shown goes in, markup comes out, with everything escaped.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use maud::{DOCTYPE, Markup, html};
+
+use super::charts;
+use super::shown::{FleetShown, Seat};
+use crate::fleet::explain::{HostView, RolloutView};
+use crate::fleet::record::{HistoryStep, UnitRecord};
+use crate::model::Moment;
+use crate::plan::rollout::seen::{Health, Phase};
+
+fn frame(title: &str, body: &Markup) -> Markup {
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { (title) " · Stillpoint" }
+                link rel="stylesheet" href="/style.css";
+                noscript { meta http-equiv="refresh" content="5"; }
+                script src="/live.js" defer {}
+            }
+            body {
+                header { h1 { (title) } nav { a href="/" { "Fleet" } } }
+                main { (body) }
+            }
+        }
+    }
+}
+
+/// What can't be shown, and why.
+pub(super) fn problem(message: &str) -> Markup {
+    frame("Nothing to show", &html! { section { p class="failed" { (message) } } })
+}
+
+/// The fleet.
+pub(super) fn fleet(shown: &FleetShown) -> Markup {
+    frame("Fleet", &html! {
+        @for view in &shown.open {
+            section {
+                h2 { a href=(format!("/rollouts/{}", view.rollout.id)) { "Rollout to " (view.rollout.to) } }
+                (state(view))
+                (domains(&view.rollout.units))
+            }
+        }
+        section {
+            h2 { "Guests by update domain" }
+            @if shown.sets.is_empty() { p class="soft" { "No guest runs." } }
+            table {
+                thead { tr { th { "Set" } th { "Domain" } th { "Guests" } } }
+                tbody {
+                    @for ((alone, set, domain), seats) in &shown.sets {
+                        tr {
+                            td { @if *alone { "no set" } @else { (set) } }
+                            td { @if !alone { (domain) } }
+                            td { @for seat in seats { (guest(seat)) } }
+                        }
+                    }
+                }
+            }
+        }
+        section { h2 { "Hosts" } (hosts(&shown.hosts)) p class="soft" { "Store: " (shown.store) } }
+        section { h2 { "Rollouts" } (rollouts(shown)) }
+    })
+}
+
+fn guest(seat: &Seat) -> Markup {
+    let is_bad = seat.health == Health::Ill;
+    let note = seat.phase.map(Phase::words);
+    html! {
+        div {
+            strong class=[is_bad.then_some("failed")] { (seat.vm) }
+            span class="soft" { " on " (seat.host) ", release " (seat.release) ", " (seat.state)
+                @if is_bad { ", not well" }
+                @if let Some(note) = note { "; in the rollout: " (note) }
+            }
+        }
+    }
+}
+
+fn hosts(hosts: &[HostView]) -> Markup {
+    html! {
+        table {
+            thead { tr { th { "Host" } th { "Is" } th { "Where" } th { "Guests" } th { "Releases" } th { "Notes" } } }
+            tbody {
+                @for host in hosts {
+                    tr {
+                        td { (host.name) }
+                        td { @if host.alive { span class="done" { "heard" } } @else { span class="failed" { "not heard" } } }
+                        td { (host.zone) " / " (host.fault_domain) }
+                        td { (host.guests) }
+                        td { (host.releases.join(" ")) }
+                        td {
+                            @if host.drives { "drives rollouts. " }
+                            @if let Some(reason) = &host.cordon { "Cordoned: " (reason) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn rollouts(shown: &FleetShown) -> Markup {
+    html! {
+        @if shown.rollouts.is_empty() { p class="soft" { "No rollout was started yet." } }
+        @else {
+            table {
+                thead { tr { th { "Rollout" } th { "To" } th { "Is" } th { "Done" } th { "Failed" } th { "Asked for" } } }
+                tbody {
+                    @for one in &shown.rollouts {
+                        tr {
+                            td { a href=(format!("/rollouts/{}", one.id)) { (one.id) } }
+                            td { (one.to) }
+                            td { (one.state) }
+                            td { (one.done) " of " (one.units) }
+                            td { (one.failed) }
+                            td { (ago(Moment(one.asked_at_unix_ns), shown.now)) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn ago(then: Moment, now: Moment) -> String {
+    let seconds = now.since(then).as_secs();
+    match seconds {
+        0..120 => format!("{seconds} s ago"),
+        120..7_200 => format!("{} min ago", seconds / 60),
+        7_200..172_800 => format!("{} h ago", seconds / 3_600),
+        _ => format!("{} days ago", seconds / 86_400),
+    }
+}
+
+fn state(view: &RolloutView) -> Markup {
+    let record = &view.rollout;
+    html! {
+        p {
+            "It is " strong { (record.state) }
+            @if let Some(reason) = &record.reason { " (" (reason) ")" }
+            @if !record.state.is_over() {
+                @match &view.driver {
+                    Some(driver) => { ", driven by " (driver) }
+                    None => { ", and nobody drives it just now" }
+                }
+                ". Waiting: " (view.waits.rollout) " for others of it, " (view.waits.time) " for a time, "
+                (view.waits.outside) " for something outside, " (view.waits.hand) " for a hand"
+            }
+            "."
+        }
+    }
+}
+
+/// A bar for each update domain.
+fn domains(units: &[UnitRecord]) -> Markup {
+    let mut domains: BTreeMap<(String, u16), Vec<&UnitRecord>> = BTreeMap::new();
+    for unit in units {
+        let set = unit.set.clone().unwrap_or_else(|| "no set".into());
+        domains.entry((set, unit.domain)).or_default().push(unit);
+    }
+    html! {
+        table { tbody {
+            @for ((set, domain), units) in &domains {
+                @let done = units.iter().filter(|unit| unit.phase == Phase::Done).count();
+                tr { td { (set) " " (domain) } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
+            }
+        } }
+        p class="key" {
+            @for (phase, said) in [
+                (Phase::Waiting, "waiting"), (Phase::Begun, "under way"), (Phase::Done, "done"),
+                (Phase::Spoilt, "failed, or put back"),
+            ] {
+                span {
+                    svg width="12" height="12" aria-hidden="true" {
+                        rect width="12" height="12" rx="2" class=(charts::fill(phase)) {}
+                    }
+                    " " (said)
+                }
+            }
+        }
+    }
+}
+
+/// One rollout.
+pub(super) fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) -> Markup {
+    let record = &view.rollout;
+    let blackouts = record.units.iter().filter_map(|unit| unit.blackout_ns);
+    let blackouts: Vec<Duration> = blackouts.map(Duration::from_nanos).collect();
+    let title = format!("Rollout to {}", record.to);
+    frame(&title, &html! {
+        section { h2 { (record.id) } (state(view)) (domains(&record.units)) }
+        section {
+            h2 { "Blackouts so far" }
+            @if blackouts.is_empty() { p class="soft" { "None yet." } }
+            @else {
+                (charts::blackouts(&blackouts, record.policy.limits.blackout))
+                @if let Some(limit) = record.policy.limits.blackout {
+                    p class="soft" { "The dashed line is the limit: " (charts::time(limit)) "." }
+                }
+            }
+        }
+        section { h2 { "Guests" } (units(view)) }
+        section {
+            h2 { "What was done" }
+            table { tbody {
+                @for step in history.iter().rev() { @for line in &step.lines {
+                    tr { td class="soft" { (ago(step.at, now)) } td class="soft" { (step.by) } td { (line) } }
+                } }
+            } }
+        }
+    })
+}
+
+fn units(view: &RolloutView) -> Markup {
+    let record = &view.rollout;
+    html! {
+        table {
+            thead { tr { th { "Stage" } th { "Set" } th { "Guest" } th { "Is" } th { "Blackout" } th { "Why" } } }
+            tbody {
+                @for (unit, why) in record.units.iter().zip(&view.whys) {
+                    tr {
+                        td { @if unit.stage + 1 < record.stages { "canary " (unit.stage) } @else { "rest" } }
+                        td { @if let Some(set) = &unit.set { (set) " " (unit.domain) } }
+                        td { (unit.vm) span class="soft" { " on " (unit.host) } }
+                        td class=[unit.phase.is_failure().then_some("failed")] { (unit.phase.words()) }
+                        td { @if let Some(ns) = unit.blackout_ns { (charts::time(Duration::from_nanos(ns))) } }
+                        td {
+                            (why.why)
+                            @if let Some(note) = &unit.note { span class="soft" { " (" (note) ")" } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_is_text_and_no_markup() {
+        let page = problem("<script>alert(1)</script> & more").into_string();
+        assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt; &amp; more"), "{page}");
+        assert_eq!(page.matches("<script").count(), 1, "our own: {page}");
+    }
+
+    #[test]
+    fn a_chart_says_in_words_what_it_shows() {
+        let seen = [Duration::from_micros(400), Duration::from_millis(7)];
+        let chart = charts::blackouts(&seen, Some(Duration::from_millis(5))).into_string();
+        assert!(chart.contains("2 blackouts, the longest 7 ms"), "{chart}");
+        assert_eq!(chart.matches("f-moving").count(), 2, "{chart}");
+        assert!(chart.contains("the limit"), "{chart}");
+    }
+}
