@@ -282,12 +282,22 @@ fn pages_and_figures_are_served_by_tcp_and_nothing_can_be_done_there() {
     // Without a script the page has the facts all the same.
     rollout(&daemon, "start", "good", &[]).good();
     let page = get("/");
-    for fact in ["<strong>web</strong>", "release good", "heard", "finished", "1 of 1"] {
+    for fact in [
+        "<strong>web</strong>",
+        "release good",
+        "heard",
+        "finished",
+        "1 of 1",
+    ] {
         assert!(page.contains(fact), "{fact} in\n{page}");
     }
     let id = daemon.ask(&["rollout", "ls"]).good()[0]["id"].clone();
     let page = get(&format!("/rollouts/{}", id.as_str().expect("an id")));
-    for fact in ["1 blackouts, the longest 10 µs", "it is a canary", "is done"] {
+    for fact in [
+        "1 blackouts, the longest 10 µs",
+        "it is a canary",
+        "is done",
+    ] {
         assert!(page.contains(fact), "{fact} in\n{page}");
     }
 }

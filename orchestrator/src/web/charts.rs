@@ -13,13 +13,18 @@ pub(super) fn fill(phase: Phase) -> &'static str {
         Phase::Done => "f-done",
         Phase::Waiting => "f-waiting",
         Phase::Begun | Phase::Watched | Phase::BackBegun | Phase::BackWatched => "f-moving",
-        Phase::Failed | Phase::Spoilt | Phase::BackWaiting | Phase::Back | Phase::Stuck => "f-failed",
+        Phase::Failed | Phase::Spoilt | Phase::BackWaiting | Phase::Back | Phase::Stuck => {
+            "f-failed"
+        }
     }
 }
 
 /// A bar of so many cells, one a unit, in the order of the layout.
 pub(super) fn bar(units: &[&UnitRecord]) -> Markup {
-    let done = units.iter().filter(|unit| unit.phase == Phase::Done).count();
+    let done = units
+        .iter()
+        .filter(|unit| unit.phase == Phase::Done)
+        .count();
     let cell = (480 / units.len().max(1)).clamp(2, 24);
     let width = cell * units.len();
     html! {

@@ -128,5 +128,8 @@ async fn script() -> impl IntoResponse {
 }
 
 async fn nothing() -> Response {
-    html(StatusCode::NOT_FOUND, page::problem("There is no such page."))
+    html(
+        StatusCode::NOT_FOUND,
+        page::problem("There is no such page."),
+    )
 }

@@ -34,38 +34,44 @@ fn frame(title: &str, body: &Markup) -> Markup {
 
 /// What can't be shown, and why.
 pub(super) fn problem(message: &str) -> Markup {
-    frame("Nothing to show", &html! { section { p class="failed" { (message) } } })
+    frame(
+        "Nothing to show",
+        &html! { section { p class="failed" { (message) } } },
+    )
 }
 
 /// The fleet.
 pub(super) fn fleet(shown: &FleetShown) -> Markup {
-    frame("Fleet", &html! {
-        @for view in &shown.open {
-            section {
-                h2 { a href=(format!("/rollouts/{}", view.rollout.id)) { "Rollout to " (view.rollout.to) } }
-                (state(view))
-                (domains(&view.rollout.units))
+    frame(
+        "Fleet",
+        &html! {
+            @for view in &shown.open {
+                section {
+                    h2 { a href=(format!("/rollouts/{}", view.rollout.id)) { "Rollout to " (view.rollout.to) } }
+                    (state(view))
+                    (domains(&view.rollout.units))
+                }
             }
-        }
-        section {
-            h2 { "Guests by update domain" }
-            @if shown.sets.is_empty() { p class="soft" { "No guest runs." } }
-            table {
-                thead { tr { th { "Set" } th { "Domain" } th { "Guests" } } }
-                tbody {
-                    @for ((alone, set, domain), seats) in &shown.sets {
-                        tr {
-                            td { @if *alone { "no set" } @else { (set) } }
-                            td { @if !alone { (domain) } }
-                            td { @for seat in seats { (guest(seat)) } }
+            section {
+                h2 { "Guests by update domain" }
+                @if shown.sets.is_empty() { p class="soft" { "No guest runs." } }
+                table {
+                    thead { tr { th { "Set" } th { "Domain" } th { "Guests" } } }
+                    tbody {
+                        @for ((alone, set, domain), seats) in &shown.sets {
+                            tr {
+                                td { @if *alone { "no set" } @else { (set) } }
+                                td { @if !alone { (domain) } }
+                                td { @for seat in seats { (guest(seat)) } }
+                            }
                         }
                     }
                 }
             }
-        }
-        section { h2 { "Hosts" } (hosts(&shown.hosts)) p class="soft" { "Store: " (shown.store) } }
-        section { h2 { "Rollouts" } (rollouts(shown)) }
-    })
+            section { h2 { "Hosts" } (hosts(&shown.hosts)) p class="soft" { "Store: " (shown.store) } }
+            section { h2 { "Rollouts" } (rollouts(shown)) }
+        },
+    )
 }
 
 fn guest(seat: &Seat) -> Markup {
@@ -193,28 +199,31 @@ pub(super) fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) 
     let blackouts = record.units.iter().filter_map(|unit| unit.blackout_ns);
     let blackouts: Vec<Duration> = blackouts.map(Duration::from_nanos).collect();
     let title = format!("Rollout to {}", record.to);
-    frame(&title, &html! {
-        section { h2 { (record.id) } (state(view)) (domains(&record.units)) }
-        section {
-            h2 { "Blackouts so far" }
-            @if blackouts.is_empty() { p class="soft" { "None yet." } }
-            @else {
-                (charts::blackouts(&blackouts, record.policy.limits.blackout))
-                @if let Some(limit) = record.policy.limits.blackout {
-                    p class="soft" { "The dashed line is the limit: " (charts::time(limit)) "." }
+    frame(
+        &title,
+        &html! {
+            section { h2 { (record.id) } (state(view)) (domains(&record.units)) }
+            section {
+                h2 { "Blackouts so far" }
+                @if blackouts.is_empty() { p class="soft" { "None yet." } }
+                @else {
+                    (charts::blackouts(&blackouts, record.policy.limits.blackout))
+                    @if let Some(limit) = record.policy.limits.blackout {
+                        p class="soft" { "The dashed line is the limit: " (charts::time(limit)) "." }
+                    }
                 }
             }
-        }
-        section { h2 { "Guests" } (units(view)) }
-        section {
-            h2 { "What was done" }
-            table { tbody {
-                @for step in history.iter().rev() { @for line in &step.lines {
-                    tr { td class="soft" { (ago(step.at, now)) } td class="soft" { (step.by) } td { (line) } }
+            section { h2 { "Guests" } (units(view)) }
+            section {
+                h2 { "What was done" }
+                table { tbody {
+                    @for step in history.iter().rev() { @for line in &step.lines {
+                        tr { td class="soft" { (ago(step.at, now)) } td class="soft" { (step.by) } td { (line) } }
+                    } }
                 } }
-            } }
-        }
-    })
+            }
+        },
+    )
 }
 
 fn units(view: &RolloutView) -> Markup {
@@ -248,7 +257,10 @@ mod tests {
     #[test]
     fn what_others_wrote_is_text_and_no_markup() {
         let page = problem("<script>alert(1)</script> & more").into_string();
-        assert!(page.contains("&lt;script&gt;alert(1)&lt;/script&gt; &amp; more"), "{page}");
+        assert!(
+            page.contains("&lt;script&gt;alert(1)&lt;/script&gt; &amp; more"),
+            "{page}"
+        );
         assert_eq!(page.matches("<script").count(), 1, "our own: {page}");
     }
 
