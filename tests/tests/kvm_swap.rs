@@ -327,7 +327,7 @@ fn what_can_not_be_is_refused_and_nothing_stands_still() -> anyhow::Result<()> {
         refused(&[&["swap", "kvm"], &budget[..]].concat(), "built into")?;
     }
     ensure!(
-        daemon.must(&["host", "ls"])? == serde_json::json!([]),
+        daemon.must(&["host", "changes"])? == serde_json::json!([]),
         "nothing is on record"
     );
     Ok(())

@@ -65,8 +65,11 @@ impl Fleet {
                 &name,
                 "--fault-domain",
                 &rack,
+                "--web",
+                "127.0.0.1:0",
             ];
             let daemon = Daemon::start_with(&dir, &args)?;
+            println!("{name} shows the fleet at http://{}/", page_of(&daemon)?);
             add_releases(&daemon)?;
             daemons.push(daemon);
         }
@@ -172,6 +175,15 @@ impl Fleet {
         }
         Ok(())
     }
+}
+
+/// Where a daemon serves its pages, by its log.
+fn page_of(daemon: &Daemon) -> anyhow::Result<String> {
+    let log = daemon.log();
+    let line = log.lines().find(|line| line.contains("serves pages"));
+    let at = line.and_then(|line| line.rsplit_once("at="));
+    let (_, at) = at.context("the daemon did not say where its pages are")?;
+    Ok(at.trim().to_owned())
 }
 
 fn add_releases(daemon: &Daemon) -> anyhow::Result<()> {
