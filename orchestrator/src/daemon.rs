@@ -14,7 +14,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
-use crate::agent::custody;
+use crate::agent::carve_out::CarveOut;
+use crate::agent::{custody, kexec};
 use crate::agent::places::private_dir;
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
@@ -23,6 +24,7 @@ use crate::execute::{self, Host};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
 use crate::metrics;
+use crate::model::nonce_of;
 use crate::reconcile;
 use crate::store::Store;
 
@@ -40,6 +42,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The API's socket.
     pub socket: PathBuf,
+    /// The host's carve-out, if it has one.
+    pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
     /// Where Prometheus may ask, if anywhere.
@@ -80,6 +84,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     private_dir(&config.run_dir.join("vms"))?;
     let _lock = lock(&config.run_dir)?;
     let trust = Trust::load(&config.trust)?;
+    let carve_out = open_carve_out(config.carve_out.as_deref())?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
@@ -100,10 +105,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
+        carve_out,
     };
-    execute::settle_pauses(&host).await?;
     host.binaries.clear_away();
     add_first_release(&host).await?;
+    // Guests first, that stand still since another kernel ran them.
+    execute::adopt_all(&host).await?;
+    execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
@@ -148,6 +156,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = store.end_journal().await;
     store.close().await;
     Ok(())
+}
+
+fn open_carve_out(path: Option<&Path>) -> anyhow::Result<CarveOut> {
+    let came_by_jump = nonce_of(&kexec::command_line()).is_some();
+    match path {
+        Some(path) => Ok(CarveOut::open(path, came_by_jump)?),
+        None => Ok(CarveOut::default()),
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

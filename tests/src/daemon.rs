@@ -23,7 +23,12 @@ pub struct Daemon {
     dir: PathBuf,
     bin: PathBuf,
     network: Network,
+    environment: Environment,
 }
+
+/// What it has in its environment beside ours.
+type Environment = Vec<(String, String)>;
+
 
 /// Where a daemon lives.
 #[derive(Debug)]
@@ -60,31 +65,44 @@ impl Daemon {
         Self::start_from(dir, &programs())
     }
 
+    /// As [`Daemon::start`], with these in its environment, at every start of it.
+    pub fn start_with(dir: &Path, environment: &[(&str, &str)]) -> anyhow::Result<Self> {
+        let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+        let environment = environment.iter().map(own).collect();
+        Self::start_as(dir, &programs(), Network::Ours, environment)
+    }
+
     /// As [`Daemon::start`], with the programs in `bin`.
     pub fn start_from(dir: &Path, bin: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, bin, Network::Ours)
+        Self::start_as(dir, bin, Network::Ours, Vec::new())
     }
 
     /// As [`Daemon::start`], in a network namespace of its own.
     pub fn start_in_own_network(dir: &Path) -> anyhow::Result<Self> {
-        Self::start_as(dir, &programs(), Network::New)
+        Self::start_as(dir, &programs(), Network::New, Vec::new())
     }
 
     /// As [`Daemon::start`], in a mount namespace of its own: what it and its children mount is seen by
     /// nobody else. One that is started again is in ours.
     pub fn start_among_own_mounts(dir: &Path) -> anyhow::Result<Self> {
-        let mut daemon = Self::start_as(dir, &programs(), Network::OwnMounts)?;
+        let mut daemon = Self::start_as(dir, &programs(), Network::OwnMounts, Vec::new())?;
         daemon.network = Network::Ours;
         Ok(daemon)
     }
 
-    fn start_as(dir: &Path, bin: &Path, network: Network) -> anyhow::Result<Self> {
-        let child = spawn(dir, bin, &network)?;
+    fn start_as(
+        dir: &Path,
+        bin: &Path,
+        network: Network,
+        environment: Environment,
+    ) -> anyhow::Result<Self> {
+        let child = spawn(dir, bin, &network, &environment)?;
         let mut daemon = Self {
             child,
             dir: dir.to_owned(),
             bin: bin.to_owned(),
             network,
+            environment,
         };
         daemon.wait_answers()?;
         if let Network::New = daemon.network {
@@ -137,7 +155,7 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.child = spawn(&self.dir, &self.bin, &self.network)?;
+        self.child = spawn(&self.dir, &self.bin, &self.network, &self.environment)?;
         self.wait_answers()
     }
 
@@ -221,8 +239,10 @@ impl Daemon {
 
     /// The notes of a pulse guest.
     pub fn pulse(&self, name: &str) -> anyhow::Result<Pulse> {
-        let (ram, _ownership) = self.vmm(name)?.lend_guest()?;
-        Pulse::find(ram, PATIENCE)
+        let vmm = self.vmm(name)?;
+        let spec = vmm.describe()?.spec;
+        let (ram, _ownership) = vmm.lend_guest()?;
+        Pulse::find_of(ram, &spec, PATIENCE)
     }
 
     /// Process id of the VMM that runs this guest.
@@ -231,7 +251,12 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
+fn spawn(
+    dir: &Path,
+    bin: &Path,
+    network: &Network,
+    environment: &Environment,
+) -> anyhow::Result<Child> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
@@ -258,6 +283,7 @@ fn spawn(dir: &Path, bin: &Path, network: &Network) -> anyhow::Result<Child> {
         .arg("--state-dir")
         .arg(dir.join("state"));
     command
+        .envs(environment.iter().map(|(key, value)| (key, value)))
         .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -6,6 +6,7 @@
 mod events;
 mod host;
 mod journal;
+mod kernel;
 mod pauses;
 mod refusal;
 mod releases;
@@ -23,6 +24,7 @@ use crate::model::Event;
 use crate::reconcile::Waker;
 
 pub use host::{NewHostSwap, NewKvm};
+pub use kernel::{CarveOutView, CarvedGuest, NewKernelSwap};
 pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
@@ -64,6 +66,11 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(host::show))
         .routes(routes!(host::release))
         .routes(routes!(host::check_kvm))
+        .routes(routes!(kernel::ask))
+        .routes(routes!(kernel::check))
+        .routes(routes!(kernel::show, kernel::forget_all))
+        .routes(routes!(kernel::forget))
+        .routes(routes!(kernel::retry))
         .routes(routes!(pauses::list))
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))

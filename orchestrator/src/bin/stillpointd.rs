@@ -22,6 +22,9 @@ struct Args {
     /// The API's socket [api.sock in the run directory].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// The host's carve-out, memory that outlives its kernel, such as /dev/dax0.0.
+    #[arg(long, value_name = "PATH", env = "STILLPOINT_CARVE_OUT")]
+    carve_out: Option<PathBuf>,
     /// A public key of minisign's whose signatures of releases count, to a date if there is one; may
     /// be given again.
     #[arg(long, value_name = "FILE[,until=DATE]")]
@@ -86,6 +89,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
+        carve_out: args.carve_out,
         trust: args.trust,
         metrics: args.metrics,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,

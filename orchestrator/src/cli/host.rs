@@ -88,6 +88,9 @@ enum Act {
         /// The hold's id [the one there is].
         id: Option<String>,
     },
+    /// Says what this host lacks for its kernel to be swapped under its guests, and shows the boot
+    /// configuration for it; writes it when asked to.
+    Prepare(super::prepare::Args),
     /// Lists what was done to this host while its guests stood still.
     Ls,
     /// Shows one of them, with what its command printed.
@@ -192,6 +195,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.act {
         Act::Hold(terms) => hold(desk, terms).await,
         Act::Release { id } => release(desk, id).await,
+        Act::Prepare(args) => super::prepare::run(desk, &args),
         Act::Ls => ls(desk).await,
         Act::Show { id } => show(desk, &get(desk, &id).await?),
     }
@@ -213,6 +217,14 @@ async fn ask(
     let swap = follow(desk, &asked, &bar, is_far).await;
     bar.finish_and_clear();
     swap
+}
+
+/// Waits until one is over that was asked for, and shows it.
+pub(super) async fn follow_to_end(desk: &Desk, asked: &HostSwap) -> Result<ExitCode, Problem> {
+    let bar = progress::waiting(desk.json, &format!("swap {} of this host", asked.id));
+    let swap = follow(desk, asked, &bar, HostSwapState::is_over).await;
+    bar.finish_and_clear();
+    show(desk, &swap?)
 }
 
 async fn follow(
@@ -311,6 +323,9 @@ async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
 }
 
 fn what(swap: &HostSwap) -> String {
+    if let Some(jump) = &swap.kernel {
+        return super::kernel::what(jump);
+    }
     let command = swap.command.join(" ");
     match (&swap.kvm, command.is_empty()) {
         (None, true) => "by hand".into(),
@@ -363,6 +378,9 @@ fn text(swap: &HostSwap) -> String {
         ),
         None => line("pause", format!("none; budget {budget}")),
     }
+    for (name, value) in swap.kernel.iter().flat_map(super::kernel::lines) {
+        line(&name, value);
+    }
     if let Some(ended) = &swap.ended {
         line("command", ended.to_string());
     }
@@ -390,6 +408,7 @@ mod tests {
             id: SwapId("1".into()),
             kvm: None,
             command: vec!["modprobe".into(), "tg3".into()],
+            kernel: None,
             undo: Some("modprobe old".into()),
             vms: [name("a"), name("b")].into(),
             budget_ns: 2_000_000_000,

@@ -3,6 +3,7 @@
 //! Every verb prints for people, or with `--json` for programs; errors too. It exits 0 when what
 //! was asked for is so, and non-zero when it is not.
 
+mod adopt;
 mod completions;
 mod console;
 mod doctor;
@@ -11,9 +12,11 @@ mod format;
 mod history;
 mod host;
 mod http;
+mod kernel;
 mod logs;
 mod ls;
 mod man;
+mod prepare;
 mod progress;
 mod release;
 mod report;
@@ -71,6 +74,8 @@ enum Verb {
     Swap(swap::Args),
     /// Has guests stand still while this host is changed by hand, and lists such changes.
     Host(host::Args),
+    /// Shows what lies in memory that outlives the host's kernel, and deals with what was not revived.
+    Adopt(adopt::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
     /// Shows what a swap did, phase by phase.
@@ -164,6 +169,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Rm(args) => rm::run(desk, args).await,
         Verb::Swap(args) => swap::run(desk, args).await,
         Verb::Host(args) => host::run(desk, args).await,
+        Verb::Adopt(args) => adopt::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::History(args) => history::run(desk, args).await,
