@@ -15,10 +15,10 @@ use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
 use crate::agent::carve_out::CarveOut;
-use crate::agent::{custody, kexec};
 use crate::agent::places::private_dir;
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
+use crate::agent::{custody, kexec};
 use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
 use crate::metadata::notices::Notices;

@@ -29,7 +29,6 @@ pub struct Daemon {
 /// What it has in its environment beside ours.
 type Environment = Vec<(String, String)>;
 
-
 /// Where a daemon lives.
 #[derive(Debug)]
 enum Network {

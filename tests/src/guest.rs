@@ -125,7 +125,10 @@ impl Pulse {
         let n = match &self.ram {
             Ram::File(fd) => rustix::io::pwrite(fd, bytes, at)?,
             Ram::Carved(ram) => {
-                ensure!(at + bytes.len() as u64 <= ram.len(), "guest RAM ends at {at:#x}");
+                ensure!(
+                    at + bytes.len() as u64 <= ram.len(),
+                    "guest RAM ends at {at:#x}"
+                );
                 ram.write(at, bytes);
                 bytes.len()
             }

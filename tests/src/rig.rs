@@ -213,10 +213,7 @@ impl Rig {
         }
         let at = |place: &str| format!("{}/target/{place}", order::ROOT);
         let mut rig = self
-            .file(
-                root().join("target/releases/pulse"),
-                at("releases/pulse"),
-            )
+            .file(root().join("target/releases/pulse"), at("releases/pulse"))
             .file(built.join("releases/current"), at("releases/current"));
         for name in ["stillpoint", "stillpointd", "scenario", "load"] {
             rig = rig.file(built.join(name), at(&format!("release/{name}")));

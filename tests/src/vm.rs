@@ -211,7 +211,12 @@ impl Vm {
     /// its record.
     pub fn revive(&mut self, nonce: &str) -> anyhow::Result<()> {
         self.kill()?;
-        let place = self.spec.memory.carve_out.as_ref().context("no carve-out")?;
+        let place = self
+            .spec
+            .memory
+            .carve_out
+            .as_ref()
+            .context("no carve-out")?;
         let (reader, writer) = std::io::pipe()?;
         let writer = OwnedFd::from(writer);
         let log = self.dir.path().join("vmm.log");

@@ -72,7 +72,8 @@ fn a_guest_that_nobody_takes_along_runs_on_and_its_record_is_of_the_past() -> an
     let mut vm = guest()?;
     let record = place(&vm)?;
     // By the ceiling, with nobody there.
-    vm.client()?.store(SWAP, NONCE, Duration::from_millis(1500))?;
+    vm.client()?
+        .store(SWAP, NONCE, Duration::from_millis(1500))?;
     ensure!(record.mark() == Mark::Stored, "{}", record.mark());
     ensure!(record.read()?.label.nonce == NONCE);
     stands_still(&vm)?;
@@ -87,7 +88,10 @@ fn a_guest_that_nobody_takes_along_runs_on_and_its_record_is_of_the_past() -> an
     std::thread::sleep(Duration::from_millis(900));
     stands_still(&vm)?;
     let told = vm.client()?.resume("k2")?;
-    ensure!(told.outcome == Outcome::Resumed && told.reason.is_none(), "{told:#?}");
+    ensure!(
+        told.outcome == Outcome::Resumed && told.reason.is_none(),
+        "{told:#?}"
+    );
     ensure!(record.mark() == Mark::Withdrawn, "{}", record.mark());
     vm.is_well()?;
     let error = vm.client()?.await_jump("k2", LONG).expect_err("it runs");
@@ -108,13 +112,25 @@ fn a_stored_guest_goes_on_elsewhere_once() -> anyhow::Result<()> {
     vm.revive(NONCE)?;
     ensure!(record.mark() == Mark::Consumed, "{}", record.mark());
     let after = counters(&vm)?;
-    ensure!(after.iter().zip(&before).all(|(a, b)| a >= b), "{before:?} {after:?}");
+    ensure!(
+        after.iter().zip(&before).all(|(a, b)| a >= b),
+        "{before:?} {after:?}"
+    );
     vm.is_well()?;
     let told = report(&vm)?;
-    ensure!(told.outcome == Outcome::Moved && told.component == "kernel", "{told:#?}");
-    ensure!(told.swap == SWAP && !told.blackout.host.is_zero(), "{told:#?}");
+    ensure!(
+        told.outcome == Outcome::Moved && told.component == "kernel",
+        "{told:#?}"
+    );
+    ensure!(
+        told.swap == SWAP && !told.blackout.host.is_zero(),
+        "{told:#?}"
+    );
     for name in ["park", "save", "jump", "load", "take", "enter"] {
-        ensure!(told.phases.iter().any(|phase| phase.name == name), "no {name}: {told:#?}");
+        ensure!(
+            told.phases.iter().any(|phase| phase.name == name),
+            "no {name}: {told:#?}"
+        );
     }
     let clock = told.clock.as_ref().context("a receipt")?;
     if clock.masterclock_before {
@@ -141,7 +157,10 @@ fn a_record_that_is_none_of_the_jumps_or_not_whole_is_left_as_it_is() -> anyhow:
     ensure!(error.contains("another jump"), "{error}");
     ensure!(bytes(&vm)? == before, "something was written");
     let at = vm.spec().memory.carve_out.clone().context("a place")?;
-    let file = std::fs::File::options().read(true).write(true).open(&at.path)?;
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&at.path)?;
     let spot = at.record + 8000;
     let mut byte = [0];
     file.read_exact_at(&mut byte, spot)?;
@@ -178,7 +197,9 @@ fn a_vmm_is_swapped_over_ram_in_a_carve_out() -> anyhow::Result<()> {
 
 fn daemon(dir: &Path, carve_out: Option<&Path>) -> anyhow::Result<Daemon> {
     let path = carve_out.map(|path| path.display().to_string());
-    let environment = path.as_ref().map(|path| ("STILLPOINT_CARVE_OUT", path.as_str()));
+    let environment = path
+        .as_ref()
+        .map(|path| ("STILLPOINT_CARVE_OUT", path.as_str()));
     Daemon::start_with(dir, environment.as_slice())
 }
 
@@ -194,16 +215,29 @@ fn what_can_not_outlive_the_kernel_is_refused_by_name() -> anyhow::Result<()> {
     needs_kvm!();
     let dir = tempfile::tempdir()?;
     let kernel = releases::pulse()?.display().to_string();
-    let run = ["--memory", "64M", "--kernel", &kernel, "--cmdline", "pulse ram=16M duty=10"];
+    let run = [
+        "--memory",
+        "64M",
+        "--kernel",
+        &kernel,
+        "--cmdline",
+        "pulse ram=16M duty=10",
+    ];
     let survive = ["--survive", "kernel"];
     let image = ["swap", "kernel", "--kernel", &kernel];
     {
         let none = daemon(dir.path(), None)?;
         let said = refused(&none, &[&["run", "a"], &run[..], &survive].concat())?;
-        ensure!(said.contains("no carve-out") && said.contains("host prepare"), "{said}");
+        ensure!(
+            said.contains("no carve-out") && said.contains("host prepare"),
+            "{said}"
+        );
         none.must(&[&["run", "plain"], &run[..]].concat())?;
         let said = refused(&none, &image)?;
-        ensure!(said.contains("guest plain") && said.contains("memfd"), "{said}");
+        ensure!(
+            said.contains("guest plain") && said.contains("memfd"),
+            "{said}"
+        );
         let said = refused(&none, &["adopt"])?;
         ensure!(said.contains("no carve-out"), "{said}");
         none.must(&["stop", "plain"])?;
@@ -219,12 +253,18 @@ fn what_can_not_outlive_the_kernel_is_refused_by_name() -> anyhow::Result<()> {
     ensure!(said.contains("MiB left"), "{said}");
     some.must(&[&["run", "a"], &run[..], &survive].concat())?;
     let shown = some.must(&["show", "a"])?;
-    ensure!(shown["rungs"].to_string().contains("page cache"), "{shown:#}");
+    ensure!(
+        shown["rungs"].to_string().contains("page cache"),
+        "{shown:#}"
+    );
     // A file is none that a kernel leaves to the next: nobody is paused for it.
     let said = refused(&some, &image)?;
     ensure!(said.contains("page cache"), "{said}");
     let view = some.must(&["adopt"])?;
-    ensure!(view["guests"][0]["vm"] == "a" && view["guests"][0]["record"] == "empty", "{view:#}");
+    ensure!(
+        view["guests"][0]["vm"] == "a" && view["guests"][0]["record"] == "empty",
+        "{view:#}"
+    );
     let said = refused(&some, &["adopt", "--forget", "a"])?;
     ensure!(said.contains("stop it first"), "{said}");
     let said = refused(&some, &["adopt", "--retry", "a"])?;
@@ -234,6 +274,9 @@ fn what_can_not_outlive_the_kernel_is_refused_by_name() -> anyhow::Result<()> {
     some.must(&["stop", "a"])?;
     some.must(&["rm", "a"])?;
     let view = some.must(&["adopt"])?;
-    ensure!(view["guests"].as_array().map(Vec::len) == Some(0), "{view:#}");
+    ensure!(
+        view["guests"].as_array().map(Vec::len) == Some(0),
+        "{view:#}"
+    );
     Ok(())
 }

@@ -151,7 +151,10 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
     ensure!(told["after_the_crash"].is_object(), "{told:#}");
     let kernel = &told["swap"]["kernel"];
     let (from, to) = (kernel["from"].as_str(), kernel["to"].as_str());
-    ensure!(from.is_some_and(|from| from.starts_with("6.1.")), "{kernel:#}");
+    ensure!(
+        from.is_some_and(|from| from.starts_with("6.1.")),
+        "{kernel:#}"
+    );
     ensure!(to.is_some_and(|to| to.starts_with("7.")), "{kernel:#}");
     // The host's wall clock was carried over; what is left of its error is no more than can be told.
     let clock = &kernel["clock"];

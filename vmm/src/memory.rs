@@ -469,8 +469,14 @@ mod tests {
         let other = GuestRam::adopt(fd, &spec).expect("adopt");
         assert_eq!(read(&other), 42);
         let file = std::fs::read(&path).expect("the file");
-        assert!(file[..8 << 20].iter().all(|&byte| byte == 0xa5), "before it");
-        assert!(file[24 << 20..].iter().all(|&byte| byte == 0xa5), "behind it");
+        assert!(
+            file[..8 << 20].iter().all(|&byte| byte == 0xa5),
+            "before it"
+        );
+        assert!(
+            file[24 << 20..].iter().all(|&byte| byte == 0xa5),
+            "behind it"
+        );
         let fd = ram.read_only().expect("read only");
         let error = GuestRam::view(fd, &spec).expect_err("no view");
         assert!(error.to_string().contains("rehearsed"), "{error}");

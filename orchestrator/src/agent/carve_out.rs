@@ -187,7 +187,9 @@ impl CarveOut {
 
 impl Opened {
     fn lock(&self) -> MutexGuard<'_, Result<Directory, String>> {
-        self.directory.lock().unwrap_or_else(PoisonError::into_inner)
+        self.directory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -233,7 +235,10 @@ mod tests {
         let (_dir, path) = carve_out(64);
         let carve_out = CarveOut::open(&path, true).expect("opened");
         let why = carve_out.place(&spec("a", 16)).expect_err("no directory");
-        assert!(why.contains("no directory") && why.contains("--forget-all"), "{why}");
+        assert!(
+            why.contains("no directory") && why.contains("--forget-all"),
+            "{why}"
+        );
         carve_out.forget_all().expect("as asked");
         carve_out.place(&spec("a", 16)).expect("a new one");
     }

@@ -43,7 +43,9 @@ pub fn is_known() -> Result<(), String> {
     }
     let disabled = read("/proc/sys/kernel/kexec_load_disabled");
     match disabled.is_ok_and(|text| text.trim() == "1") {
-        true => Err("kexec was switched off until the next boot (kernel.kexec_load_disabled)".into()),
+        true => {
+            Err("kexec was switched off until the next boot (kernel.kexec_load_disabled)".into())
+        }
         false => Ok(()),
     }
 }
@@ -93,7 +95,9 @@ fn remedy(error: &std::io::Error) -> &'static str {
         Some(libc::ENOKEY | libc::EKEYREJECTED | libc::EBADMSG) => {
             "; its signature is none that this kernel trusts"
         }
-        Some(libc::EADDRNOTAVAIL | libc::ENOMEM) => "; there is no room for it in this host's memory",
+        Some(libc::EADDRNOTAVAIL | libc::ENOMEM) => {
+            "; there is no room for it in this host's memory"
+        }
         _ => "",
     }
 }
@@ -123,7 +127,10 @@ pub fn jump() -> std::io::Error {
 
 /// `uname -r`.
 pub fn running() -> String {
-    rustix::system::uname().release().to_string_lossy().into_owned()
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// The running kernel's command line.

@@ -80,7 +80,10 @@ impl Desk {
     fn jump_of(&self, new: &NewKernelSwap) -> Result<KernelJump, Problem> {
         check_budget(Some(new.budget_ns))?;
         check_notice(new.notice_ns, new.no_notice.as_deref())?;
-        let paths = [("kernel", Some(&new.kernel)), ("initrd", new.initrd.as_ref())];
+        let paths = [
+            ("kernel", Some(&new.kernel)),
+            ("initrd", new.initrd.as_ref()),
+        ];
         for (field, path) in paths {
             if path.is_some_and(|path| !path.is_absolute()) {
                 let message = format!(
@@ -94,7 +97,10 @@ impl Desk {
         Ok(KernelJump {
             image: new.kernel.clone(),
             initrd: new.initrd.clone(),
-            command_line: new.command_line.as_deref().map_or_else(running, to_be_used_again),
+            command_line: new
+                .command_line
+                .as_deref()
+                .map_or_else(running, to_be_used_again),
             nonce: hex(&random.as_bytes()[..16]),
             from: kexec::running(),
             to: None,
@@ -279,9 +285,8 @@ pub(super) async fn forget(
 )]
 pub(super) async fn forget_all(State(desk): State<Desk>) -> Result<Json<CarveOutView>, Refusal> {
     let vms = desk.host.store.vms().await?;
-    let placed = |vm: &&crate::model::VmRecord| {
-        vm.state.is_active() && vm.spec.memory.carve_out.is_some()
-    };
+    let placed =
+        |vm: &&crate::model::VmRecord| vm.state.is_active() && vm.spec.memory.carve_out.is_some();
     if let Some(vm) = vms.iter().find(placed) {
         let message = format!("`{}` runs in it; stop it first", vm.name);
         return Err(Problem::new(Code::StillRunning, message).into());

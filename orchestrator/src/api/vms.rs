@@ -334,7 +334,10 @@ pub(super) async fn remove(
     let vm = desk.vm(&name).await?;
     if !vm.state.is_active() {
         let failed = |why: String| Problem::new(Code::StillRunning, why);
-        desk.host.carve_out.give_back(&name, false).map_err(failed)?;
+        desk.host
+            .carve_out
+            .give_back(&name, false)
+            .map_err(failed)?;
     }
     if !desk.host.store.remove_vm(&vm.name).await? {
         let message = format!("`{name}` is {}; stop it first", vm.state);

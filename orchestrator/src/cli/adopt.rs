@@ -62,7 +62,9 @@ fn text(view: &CarveOutView) -> String {
         .map(|guest| {
             vec![
                 guest.vm.clone(),
-                guest.state.map_or_else(|| "-".into(), |state| state.to_string()),
+                guest
+                    .state
+                    .map_or_else(|| "-".into(), |state| state.to_string()),
                 guest.record.clone(),
                 format::size(guest.ram_len),
                 format!("{:#x}", guest.ram),
@@ -74,7 +76,9 @@ fn text(view: &CarveOutView) -> String {
         text.push_str(&format::table(&head, &[3, 4], &rows));
     }
     for guest in &view.guests {
-        let lost = guest.state.is_none_or(|state| !state.is_active() && state != VmState::Stopped);
+        let lost = guest
+            .state
+            .is_none_or(|state| !state.is_active() && state != VmState::Stopped);
         if let (true, Some(reason)) = (lost, &guest.reason) {
             text.push_str(&format!("\n{}: {reason}", guest.vm));
         }
@@ -108,7 +112,10 @@ mod tests {
             ],
         };
         let text = text(&view);
-        assert!(text.starts_with("/dev/dax0.0: 128 MiB of 256 MiB free\n"), "{text}");
+        assert!(
+            text.starts_with("/dev/dax0.0: 128 MiB of 256 MiB free\n"),
+            "{text}"
+        );
         assert!(text.ends_with("web-2: no disk"), "{text}");
         assert!(!text.contains("web-1:"), "{text}");
     }

@@ -29,7 +29,12 @@ pub(super) struct Args {
     #[arg(long, requires = "carve_out")]
     write: bool,
     /// Look and write below this folder, as for an image of another host's disk.
-    #[arg(long, value_name = "DIR", default_value = "/", hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/",
+        hide_default_value = true
+    )]
     root: PathBuf,
 }
 
@@ -127,9 +132,8 @@ fn modules(root: &Path) -> Check {
     const NAME: &str = "modules";
     let release = kexec::running();
     let dir = root.join("lib/modules").join(&release);
-    let lists = ["modules.dep", "modules.builtin"].map(|name| {
-        std::fs::read_to_string(dir.join(name)).unwrap_or_default()
-    });
+    let lists = ["modules.dep", "modules.builtin"]
+        .map(|name| std::fs::read_to_string(dir.join(name)).unwrap_or_default());
     let there = |module: &str| {
         let loaded = Path::new("/sys/module").join(module).is_dir();
         let file = |list: &String| {
@@ -138,7 +142,10 @@ fn modules(root: &Path) -> Check {
         };
         loaded || lists.iter().any(file)
     };
-    let missing: Vec<_> = MODULES.into_iter().filter(|module| !there(module)).collect();
+    let missing: Vec<_> = MODULES
+        .into_iter()
+        .filter(|module| !there(module))
+        .collect();
     match missing.is_empty() {
         true => Check::ok(NAME, MODULES.join(", ")),
         false => Check::new(
@@ -152,7 +159,9 @@ fn modules(root: &Path) -> Check {
 
 fn device() -> Check {
     const NAME: &str = "device";
-    let found = std::fs::read_dir("/sys/bus/dax/devices").into_iter().flatten();
+    let found = std::fs::read_dir("/sys/bus/dax/devices")
+        .into_iter()
+        .flatten();
     let names: Vec<_> = found
         .flatten()
         .map(|entry| format!("/dev/{}", entry.file_name().to_string_lossy()))
@@ -190,9 +199,16 @@ fn live_update() -> Check {
     const NAME: &str = "live update orchestrator";
     let found = match Path::new("/dev/liveupdate").exists() {
         true => "this kernel has it; guests' memory is not kept by it yet: unavailable",
-        false => "unavailable: this kernel has no /dev/liveupdate (CONFIG_LIVEUPDATE), which would keep memfds",
+        false => {
+            "unavailable: this kernel has no /dev/liveupdate (CONFIG_LIVEUPDATE), which would keep memfds"
+        }
     };
-    Check::new(NAME, Status::Warn, found, "none needed: the carve-out does without")
+    Check::new(
+        NAME,
+        Status::Warn,
+        found,
+        "none needed: the carve-out does without",
+    )
 }
 
 /// The files that a host with a carve-out of this size has.
@@ -251,7 +267,10 @@ fn text(told: &Told, asked: bool) -> String {
         text.push_str("\nnothing was written; `--write` does\n");
     }
     if !told.next.is_empty() {
-        text.push_str(&format!("\nwritten; what is left: {}\n", told.next.join("; ")));
+        text.push_str(&format!(
+            "\nwritten; what is left: {}\n",
+            told.next.join("; ")
+        ));
     }
     text
 }
@@ -264,11 +283,18 @@ fn difference(file: &Wanted) -> String {
         return format!("\n{path}: as it should be\n");
     }
     let mut text = format!("\n{path}:\n");
-    for line in now.lines().filter(|line| !file.text.lines().any(|new| new == *line)) {
+    for line in now
+        .lines()
+        .filter(|line| !file.text.lines().any(|new| new == *line))
+    {
         text.push_str(&format!("  -{line}\n"));
     }
     for line in file.text.lines() {
-        let mark = if now.lines().any(|old| old == line) { ' ' } else { '+' };
+        let mark = if now.lines().any(|old| old == line) {
+            ' '
+        } else {
+            '+'
+        };
         text.push_str(&format!("  {mark}{line}\n"));
     }
     text
@@ -296,7 +322,11 @@ mod tests {
     #[test]
     fn memory_that_is_left_alone_is_found_on_the_command_line() {
         assert_eq!(left_alone("quiet memmap=1G!4G").status, Status::Ok);
-        assert_eq!(left_alone("memmap=1G$4G").status, Status::Fail, "that makes no device");
+        assert_eq!(
+            left_alone("memmap=1G$4G").status,
+            Status::Fail,
+            "that makes no device"
+        );
     }
 
     #[test]

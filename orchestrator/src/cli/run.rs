@@ -8,8 +8,8 @@ use std::time::Duration;
 use hyper::Method;
 use stillpoint_control::clock::{ClockSpec, Correction, Policy};
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, Survive, VsockSpec,
-    parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, Survive,
+    VsockSpec, parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, safeguards, say, say_json};

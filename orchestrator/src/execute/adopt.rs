@@ -272,7 +272,11 @@ async fn known(
     }
     let vm = match restored(&entry.kept) {
         Ok(vm) => vm,
-        Err(why) => return Ok(Err(format!("what the carve-out keeps of it can't be read: {why}"))),
+        Err(why) => {
+            return Ok(Err(format!(
+                "what the carve-out keeps of it can't be read: {why}"
+            )));
+        }
     };
     host.store.put_vm(&vm).await?;
     Ok(Ok(vm))
@@ -288,12 +292,7 @@ struct Revived {
 }
 
 /// Revives one guest. On an error nothing of it runs.
-async fn revive(
-    host: &Host,
-    vm: &VmRecord,
-    entry: &Entry,
-    nonce: &str,
-) -> Result<Revived, String> {
+async fn revive(host: &Host, vm: &VmRecord, entry: &Entry, nonce: &str) -> Result<Revived, String> {
     let label = host.carve_out.label(entry)?;
     let release = release_for(host, vm, label.format).await?;
     let how = How::Revive {
@@ -304,7 +303,10 @@ async fn revive(
     let (process, at) = (held.process.id().clone(), Instant::now());
     host.observe_surely(&vm.name, VmState::Running, None, Some(process.clone()))
         .await;
-    let report = host.expected(vm).last_report(&label.swap, REPORT_PATIENCE).await;
+    let report = host
+        .expected(vm)
+        .last_report(&label.swap, REPORT_PATIENCE)
+        .await;
     let mut vm = vm.clone();
     vm.process = Some(process);
     Ok(Revived {
@@ -389,7 +391,10 @@ async fn conclude(
         true => (HostSwapState::Done, None),
         false => (
             HostSwapState::Failed,
-            Some(format!("not revived, their memory kept: {}", lost.join(", "))),
+            Some(format!(
+                "not revived, their memory kept: {}",
+                lost.join(", ")
+            )),
         ),
     };
     if over && swap.reason.is_none() {

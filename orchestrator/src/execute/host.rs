@@ -127,7 +127,10 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
 }
 
 /// Waits until the guests have had their notice; gives why it is not to begin, if so.
-pub(super) async fn await_clearance(host: &Host, swap: &mut HostSwap) -> Result<Option<String>, StoreError> {
+pub(super) async fn await_clearance(
+    host: &Host,
+    swap: &mut HostSwap,
+) -> Result<Option<String>, StoreError> {
     loop {
         // Before the look at the board: what changes after it is not missed.
         let mut changes = host.notices.changes();
@@ -211,7 +214,11 @@ pub(super) fn longest(reports: &[Result<SwapReport, String>]) -> Option<u64> {
     Some(u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX))
 }
 
-pub(super) fn ended(parts: Vec<Part>, reports: Vec<Result<SwapReport, String>>, at: u64) -> Vec<Part> {
+pub(super) fn ended(
+    parts: Vec<Part>,
+    reports: Vec<Result<SwapReport, String>>,
+    at: u64,
+) -> Vec<Part> {
     let end = |(mut part, report): (Part, Result<SwapReport, String>)| {
         let (report, problem) = match report {
             Ok(report) => (Some(report), None),

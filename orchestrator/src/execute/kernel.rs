@@ -102,8 +102,11 @@ async fn load(jump: &mut KernelJump) -> Result<(), String> {
     let line = with_nonce(&jump.command_line, &jump.nonce);
     let load = move || kexec::load(&image, initrd.as_deref(), &line);
     let loaded = tokio::task::spawn_blocking(load).await;
-    loaded.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-    jump.phases.push(phase("load", Share::Ours, false, began.elapsed()));
+    loaded
+        .map_err(|e| e.to_string())?
+        .map_err(|e| e.to_string())?;
+    jump.phases
+        .push(phase("load", Share::Ours, false, began.elapsed()));
     Ok(())
 }
 
@@ -135,7 +138,9 @@ async fn begin(host: &Host, swap: &mut HostSwap) -> Result<Result<Vec<Part>, Str
     }
     // One that was started meanwhile would end with the kernel, without a word.
     if let Some(other) = left_out(host, swap).await? {
-        return Ok(Err(format!("`{other}` runs by now and is no part of it; ask again")));
+        return Ok(Err(format!(
+            "`{other}` runs by now and is no part of it; ask again"
+        )));
     }
     swap.state = HostSwapState::InProgress;
     swap.step = "store".into();
@@ -148,7 +153,9 @@ async fn begin(host: &Host, swap: &mut HostSwap) -> Result<Result<Vec<Part>, Str
 async fn left_out(host: &Host, swap: &HostSwap) -> Result<Option<String>, StoreError> {
     let vms = host.store.vms().await?;
     let others = vms.into_iter().filter(|vm| vm.state.is_active());
-    let other = others.map(|vm| vm.name).find(|name| !swap.vms.contains(name));
+    let other = others
+        .map(|vm| vm.name)
+        .find(|name| !swap.vms.contains(name));
     Ok(other.map(String::from))
 }
 
@@ -162,7 +169,8 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
     if let Err(why) = host::store_all(swap, parts, &jump.nonce).await {
         return why;
     }
-    jump.phases.push(phase("store", Share::Ours, true, began.elapsed()));
+    jump.phases
+        .push(phase("store", Share::Ours, true, began.elapsed()));
     swap.kernel = Some(jump);
     swap.step = "jump".into();
     if let Err(why) = announce(host, swap, parts, early).await {
@@ -211,7 +219,9 @@ async fn announce(
         for (name, kept) in vms {
             let mut entries = directory.entries.iter_mut();
             let entry = entries.find(|entry| entry.vm == name);
-            entry.ok_or_else(|| format!("`{name}` has no place in the carve-out"))?.kept = kept;
+            entry
+                .ok_or_else(|| format!("`{name}` has no place in the carve-out"))?
+                .kept = kept;
         }
         directory.jump = Some(Jump {
             nonce: kernel.nonce.clone(),

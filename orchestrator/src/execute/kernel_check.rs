@@ -31,7 +31,10 @@ fn kernel_rung(host: &Host, vm: &VmRecord) -> Check {
         );
     };
     if let Some(why) = host.carve_out.is_lost_by_kexec() {
-        return fail(&why, "give the daemon a device-dax (`stillpoint host prepare`)");
+        return fail(
+            &why,
+            "give the daemon a device-dax (`stillpoint host prepare`)",
+        );
     }
     match host.carve_out.directory() {
         Ok(directory) if directory.entry(vm.name.as_str()).is_some() => {
@@ -104,17 +107,27 @@ fn guest(host: &Host, vm: &VmRecord) -> Check {
     let name = format!("guest {}", vm.name);
     if vm.state != VmState::Running || vm.wanted != Wanted::Running {
         let found = format!("it is {}", vm.state);
-        return Check::new(&name, Status::Fail, found, "ask again when it is running, or stopped");
+        return Check::new(
+            &name,
+            Status::Fail,
+            found,
+            "ask again when it is running, or stopped",
+        );
     }
     let rung = kernel_rung(host, vm);
     let remedy = match vm.spec.memory.survive {
         Survive::Vmm => "stop it before, or start it anew with `--survive kernel`",
         Survive::Kernel => rung.remedy.as_str(),
     };
-    Check::new(&name, rung.status, rung.found, match rung.status {
-        Status::Ok => "",
-        _ => remedy,
-    })
+    Check::new(
+        &name,
+        rung.status,
+        rung.found,
+        match rung.status {
+            Status::Ok => "",
+            _ => remedy,
+        },
+    )
 }
 
 async fn image(jump: &KernelJump) -> Check {
@@ -130,7 +143,10 @@ async fn image(jump: &KernelJump) -> Check {
     match tried.await.map_err(|e| e.to_string()).and_then(|done| done) {
         Ok(took) => Check::ok(
             NAME,
-            format!("{} was loaded in {took:?}, and forgotten again", jump.image.display()),
+            format!(
+                "{} was loaded in {took:?}, and forgotten again",
+                jump.image.display()
+            ),
         ),
         Err(why) => Check::new(NAME, Status::Fail, why, "give a kernel that this one loads"),
     }

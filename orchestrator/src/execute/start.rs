@@ -96,10 +96,7 @@ async fn spawn_gated(
 ) -> Result<spawn::Gated, String> {
     let binary = verified(host, release).await?;
     let mut args = match how {
-        How::Boot => vec![
-            "run".to_owned(),
-            format!("--spec={}", dir.spec().display()),
-        ],
+        How::Boot => vec!["run".to_owned(), format!("--spec={}", dir.spec().display())],
         How::Revive { place, nonce } => {
             let place = serde_json::to_string(place).map_err(|e| e.to_string())?;
             vec![

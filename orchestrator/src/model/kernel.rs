@@ -94,7 +94,9 @@ pub fn to_be_used_again(command_line: &str) -> String {
 
 /// The next kernel's command line, with the jump named in it.
 pub fn with_nonce(command_line: &str, nonce: &str) -> String {
-    format!("{command_line} {JUMP}{nonce}").trim_start().to_owned()
+    format!("{command_line} {JUMP}{nonce}")
+        .trim_start()
+        .to_owned()
 }
 
 /// Why the kernel with this command line would not find the guests' memory: a part that the running one
@@ -108,7 +110,9 @@ pub fn forgets_memory(running: &str, next: &str) -> Option<String> {
         kept.map(str::to_owned).collect()
     };
     let next = carved(next);
-    let missing = carved(running).into_iter().find(|part| !next.contains(part))?;
+    let missing = carved(running)
+        .into_iter()
+        .find(|part| !next.contains(part))?;
     Some(format!(
         "the next kernel's command line lacks `memmap={missing}`, which the running one has: the next \
          would use that memory for itself"
@@ -123,7 +127,9 @@ pub fn bad_command_line(text: &str) -> Option<String> {
             "{len} bytes with the jump's own parameter, {MAX_COMMAND_LINE} at most"
         ));
     }
-    let printable = text.bytes().all(|b| b == b'\t' || (0x20..0x7f).contains(&b));
+    let printable = text
+        .bytes()
+        .all(|b| b == b'\t' || (0x20..0x7f).contains(&b));
     (!printable).then(|| "it holds a character that is not printable ASCII".to_owned())
 }
 
@@ -135,7 +141,10 @@ mod tests {
     fn the_next_kernel_is_told_of_the_last_jump_alone() {
         let first = "BOOT_IMAGE=/vmlinuz root=/dev/vda1 memmap=1G!4G quiet initrd=x";
         let next = with_nonce(&to_be_used_again(first), "abc");
-        assert_eq!(next, "root=/dev/vda1 memmap=1G!4G quiet stillpoint.jump=abc");
+        assert_eq!(
+            next,
+            "root=/dev/vda1 memmap=1G!4G quiet stillpoint.jump=abc"
+        );
         assert_eq!(nonce_of(&next), Some("abc"));
         let again = with_nonce(&to_be_used_again(&next), "def");
         assert_eq!(nonce_of(&again), Some("def"));

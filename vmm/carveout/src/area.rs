@@ -218,7 +218,8 @@ mod tests {
         let area = Area::open(&path).expect("free again");
         assert_eq!(area.read().expect("read"), directory);
         // The newest copy is lost: the one before it counts.
-        area.mapping.write((directory.slot() * COPY + 60) as u64, b"xx");
+        area.mapping
+            .write((directory.slot() * COPY + 60) as u64, b"xx");
         assert_eq!(area.read().expect("the other").generation, 3);
         let other = 1 - directory.slot();
         area.mapping.write((other * COPY + 60) as u64, b"xx");

@@ -171,7 +171,10 @@ impl Directory {
             }
         }
         for (number, entry) in self.entries.iter().enumerate() {
-            if self.entries[..number].iter().any(|other| other.vm == entry.vm) {
+            if self.entries[..number]
+                .iter()
+                .any(|other| other.vm == entry.vm)
+            {
                 return Some(format!("`{}` is there twice", entry.vm));
             }
         }
@@ -197,7 +200,9 @@ impl Directory {
     /// One copy, if it is whole.
     fn decode(copy: &[u8]) -> Result<Self, DirectoryError> {
         let damaged = |why: &str| DirectoryError::Damaged(why.to_owned());
-        let (header, rest) = copy.split_at_checked(HEADER).ok_or(DirectoryError::Absent)?;
+        let (header, rest) = copy
+            .split_at_checked(HEADER)
+            .ok_or(DirectoryError::Absent)?;
         if header[..8] != MAGIC {
             return Err(DirectoryError::Absent);
         }
@@ -207,7 +212,9 @@ impl Directory {
         };
         let (len, generation) = (number(8), number(16));
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let body = rest.get(..len).ok_or_else(|| damaged("a length beyond its room"))?;
+        let body = rest
+            .get(..len)
+            .ok_or_else(|| damaged("a length beyond its room"))?;
         if digest(generation, body) != header[24..HEADER] {
             return Err(damaged("its digest is another"));
         }
@@ -251,8 +258,12 @@ mod tests {
 
     fn directory(generation: u64) -> Directory {
         let mut directory = Directory::new(256 * M + 4096);
-        directory.allocate("a", 64 * M, M, "{}".into()).expect("room");
-        directory.allocate("b", 32 * M, M, String::new()).expect("room");
+        directory
+            .allocate("a", 64 * M, M, "{}".into())
+            .expect("room");
+        directory
+            .allocate("b", 32 * M, M, String::new())
+            .expect("room");
         directory.generation = generation;
         directory
     }
@@ -308,7 +319,11 @@ mod tests {
         outside.entries[0].ram.len = 1 << 40;
         let mut twice = directory(1);
         twice.entries[1].vm = "a".into();
-        for (bad, word) in [(overlapping, "overlap"), (outside, "can't be"), (twice, "twice")] {
+        for (bad, word) in [
+            (overlapping, "overlap"),
+            (outside, "can't be"),
+            (twice, "twice"),
+        ] {
             let bytes = bad.encode().expect("it fits");
             let error = Directory::newest([&bytes, &[]]).expect_err("refused");
             assert!(error.to_string().contains(word), "{error}");
@@ -322,9 +337,14 @@ mod tests {
         assert_eq!(taken.expect_err("taken"), NoRoom::Taken("a".into()));
         let error = directory.allocate("c", 200 * M, M, String::new());
         let error = error.expect_err("full").to_string();
-        assert!(error.contains("154 MiB left") && error.contains("200 MiB"), "{error}");
+        assert!(
+            error.contains("154 MiB left") && error.contains("200 MiB"),
+            "{error}"
+        );
         assert!(directory.free_of("a") && !directory.free_of("a"));
-        directory.allocate("c", 64 * M, M, String::new()).expect("a's place");
+        directory
+            .allocate("c", 64 * M, M, String::new())
+            .expect("a's place");
         assert_eq!(directory.entry("c").map(|c| c.ram.start), Some(2 * M));
     }
 }

@@ -49,7 +49,11 @@ pub fn find_room(size: u64, taken: &[Extent], len: u64) -> Option<Extent> {
     taken.sort_by_key(|extent| extent.start);
     let mut start = DIRECTORY;
     for extent in &taken {
-        if extent.start.checked_sub(start).is_some_and(|gap| gap >= len) {
+        if extent
+            .start
+            .checked_sub(start)
+            .is_some_and(|gap| gap >= len)
+        {
             break;
         }
         start = start.max(extent.end()?);
@@ -92,7 +96,13 @@ mod tests {
     fn extents_that_can_not_be_are_told() {
         let size = 64 * M;
         assert!(extent(2, 62).is_sound(size));
-        for bad in [extent(0, 2), extent(2, 64), extent(3, 2), extent(2, 3), extent(4, 0)] {
+        for bad in [
+            extent(0, 2),
+            extent(2, 64),
+            extent(3, 2),
+            extent(2, 3),
+            extent(4, 0),
+        ] {
             assert!(!bad.is_sound(size), "{bad:?}");
         }
         let beyond = Extent {

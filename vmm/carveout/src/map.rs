@@ -86,7 +86,10 @@ impl Device {
         let (size, is_file) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => (u64::try_from(stat.st_size).unwrap_or(0), true),
             FileType::CharacterDevice => {
-                let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+                let (major, minor) = (
+                    rustix::fs::major(stat.st_rdev),
+                    rustix::fs::minor(stat.st_rdev),
+                );
                 (size_of_dax(major, minor).map_err(kind)?, false)
             }
             FileType::BlockDevice => {
@@ -153,7 +156,12 @@ impl Device {
             base: base.cast(),
             len,
             file: match self.is_file {
-                true => Some(self.fd.try_clone().map(File::from).map_err(MapError::Sync)?),
+                true => Some(
+                    self.fd
+                        .try_clone()
+                        .map(File::from)
+                        .map_err(MapError::Sync)?,
+                ),
                 false => None,
             },
         })

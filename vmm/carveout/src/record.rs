@@ -249,8 +249,8 @@ pub(crate) mod tests {
         for at in 0..52 {
             let mut header = good;
             header[at] ^= 1;
-            let read = Header::decode(&header, ALIGN)
-                .and_then(|header| Record::decode(&header, &body));
+            let read =
+                Header::decode(&header, ALIGN).and_then(|header| Record::decode(&header, &body));
             assert!(matches!(read, Err(RecordError::Damaged(_))), "header {at}");
         }
         let header = Header::decode(&good, ALIGN).expect("a header");

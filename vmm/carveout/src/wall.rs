@@ -129,7 +129,8 @@ impl Carried {
             return Err(Lost::Reset { before, now });
         }
         let due = self.real_ns_at(now.tsc).ok_or(Lost::NoLine)?;
-        let since = |ns: i64| Duration::from_nanos(u64::try_from(ns - self.late.real_ns).unwrap_or(0));
+        let since =
+            |ns: i64| Duration::from_nanos(u64::try_from(ns - self.late.real_ns).unwrap_or(0));
         let (by_tsc, by_rtc) = (since(due), since(now.real_ns));
         if by_tsc.abs_diff(by_rtc) > RTC_SLACK {
             return Err(Lost::Disturbed { by_tsc, by_rtc });
@@ -141,11 +142,17 @@ impl Carried {
     pub fn correct(&self) -> Result<Corrected, Lost> {
         let first = now();
         let due = self.judge(first)?;
-        let off = |point: Point| self.real_ns_at(point.tsc).map_or(i64::MAX, |due| point.real_ns - due);
+        let off = |point: Point| {
+            self.real_ns_at(point.tsc)
+                .map_or(i64::MAX, |due| point.real_ns - due)
+        };
         let mut delay = 0;
         let mut left = off(first);
         for _ in 0..TRIES {
-            let target = self.real_ns_at(tsc()).ok_or(Lost::NoLine)?.saturating_add(delay);
+            let target = self
+                .real_ns_at(tsc())
+                .ok_or(Lost::NoLine)?
+                .saturating_add(delay);
             clock_settime(ClockId::Realtime, timespec(target)).map_err(Lost::Set)?;
             let point = now();
             left = off(point);
@@ -164,7 +171,9 @@ impl Carried {
     }
 
     fn ns(&self, cycles: u64) -> u64 {
-        let ns = self.slope().map_or(0, |(all, ns)| i128::from(cycles) * ns / all);
+        let ns = self
+            .slope()
+            .map_or(0, |(all, ns)| i128::from(cycles) * ns / all);
         u64::try_from(ns).unwrap_or(u64::MAX)
     }
 }

@@ -627,7 +627,10 @@ mod tests {
         sound.memory.survive = Survive::Kernel;
         sound.validate().expect("the daemon finds its place later");
         let plain = serde_json::to_string(&spec()).expect("JSON");
-        assert!(!plain.contains("survive"), "an older release reads it: {plain}");
+        assert!(
+            !plain.contains("survive"),
+            "an older release reads it: {plain}"
+        );
     }
 
     #[test]

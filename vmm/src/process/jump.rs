@@ -81,7 +81,9 @@ impl Stored {
     ) -> Result<Self, String> {
         let policy = frozen.machine().spec().clock.policy;
         let formats = frozen.machine().formats(policy);
-        let format = *formats.first().ok_or("no format of state carries this machine")?;
+        let format = *formats
+            .first()
+            .ok_or("no format of state carries this machine")?;
         let state = frozen.save(format, policy).map_err(|e| e.to_string())?;
         let machine = frozen.machine();
         let report = report(frozen, terms, desk.release(), (format, state.len() as u64));

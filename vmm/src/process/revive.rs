@@ -74,7 +74,13 @@ impl Process {
             owner: Owner::Held(Epoch::default()),
         };
         let swaps = label.swaps + 1;
-        let desk = Desk::new(found.spec, start.release, start.secret, swaps, (&guest, dir))?;
+        let desk = Desk::new(
+            found.spec,
+            start.release,
+            start.secret,
+            swaps,
+            (&guest, dir),
+        )?;
         desk.set_last_swap(&label.swap);
         let process = Self {
             guest,

@@ -109,9 +109,9 @@ impl Process {
             wall_error_ns,
             started_at_unix_ns: now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(0)),
         };
-        let stored = place.zip(nonce).map(|(place, nonce)| {
-            Stored::store(&mut frozen, place, &nonce, &terms, &self.desk)
-        });
+        let stored = place
+            .zip(nonce)
+            .map(|(place, nonce)| Stored::store(&mut frozen, place, &nonce, &terms, &self.desk));
         let stored = match stored.transpose() {
             Ok(stored) => stored,
             // Nothing of it may be run from, and the guard lets the guest run on.

@@ -97,7 +97,10 @@ pub(in crate::execute) async fn await_jump_all(
 }
 
 /// Has all guests run on; gives each one's report, or why there is none.
-pub(in crate::execute) async fn resume_all(swap: &HostSwap, parts: &[Part]) -> Vec<Result<SwapReport, String>> {
+pub(in crate::execute) async fn resume_all(
+    swap: &HostSwap,
+    parts: &[Part],
+) -> Vec<Result<SwapReport, String>> {
     let id = swap.id.0.clone();
     ask_all(parts, move |client| client.resume(&id)).await
 }

@@ -60,7 +60,9 @@ pub(crate) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
         let lines: u64 = text.trim().parse().unwrap_or(0);
         Ok((lines > 20).then_some(lines))
     })?;
-    println!("scenario: Debian runs in the carve-out: it writes its disk, and computes on both vCPUs");
+    println!(
+        "scenario: Debian runs in the carve-out: it writes its disk, and computes on both vCPUs"
+    );
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
     Ok(json!({"jobs": jobs, "lines": began, "uptime": uptime}))
 }
@@ -72,8 +74,14 @@ pub(crate) fn end(daemon: &Daemon, before: &Value) -> anyhow::Result<Value> {
     ensure!(health.cpus == 2, "{health:?}");
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
     let seconds = |text: &str| text.split('.').next().and_then(|s| s.parse::<u64>().ok());
-    let was = before["uptime"].as_str().and_then(seconds).context("its uptime")?;
-    ensure!(seconds(&uptime).is_some_and(|now| now > was), "{uptime} after {was}");
+    let was = before["uptime"]
+        .as_str()
+        .and_then(seconds)
+        .context("its uptime")?;
+    ensure!(
+        seconds(&uptime).is_some_and(|now| now > was),
+        "{uptime} after {was}"
+    );
     guest.must_run("/bin/ping", &["-c", "3", "-W", "10", ADDRESS])?;
     println!("scenario: Debian went on, and its network is there");
     let count = || -> anyhow::Result<u64> {
@@ -81,7 +89,9 @@ pub(crate) fn end(daemon: &Daemon, before: &Value) -> anyhow::Result<Value> {
         Ok(text.trim().parse()?)
     };
     let from = count()?;
-    wait_for("its disk to be written again", PATIENCE, || Ok((count()? > from).then_some(())))?;
+    wait_for("its disk to be written again", PATIENCE, || {
+        Ok((count()? > from).then_some(()))
+    })?;
     let jobs: Vec<u64> = serde_json::from_value(before["jobs"].clone())?;
     let mut ends = Vec::new();
     for &job in &jobs {

@@ -55,7 +55,12 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
     told.with_context(|| {
         let host = Path::new(HOST);
         let vmm = |name: &str| host.join("run/vms").join(name).join("vmm.log");
-        let logs = [vmm(GUEST), vmm(ASTRAY), vmm(debian::GUEST), host.join("stillpointd.log")];
+        let logs = [
+            vmm(GUEST),
+            vmm(ASTRAY),
+            vmm(debian::GUEST),
+            host.join("stillpointd.log"),
+        ];
         let texts = logs.map(|log| std::fs::read_to_string(log).unwrap_or_default());
         format!("what was logged:\n{}", texts.join("\n"))
     })
@@ -69,8 +74,18 @@ fn daemon() -> anyhow::Result<Daemon> {
 fn run_pulse(daemon: &Daemon, name: &str, more: &[&str]) -> anyhow::Result<Snapshot> {
     let image = releases::pulse()?.display().to_string();
     let run = [
-        "run", name, "--cpus", "2", "--memory", "64M", "--survive", "kernel", "--kernel", &image,
-        "--cmdline", "pulse ram=16M duty=40",
+        "run",
+        name,
+        "--cpus",
+        "2",
+        "--memory",
+        "64M",
+        "--survive",
+        "kernel",
+        "--kernel",
+        &image,
+        "--cmdline",
+        "pulse ram=16M duty=40",
     ];
     daemon.must(&[&run[..], more].concat())?;
     let pulse = daemon.pulse(name)?;
@@ -99,8 +114,14 @@ fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
     let folder = Path::new(JUMPS).join(kernel);
     let path = |name: &str| folder.join(name).display().to_string();
     let swap = [
-        "swap", "kernel", "--kernel", &path("bzImage"), "--initrd", &path("initramfs"),
-        "--no-notice", "a scenario",
+        "swap",
+        "kernel",
+        "--kernel",
+        &path("bzImage"),
+        "--initrd",
+        &path("initramfs"),
+        "--no-notice",
+        "a scenario",
     ];
     println!("scenario: the host jumps into another kernel");
     let answer = daemon.stillpoint(&swap)?;
@@ -119,7 +140,10 @@ fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value>
     for vcpu in 0..2 {
         let counted = before["counters"][vcpu].as_u64().context("a counter")?;
         let now = found.vcpus[vcpu].counter;
-        ensure!(now >= counted, "{name}: vCPU {vcpu} counts {now}, and counted {counted} before");
+        ensure!(
+            now >= counted,
+            "{name}: vCPU {vcpu} counts {now}, and counted {counted} before"
+        );
     }
     let seen = pulse.wait_progress(&[0, 1], 20)?;
     ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
@@ -155,27 +179,45 @@ fn arrive(with_debian: bool) -> anyhow::Result<Value> {
     println!("scenario: the host crashes");
     let folder = PathBuf::from(JUMPS).join("again");
     let line = std::fs::read_to_string("/proc/cmdline")?;
-    crash::into(&folder.join("bzImage"), &folder.join("initramfs"), line.trim())?;
+    crash::into(
+        &folder.join("bzImage"),
+        &folder.join("initramfs"),
+        line.trim(),
+    )?;
     bail!("the host is still here")
 }
 
 /// The guest whose disk is missing: kept, told of, and brought back.
 fn astray(daemon: &Daemon, swap: &Value, before: &Value) -> anyhow::Result<Value> {
     ensure!(swap["state"] == "failed", "{swap:#}");
-    ensure!(swap["reason"].as_str().is_some_and(|why| why.contains(ASTRAY)), "{swap:#}");
+    ensure!(
+        swap["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains(ASTRAY)),
+        "{swap:#}"
+    );
     let shown = daemon.must(&["show", ASTRAY])?;
     ensure!(shown["state"] == "failed", "{shown:#}");
-    ensure!(shown["reason"].to_string().contains("no such file"), "{shown:#}");
+    ensure!(
+        shown["reason"].to_string().contains("no such file"),
+        "{shown:#}"
+    );
     let refused = daemon.stillpoint(&["rm", ASTRAY])?;
     ensure!(!refused.success, "its memory may yet be wanted");
     let record = |view: &Value| {
         let mut guests = view["guests"].as_array().into_iter().flatten();
         let found = guests.find(|guest| guest["vm"] == ASTRAY);
-        found.map(|guest| guest["record"].clone()).unwrap_or_default()
+        found
+            .map(|guest| guest["record"].clone())
+            .unwrap_or_default()
     };
     ensure!(record(&daemon.must(&["adopt"])?) == "stored");
     let again = daemon.stillpoint(&["adopt", "--retry", ASTRAY])?;
-    ensure!(!again.success && again.error.contains("no such file"), "{}", again.error);
+    ensure!(
+        !again.success && again.error.contains("no such file"),
+        "{}",
+        again.error
+    );
     std::fs::rename(AWAY, DISK)?;
     ensure!(record(&daemon.must(&["adopt", "--retry", ASTRAY])?) == "consumed");
     goes_on(daemon, ASTRAY, &before[ASTRAY])
@@ -192,11 +234,18 @@ fn crashed() -> anyhow::Result<Value> {
         let shown = daemon.must(&["show", name])?;
         ensure!(shown["state"] == "crashed", "{shown:#}");
         let again = daemon.stillpoint(&["adopt", "--retry", name])?;
-        ensure!(!again.success && again.error.contains("consumed"), "{}", again.error);
+        ensure!(
+            !again.success && again.error.contains("consumed"),
+            "{}",
+            again.error
+        );
     }
     println!("scenario: after the crash nobody is run from a record of before");
     let view = daemon.must(&["adopt", "--forget", GUEST])?;
-    ensure!(view["guests"].as_array().map(Vec::len) == Some(1), "{view:#}");
+    ensure!(
+        view["guests"].as_array().map(Vec::len) == Some(1),
+        "{view:#}"
+    );
     all["after_the_crash"] = view;
     Ok(all)
 }
