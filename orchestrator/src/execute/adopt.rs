@@ -12,15 +12,14 @@
 //! nobody else. Before the API answers and before any VM's keeper looks: to a keeper, a VM without its
 //! process has crashed.
 
+mod kept;
+
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use stillpoint_carveout::directory::{Directory, Entry, Jump};
 use stillpoint_carveout::mark::Mark;
 use stillpoint_carveout::wall;
 use stillpoint_control::report::SwapReport;
-use stillpoint_control::secret::{Secret, hex, unhex};
-use stillpoint_control::spec::MachineSpec;
 use tokio::time::Instant;
 
 use super::kernel::{Kept, phase};
@@ -28,59 +27,17 @@ use super::start::{How, start_as};
 use super::{Host, host, unix_ns};
 use crate::agent::kexec;
 use crate::model::{
-    HostSwap, HostSwapState, JumpPhase, Profile, Release, Share, SwapId, SwapRecord, SwapState,
-    VmName, VmRecord, VmState, WallCorrection, Wanted, nonce_of,
+    HostSwap, HostSwapState, JumpPhase, Release, Share, SwapId, SwapRecord, SwapState, VmName,
+    VmRecord, VmState, WallCorrection, Wanted, nonce_of,
 };
 use crate::store::StoreError;
+pub(super) use kept::kept;
+use kept::restored;
 
 /// How long a VMM may take to tell of its guest's pause.
 const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 /// The tag of a VM by which it is revived before others: a number, and the higher comes first.
 const PRIORITY: &str = "priority";
-
-/// A VM's record as the carve-out keeps it.
-#[derive(Debug, Serialize, Deserialize)]
-struct KeptVm {
-    spec: MachineSpec,
-    profile: Profile,
-    release: String,
-    secret: String,
-    swaps: u64,
-    created_at_unix_ns: u64,
-}
-
-/// What a daemon with an empty store needs to know of a VM.
-pub(super) fn kept(vm: &VmRecord) -> String {
-    let kept = KeptVm {
-        spec: vm.spec.clone(),
-        profile: vm.profile.clone(),
-        release: vm.release.clone(),
-        secret: hex(vm.secret.as_bytes()),
-        swaps: vm.swaps,
-        created_at_unix_ns: vm.created_at_unix_ns,
-    };
-    serde_json::to_string(&kept).unwrap_or_default()
-}
-
-fn restored(text: &str) -> Result<VmRecord, String> {
-    let kept: KeptVm = serde_json::from_str(text).map_err(|e| e.to_string())?;
-    let secret = unhex(&kept.secret).and_then(|bytes| Secret::from_bytes(&bytes));
-    let name = VmName::try_from(kept.spec.name.clone()).map_err(|e| e.to_string())?;
-    Ok(VmRecord {
-        name,
-        spec: kept.spec,
-        profile: kept.profile,
-        release: kept.release,
-        wanted: Wanted::Running,
-        state: VmState::Starting,
-        reason: None,
-        process: None,
-        secret: secret.ok_or("its secret is no secret")?,
-        swaps: kept.swaps,
-        created_at_unix_ns: kept.created_at_unix_ns,
-        changed_at_unix_ns: unix_ns(),
-    })
-}
 
 /// The jump that this kernel came by, if the directory knows it too.
 fn arrived_by(directory: &Directory) -> Option<Jump> {
@@ -450,33 +407,5 @@ pub async fn retry(host: &Host, name: &VmName) -> Result<VmRecord, String> {
                 .await;
             Err(why)
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_vm_is_known_again_from_what_the_carve_out_keeps() {
-        let text = r#"{"name":"a","kernel":{"path":"/k"}}"#;
-        let vm = VmRecord {
-            name: VmName::try_from("a".to_owned()).expect("a name"),
-            spec: MachineSpec::from_json(text).expect("a spec"),
-            profile: Profile::default(),
-            release: "0.2.0".into(),
-            wanted: Wanted::Running,
-            state: VmState::Starting,
-            reason: None,
-            process: None,
-            secret: Secret::random().expect("random"),
-            swaps: 3,
-            created_at_unix_ns: 7,
-            changed_at_unix_ns: 0,
-        };
-        let mut again = restored(&kept(&vm)).expect("readable");
-        again.changed_at_unix_ns = 0;
-        assert_eq!(again, vm);
-        restored("{}").expect_err("nothing in it");
     }
 }
