@@ -112,6 +112,12 @@ demo-fleet: releases programs ## three hosts, three members of etcd, twelve gues
 demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be
 	target/release/demo --guest linux
 
+.PHONY: demo-kernel
+demo-kernel: rig-static images ## the host's kernel swapped under guests at work, on an emulated host (JUMP=bookworm for the same kernel again)
+	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
+	target/release/rig run --name demo-kernel --time-limit 900 --memory 3072 --scratch 512 --carve-out 768 --images backports \
+		--jump $(or $(JUMP),backports) --then "scenario kernel --debian" -- scenario kernel --debian --into $(or $(JUMP),backports)
+
 # Where Debian's packages can't be had, the tests that need them are skipped by name.
 .PHONY: images-if-any
 images-if-any:

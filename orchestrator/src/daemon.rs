@@ -15,17 +15,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
-use crate::agent::custody;
+use crate::agent::carve_out::CarveOut;
 use crate::agent::places::private_dir;
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
+use crate::agent::{custody, kexec};
 use crate::api::{self, Desk, NewRelease};
 use crate::execute::{self, Host};
 use crate::fleet::publish::Publisher;
 use crate::fleet::{Fleet, Stands, driver};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::model::HostName;
+use crate::model::{HostName, nonce_of};
 use crate::orders;
 use crate::reconcile;
 use crate::store::Store;
@@ -55,6 +56,8 @@ pub struct Config {
     pub etcd: Option<EtcdConfig>,
     /// Where pages and figures are served by TCP, to whoever can connect; nowhere when absent.
     pub web: Option<SocketAddr>,
+    /// The host's carve-out, if it has one.
+    pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
 }
@@ -93,6 +96,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     private_dir(&config.run_dir.join("vms"))?;
     let _lock = lock(&config.run_dir)?;
     let trust = Trust::load(&config.trust)?;
+    let carve_out = open_carve_out(config.carve_out.as_deref())?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
     let fleet = fleet(&config, &store).await?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
@@ -114,10 +118,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
+        carve_out,
     };
-    execute::settle_pauses(&host).await?;
     host.binaries.clear_away();
     add_first_release(&host).await?;
+    // Guests first, that stand still since another kernel ran them.
+    execute::adopt_all(&host).await?;
+    execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
@@ -208,6 +215,14 @@ fn own_name() -> String {
     match name {
         "" => "host".into(),
         name => name.into(),
+    }
+}
+
+fn open_carve_out(path: Option<&Path>) -> anyhow::Result<CarveOut> {
+    let came_by_jump = nonce_of(&kexec::command_line()).is_some();
+    match path {
+        Some(path) => Ok(CarveOut::open(path, came_by_jump)?),
+        None => Ok(CarveOut::default()),
     }
 }
 

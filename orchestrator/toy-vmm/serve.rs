@@ -58,6 +58,8 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         | Request::Freeze { .. }
         | Request::Detach { .. }
         | Request::Rebuild { .. }
+        | Request::Store { .. }
+        | Request::AwaitJump { .. }
         | Request::Resume { .. } => Reply::Error {
             code: "bad_request".into(),
             message: "not a request of this protocol".into(),

@@ -230,8 +230,10 @@ impl Daemon {
 
     /// The notes of a pulse guest.
     pub fn pulse(&self, name: &str) -> anyhow::Result<Pulse> {
-        let (ram, _ownership) = self.vmm(name)?.lend_guest()?;
-        Pulse::find(ram, PATIENCE)
+        let vmm = self.vmm(name)?;
+        let spec = vmm.describe()?.spec;
+        let (ram, _ownership) = vmm.lend_guest()?;
+        Pulse::find_of(ram, &spec, PATIENCE)
     }
 
     /// Process id of the VMM that runs this guest.

@@ -4,6 +4,9 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use stillpoint_carveout::layout::Extent;
+use stillpoint_carveout::map::{Device, Mapping};
+use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::disk::Block;
 use stillpoint_guest_abi::probe::{self, Gap, Record};
 use stillpoint_guest_abi::pulse::{
@@ -16,8 +19,46 @@ use crate::patience::{PATIENCE, wait_for};
 /// A view of a pulse guest.
 #[derive(Debug)]
 pub struct Pulse {
-    ram: OwnedFd,
+    ram: Ram,
     table: u64,
+}
+
+/// Guest RAM, as it was lent.
+#[derive(Debug)]
+enum Ram {
+    /// A memfd.
+    File(OwnedFd),
+    /// A part of a carve-out, which can only be mapped.
+    Carved(Mapping),
+}
+
+impl Ram {
+    /// Of this machine.
+    fn of(fd: OwnedFd, spec: &MachineSpec) -> anyhow::Result<Self> {
+        let Some(at) = &spec.memory.carve_out else {
+            return Ok(Self::File(fd));
+        };
+        let extent = Extent {
+            start: at.ram,
+            len: spec.memory.size,
+        };
+        Ok(Self::Carved(Device::of(&at.path, fd)?.map(extent)?))
+    }
+
+    /// Reads; tells how much there was.
+    fn read(&self, bytes: &mut [u8], at: u64) -> std::io::Result<usize> {
+        match self {
+            Self::File(fd) => Ok(rustix::io::pread(fd, bytes, at)?),
+            Self::Carved(ram) => {
+                let left = usize::try_from(ram.len().saturating_sub(at)).unwrap_or(usize::MAX);
+                let count = bytes.len().min(left);
+                if count > 0 {
+                    ram.read(at, &mut bytes[..count]);
+                }
+                Ok(count)
+            }
+        }
+    }
 }
 
 /// Plain structures of the guest ABI.
@@ -39,6 +80,15 @@ pub struct Snapshot {
 impl Pulse {
     /// Finds pulse's table in guest RAM.
     pub fn find(ram: OwnedFd, patience: Duration) -> anyhow::Result<Self> {
+        Self::find_in(Ram::File(ram), patience)
+    }
+
+    /// As [`Pulse::find`], in the RAM of this machine, which may lie in a carve-out.
+    pub fn find_of(ram: OwnedFd, spec: &MachineSpec, patience: Duration) -> anyhow::Result<Self> {
+        Self::find_in(Ram::of(ram, spec)?, patience)
+    }
+
+    fn find_in(ram: Ram, patience: Duration) -> anyhow::Result<Self> {
         let table = wait_for("pulse to come up", patience, || {
             let probed = |table: &u64| Self::is_table(&ram, *table);
             Ok((0..64u64 << 20).step_by(4096).find(probed))
@@ -52,10 +102,10 @@ impl Pulse {
         Ok(pulse)
     }
 
-    fn is_table(ram: &OwnedFd, table: u64) -> bool {
+    fn is_table(ram: &Ram, table: u64) -> bool {
         let word = |at: u64| {
             let mut bytes = [0; 8];
-            let n = rustix::io::pread(ram, &mut bytes, at).unwrap_or(0);
+            let n = ram.read(&mut bytes, at).unwrap_or(0);
             (n == 8).then_some(u64::from_le_bytes(bytes))
         };
         word(table) == Some(probe::TABLE_MAGIC)
@@ -65,20 +115,30 @@ impl Pulse {
     /// Guest RAM below 3 GiB, at a guest-physical address.
     pub fn physical<const N: usize>(&self, at: u64) -> anyhow::Result<[u8; N]> {
         let mut bytes = [0; N];
-        let n = rustix::io::pread(&self.ram, &mut bytes, at)?;
+        let n = self.ram.read(&mut bytes, at)?;
         ensure!(n == N, "guest RAM ends at {at:#x}");
         Ok(bytes)
     }
 
     /// Writes there, as the guest's own kernel would.
     pub fn poke(&self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
-        let n = rustix::io::pwrite(&self.ram, bytes, at)?;
+        let n = match &self.ram {
+            Ram::File(fd) => rustix::io::pwrite(fd, bytes, at)?,
+            Ram::Carved(ram) => {
+                ensure!(
+                    at + bytes.len() as u64 <= ram.len(),
+                    "guest RAM ends at {at:#x}"
+                );
+                ram.write(at, bytes);
+                bytes.len()
+            }
+        };
         ensure!(n == bytes.len(), "guest RAM ends at {at:#x}");
         Ok(())
     }
 
     fn bytes(&self, at: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
-        let n = rustix::io::pread(&self.ram, &mut *buffer, self.table.wrapping_add(at))?;
+        let n = self.ram.read(buffer, self.table.wrapping_add(at))?;
         ensure!(
             n == buffer.len(),
             "guest RAM ends at {:#x}",
@@ -211,8 +271,10 @@ impl Pulse {
 
     /// Bytes of host memory behind guest RAM.
     pub fn allocated(&self) -> anyhow::Result<u64> {
-        let blocks = rustix::fs::fstat(&self.ram)?.st_blocks;
-        Ok(u64::try_from(blocks)? * 512)
+        match &self.ram {
+            Ram::File(fd) => Ok(u64::try_from(rustix::fs::fstat(fd)?.st_blocks)? * 512),
+            Ram::Carved(ram) => Ok(ram.len()),
+        }
     }
 }
 

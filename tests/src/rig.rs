@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`order`] | what the host's init is told, and answers |
 //! | [`archive`] | the host's initramfs |
+//! | [`crash`] | a host that crashes and keeps its memory |
 //! | [`emulator`] | how QEMU is started |
 //! | `sound` | what is mended in QEMU's emulation of SVM |
 //! | [`watch`] | its console, followed to the end or the time limit |
@@ -35,6 +36,7 @@ use stillpoint_images::unpack::KernelFiles;
 use crate::releases::root;
 
 pub mod archive;
+pub mod crash;
 pub mod emulator;
 pub mod order;
 pub mod results;
@@ -52,11 +54,24 @@ pub struct Rig {
     cpus: u8,
     memory_mib: u32,
     scratch_mib: u32,
+    carve_out_mib: u32,
+    jumps: Vec<Jump>,
     files: Vec<(PathBuf, String)>,
     with_qemu: bool,
     order: Order,
     live: bool,
     again_if_it_dies: bool,
+}
+
+/// A kernel that the host can jump into.
+#[derive(Clone, Debug)]
+struct Jump {
+    name: String,
+    kernel: Kernel,
+    command: Vec<String>,
+    files: Vec<(PathBuf, String)>,
+    /// What can be jumped into from there.
+    next: Vec<Jump>,
 }
 
 /// What came of a command on an emulated host.
@@ -90,6 +105,8 @@ impl Rig {
             cpus: 2,
             memory_mib: 2048,
             scratch_mib: 0,
+            carve_out_mib: 0,
+            jumps: Vec::new(),
             files: Vec::new(),
             with_qemu: false,
             order: Order::default(),
@@ -117,6 +134,40 @@ impl Rig {
     pub fn scratch_mib(mut self, mib: u32) -> Self {
         self.scratch_mib = mib;
         self
+    }
+
+    /// So much memory that no kernel counts as its own, as a device-dax.
+    #[must_use]
+    pub fn carve_out_mib(mut self, mib: u32) -> Self {
+        self.carve_out_mib = mib;
+        self.order.carve_out = true;
+        self
+    }
+
+    /// This kernel to jump into, and what is run there; image and initramfs lie in `/jump/NAME`. What
+    /// the host has been given by then, its initramfs has too.
+    #[must_use]
+    pub fn jump<S: AsRef<str>>(mut self, name: &str, kernel: Kernel, words: &[S]) -> Self {
+        self.jumps.push(Jump {
+            name: name.to_owned(),
+            kernel,
+            command: words.iter().map(|word| word.as_ref().to_owned()).collect(),
+            files: self.files.clone(),
+            next: Vec::new(),
+        });
+        self
+    }
+
+    /// As [`Rig::jump`], to be jumped into from the kernel that was given last.
+    #[must_use]
+    pub fn then_jump<S: AsRef<str>>(self, name: &str, kernel: Kernel, words: &[S]) -> Self {
+        let mut rig = self.jump(name, kernel, words);
+        if let Some(next) = rig.jumps.pop()
+            && let Some(before) = rig.jumps.last_mut()
+        {
+            before.next.push(next);
+        }
+        rig
     }
 
     /// A file of this machine, or a folder with all in it, at this place on the host.
@@ -150,6 +201,22 @@ impl Rig {
                 let to = format!("{}/target/release/{}", order::ROOT, name.to_string_lossy());
                 rig = rig.file(path, to);
             }
+        }
+        Ok(rig)
+    }
+
+    /// Those programs alone that a scenario needs: less to load for a kernel that is jumped into.
+    pub fn scenario(self) -> anyhow::Result<Self> {
+        let built = root().join("target/static");
+        if !built.join("scenario").is_file() {
+            bail!("{} is not built; run `make rig-static`", built.display());
+        }
+        let at = |place: &str| format!("{}/target/{place}", order::ROOT);
+        let mut rig = self
+            .file(root().join("target/releases/pulse"), at("releases/pulse"))
+            .file(built.join("releases/current"), at("releases/current"));
+        for name in ["stillpoint", "stillpointd", "scenario", "load"] {
+            rig = rig.file(built.join(name), at(&format!("release/{name}")));
         }
         Ok(rig)
     }
@@ -291,6 +358,7 @@ impl Rig {
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             scratch: self.scratch_mib > 0,
+            carve_out_mib: self.carve_out_mib,
         }
     }
 
@@ -300,6 +368,9 @@ impl Rig {
         if self.with_qemu {
             files.extend(found.qemu.microvm());
         }
+        for jump in &self.jumps {
+            files.extend(self.lay_out_jump(jump, dir)?);
+        }
         archive::write(&dir.join("initramfs"), found, &files, &self.order)?;
         sound::build(dir)?;
         results::make_disk(&dir.join("results.raw"), results::DISK_MIB)?;
@@ -307,6 +378,27 @@ impl Rig {
             results::make_disk(&dir.join("scratch.raw"), self.scratch_mib)?;
         }
         Ok(())
+    }
+
+    /// Writes what the host jumps into; gives it as files of the host.
+    fn lay_out_jump(&self, jump: &Jump, dir: &Path) -> anyhow::Result<[(PathBuf, String); 2]> {
+        let found = ingredients(jump.kernel, Progress::Silent)?;
+        let order = Order {
+            command: jump.command.clone(),
+            jumped: true,
+            ..self.order.clone()
+        };
+        let path = dir.join(format!("jump-{}", jump.name));
+        let mut files = jump.files.clone();
+        for next in &jump.next {
+            files.extend(self.lay_out_jump(next, dir)?);
+        }
+        archive::write(&path, &found, &files, &order)?;
+        let to = |file: &str| format!("{}/{}/{file}", order::JUMPS, jump.name);
+        Ok([
+            (path, to("initramfs")),
+            (found.kernel.bzimage.clone(), to("bzImage")),
+        ])
     }
 
     fn once(&self, found: &Ingredients, dir: &Path) -> anyhow::Result<Watched> {
@@ -352,6 +444,10 @@ impl Rig {
 fn clear(dir: &Path) {
     for name in ["initramfs", "results.raw", "scratch.raw", "sound.so"] {
         let _ = std::fs::remove_file(dir.join(name));
+    }
+    let left = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    for entry in left.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"jump-")) {
+        let _ = std::fs::remove_file(entry.path());
     }
 }
 

@@ -7,10 +7,12 @@ use std::process::{Child, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use stillpoint_carveout::layout::DIRECTORY;
+use stillpoint_carveout::record;
 use stillpoint_control::client::Client;
 use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec};
+use stillpoint_control::spec::{CarveOutSpec, KernelSpec, MachineSpec, MemorySpec, Survive};
 
 use crate::devices::Devices;
 use crate::guest::Pulse;
@@ -37,6 +39,8 @@ pub struct Recipe {
     pub devices: Devices,
     /// Its clock.
     pub clock: ClockSpec,
+    /// Its RAM lies in a carve-out, a file in the guest's folder.
+    pub carved: bool,
 }
 
 impl Recipe {
@@ -52,6 +56,7 @@ impl Recipe {
             manner: Manner::default(),
             devices: Devices::default(),
             clock: ClockSpec::default(),
+            carved: false,
         }
     }
 
@@ -108,12 +113,16 @@ impl Vm {
             chown(dir.path(), Some(uid), Some(uid))?;
             kernel = copy_for_all(&kernel, dir.path())?;
         }
-        let spec = recipe.spec(kernel);
+        let mut spec = recipe.spec(kernel);
+        if recipe.carved {
+            spec.memory.survive = Survive::Kernel;
+            spec.memory.carve_out = Some(carve_out(dir.path(), &spec)?);
+        }
         let child = boot(recipe, &spec, dir.path())?;
         // From here on a failure ends the process by the drop of what holds it.
         let mut child = Held(Some(child));
         let (ram, ownership) = connect(&control(dir.path()))?.lend_guest()?;
-        let pulse = Pulse::find(ram, PATIENCE)?;
+        let pulse = Pulse::find_of(ram, &spec, PATIENCE)?;
         let ownership = Ownership::map(ownership)?;
         Ok(Self {
             child: child.0.take().context("a child")?,
@@ -198,6 +207,35 @@ impl Vm {
         Ok(self.child.wait()?)
     }
 
+    /// Ends the VMM as a jump into another kernel does, and has the same release revive the guest from
+    /// its record.
+    pub fn revive(&mut self, nonce: &str) -> anyhow::Result<()> {
+        self.kill()?;
+        let place = self
+            .spec
+            .memory
+            .carve_out
+            .as_ref()
+            .context("no carve-out")?;
+        let (reader, writer) = std::io::pipe()?;
+        let writer = OwnedFd::from(writer);
+        let log = self.dir.path().join("vmm.log");
+        let mut command = command(&Release::Current.binary()?, &log, self.manner)?;
+        command.args(["revive", "--nonce", nonce, "--place"]);
+        command.arg(serde_json::to_string(place)?);
+        command.arg("--dir").arg(self.dir());
+        command
+            .arg("--ready-fd")
+            .arg(writer.as_raw_fd().to_string());
+        self.child = start(&mut command, &[&writer])?;
+        drop(writer);
+        wait_ready(reader, "the VMM that revives", &log)?;
+        let (ram, ownership) = self.client()?.lend_guest()?;
+        self.pulse = Pulse::find_of(ram, &self.spec, PATIENCE)?;
+        self.ownership = Ownership::map(ownership)?;
+        Ok(())
+    }
+
     /// Kills the VMM, and gives the directory with all that it left behind.
     pub fn leave(mut self) -> anyhow::Result<tempfile::TempDir> {
         self.kill()?;
@@ -240,6 +278,19 @@ impl Drop for Held {
             let _ = child.wait();
         }
     }
+}
+
+/// A carve-out with room for this machine and nothing else.
+fn carve_out(dir: &Path, spec: &MachineSpec) -> anyhow::Result<CarveOutSpec> {
+    let place = CarveOutSpec {
+        path: dir.join("carve-out"),
+        record: DIRECTORY,
+        record_len: record::room(spec.cpus),
+        ram: DIRECTORY + record::room(spec.cpus),
+    };
+    let file = std::fs::File::create(&place.path)?;
+    file.set_len(place.ram + spec.memory.size)?;
+    Ok(place)
 }
 
 /// Starts the process, and waits until it says that the guest runs.

@@ -128,6 +128,42 @@ fn a_host_that_stood_still_is_tried_once_more_and_that_is_said() -> anyhow::Resu
     Ok(())
 }
 
+/// The host's kernel is swapped under two guests: one goes on, one whose disk is missing is kept and goes
+/// on when it is back; then the host crashes, and nobody is run from what was stored before.
+#[test]
+fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let outcome = Rig::new("kernel-swap", Kernel::Bookworm)
+        .memory_mib(2560)
+        .scratch_mib(256)
+        .carve_out_mib(384)
+        .scenario()?
+        .jump("newer", Kernel::Backports, &["scenario", "kernel"])
+        .then_jump("again", Kernel::Bookworm, &["scenario", "kernel"])
+        .command(&["scenario", "kernel", "--into", "newer"])
+        .time_limit(LIMIT)
+        .again_if_it_dies()
+        .run()?;
+    let console = std::fs::read_to_string(&outcome.log)?;
+    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let told: Value = serde_json::from_slice(&told)?;
+    ensure!(told["after_the_crash"].is_object(), "{told:#}");
+    let kernel = &told["swap"]["kernel"];
+    let (from, to) = (kernel["from"].as_str(), kernel["to"].as_str());
+    ensure!(
+        from.is_some_and(|from| from.starts_with("6.1.")),
+        "{kernel:#}"
+    );
+    ensure!(to.is_some_and(|to| to.starts_with("7.")), "{kernel:#}");
+    // The host's wall clock was carried over; what is left of its error is no more than can be told.
+    let clock = &kernel["clock"];
+    ensure!(clock["problem"].is_null(), "{clock:#}");
+    let left = clock["left_ns"].as_i64().context("what is left")?;
+    ensure!(left.abs() < 50_000, "{clock:#}");
+    Ok(())
+}
+
 /// Scenarios of `linux.rs` on a host with this kernel: those whose names hold one of these words, or all of
 /// them. A host with hardware KVM runs them directly.
 fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Result<()> {

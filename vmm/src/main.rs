@@ -12,9 +12,9 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::message::Ready;
 use stillpoint_control::secret::{self, Secret};
-use stillpoint_control::spec::{KernelSpec, MachineSpec, MemorySpec, parse_size};
+use stillpoint_control::spec::{CarveOutSpec, KernelSpec, MachineSpec, MemorySpec, parse_size};
 use stillpoint_vmm::handover::{Channel, rehearsal};
-use stillpoint_vmm::process::{End, Process, Start};
+use stillpoint_vmm::process::{End, Process, Source, Start};
 use stillpoint_vmm::{doctor, release};
 
 /// Runs one guest, and hands it over to a successor when asked to.
@@ -39,6 +39,8 @@ enum Command {
     Run(Run),
     /// Take a guest over from its predecessor (started by the daemon).
     Adopt(Adopt),
+    /// Revive a guest from its record in the carve-out (started by the daemon).
+    Revive(Revive),
     /// Rehearse taking a guest over: nothing comes of it but the answer (started by the daemon).
     Rehearse(Adopt),
     /// Say what this release is.
@@ -110,6 +112,28 @@ struct Adopt {
     told: Told,
 }
 
+#[derive(Args)]
+struct Revive {
+    /// The guest's place, as JSON: path, ram, record and record_len.
+    #[arg(long, value_name = "JSON", value_parser = parse_place)]
+    place: CarveOutSpec,
+    /// The nonce of the jump, as it is on this kernel's command line.
+    #[arg(long)]
+    nonce: String,
+    /// Directory of the guest's sockets and log; made with mode 0700.
+    #[arg(long, value_name = "DIR")]
+    dir: PathBuf,
+    /// Where to read the 32 bytes of the VM's secret.
+    #[arg(long, value_name = "FD")]
+    secret_fd: Option<RawFd>,
+    #[command(flatten)]
+    told: Told,
+}
+
+fn parse_place(text: &str) -> Result<CarveOutSpec, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
+}
+
 fn main() -> ExitCode {
     // Executed by descriptor, the process would else be known by that descriptor's number.
     let _ = rustix::thread::set_name(c"stillpoint-vmm");
@@ -134,6 +158,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(run) => boot(run),
         Command::Adopt(adopt) => take_over(adopt),
+        Command::Revive(args) => revive(args),
         Command::Rehearse(adopt) => rehearse(adopt),
         Command::Describe { json } => describe(json),
         Command::Doctor { json } => examine(json),
@@ -210,6 +235,22 @@ fn boot(run: Run) -> anyhow::Result<()> {
     let start = start(&run);
     let started = start.and_then(|(spec, start)| Process::boot(&spec, &run.dir, start));
     let process = told(&mut ready, started)?;
+    tell(ready, &Ready::Yes);
+    process.run().map(drop)
+}
+
+fn revive(args: Revive) -> anyhow::Result<()> {
+    let mut ready = args.told.ready_fd.map(inherited).transpose()?;
+    let secret = args.secret_fd.map(|fd| inherited(fd).and_then(read_secret));
+    let revived = secret.transpose().and_then(|secret| {
+        let release = release::name(args.told.release_version, args.told.release_sha256);
+        let source = Source {
+            at: &args.place,
+            nonce: &args.nonce,
+        };
+        Process::revive(&source, &args.dir, Start { release, secret })
+    });
+    let process = told(&mut ready, revived)?;
     tell(ready, &Ready::Yes);
     process.run().map(drop)
 }

@@ -1,4 +1,5 @@
-//! Guest RAM over its memory backend, a memfd of sealed size.
+//! Guest RAM over its memory backend: a memfd of sealed size, or a part of the host's carve-out, which
+//! outlives the kernel.
 //!
 //! The file outlives any process that maps it: predecessor, successor and daemon all hold it.
 //! Layout: RAM from 0 to [`HOLE_START`], then from [`HOLE_END`] on; the hole holds device
@@ -6,7 +7,7 @@
 //!
 //! Must never: write a byte of a guest that another process owns. [`GuestRam::populate`] maps
 //! pages that the file already holds and changes no content. A rehearsal has a [`GuestRam::view`],
-//! whose writes are its own, over a file that it can't write to.
+//! whose writes are its own, over a file that it can't write to; a carve-out has none.
 #![allow(unsafe_code)] // Memory slots and madvise take raw addresses.
 
 use std::fs::File;
@@ -17,7 +18,9 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::Advice;
-use stillpoint_control::spec::{MemorySpec, Pages};
+use stillpoint_carveout::layout::Extent;
+use stillpoint_carveout::map::{Device, MapError};
+use stillpoint_control::spec::{CarveOutSpec, MemorySpec, Pages, Survive};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -74,6 +77,18 @@ pub enum MemoryError {
     /// KVM refused a memory slot.
     #[error("KVM refused a memory slot: {0}")]
     Slot(#[from] kvm_ioctls::Error),
+    /// The carve-out.
+    #[error(transparent)]
+    CarveOut(#[from] MapError),
+    /// Nobody said where in the carve-out.
+    #[error(
+        "machine spec: field `memory.survive`: `kernel` needs a place in the host's carve-out, which \
+         the daemon finds; start the guest by `stillpoint run --survive kernel`"
+    )]
+    NoPlace,
+    /// It can't be looked at without being written.
+    #[error("RAM in a carve-out has no private view, so nothing can be rehearsed over it")]
+    NoView,
 }
 
 /// Guest RAM: the file and this process's mapping of it.
@@ -82,6 +97,8 @@ pub struct GuestRam {
     fd: OwnedFd,
     map: Memory,
     size: u64,
+    /// Where it begins in the file.
+    base: u64,
 }
 
 /// Guest-physical ranges of `size` bytes of RAM: (start, bytes), lowest first.
@@ -134,6 +151,9 @@ impl GuestRam {
     /// New, zeroed RAM.
     pub fn create(spec: &MemorySpec) -> Result<Self, MemoryError> {
         let wanted = spec.size >> 20;
+        if spec.survive == Survive::Kernel {
+            return Self::in_carve_out(spec);
+        }
         if let Some(total) = mem_total_mib().filter(|&total| wanted > total) {
             return Err(MemoryError::TooLarge { wanted, total });
         }
@@ -164,8 +184,63 @@ impl GuestRam {
         Self::adopt(fd, spec)
     }
 
+    /// RAM at its place in the carve-out, zeroed: it may hold what another guest left.
+    fn in_carve_out(spec: &MemorySpec) -> Result<Self, MemoryError> {
+        let place = spec.carve_out.as_ref().ok_or(MemoryError::NoPlace)?;
+        let device = Device::open(&place.path)?;
+        let ram = Self::carved(&device, place, spec)?;
+        ram.zero();
+        Ok(ram)
+    }
+
+    /// RAM at its place in the carve-out, as it is.
+    pub fn carved(
+        device: &Device,
+        place: &CarveOutSpec,
+        spec: &MemorySpec,
+    ) -> Result<Self, MemoryError> {
+        let fd = device.as_fd().try_clone_to_owned();
+        let fd = fd.map_err(|_| not_to("duplicate")(Errno::MFILE))?;
+        let mut base = place.ram;
+        let mut regions = Vec::new();
+        for (start, len) in ranges(spec.size) {
+            let mapping = device.map(Extent { start: base, len })?;
+            let length = usize::try_from(len).unwrap_or(usize::MAX);
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let at = mapping.keep();
+            // SAFETY: mapped just now, and for the rest of the process's life: `keep` says so.
+            let region = unsafe { MmapRegion::build_raw(at, length, prot, libc::MAP_SHARED) };
+            let region = region.map_err(MemoryError::View)?;
+            let region = GuestRegionMmap::new(region, start);
+            regions.push(region.ok_or(not_to("map: it ends beyond all addresses;")(Errno::INVAL))?);
+            base += len;
+        }
+        Ok(Self {
+            fd,
+            map: Memory::from_regions(regions).map_err(MemoryError::Regions)?,
+            size: spec.size,
+            base: place.ram,
+        })
+    }
+
+    /// Whether it lies in a carve-out.
+    fn is_carved(&self) -> bool {
+        self.base != 0
+    }
+
+    fn zero(&self) {
+        for region in self.map.iter() {
+            // SAFETY: a region's own mapping, which nobody else uses: no guest runs in it.
+            unsafe { std::ptr::write_bytes(region.as_ptr(), 0, region.size()) };
+        }
+    }
+
     /// RAM that another process made.
     pub fn adopt(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
+        if let Some(place) = &spec.carve_out {
+            let device = Device::of(&place.path, fd)?;
+            return Self::carved(&device, place, spec);
+        }
         check_size(&fd, spec, "adopt: its size is not the spec's;")?;
         let dup = || {
             let dup = fd.try_clone();
@@ -187,6 +262,7 @@ impl GuestRam {
             fd,
             map,
             size: spec.size,
+            base: 0,
         };
         if spec.pages == Pages::Thp {
             // Best effort: whether it does anything is the host's setting, which `doctor` shows.
@@ -199,6 +275,9 @@ impl GuestRam {
     /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process. The
     /// file may be open for reading only.
     pub fn view(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
+        if spec.carve_out.is_some() {
+            return Err(MemoryError::NoView);
+        }
         check_size(&fd, spec, "view: its size is not the spec's;")?;
         let mut offset = 0;
         let mut regions = Vec::new();
@@ -221,8 +300,12 @@ impl GuestRam {
             offset += len;
         }
         let map = Memory::from_regions(regions).map_err(MemoryError::Regions)?;
-        let size = spec.size;
-        Ok(Self { fd, map, size })
+        Ok(Self {
+            fd,
+            map,
+            size: spec.size,
+            base: 0,
+        })
     }
 
     /// The same file, open for reading only.
@@ -279,6 +362,10 @@ impl GuestRam {
     /// Gives the RAM back to the host and reads as zero afterwards (a reset of the machine).
     pub fn clear(&self) -> Result<(), MemoryError> {
         use rustix::fs::{FallocateFlags, fallocate};
+        if self.is_carved() {
+            self.zero();
+            return Ok(());
+        }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.fd, flags, 0, self.size).map_err(|source| MemoryError::File {
             what: "clear",
@@ -293,6 +380,17 @@ impl GuestRam {
     pub fn populate(&self, mut go_on: impl FnMut() -> bool) -> u64 {
         let mut done = 0;
         let mut at = 0;
+        if self.is_carved() {
+            // A carve-out has no holes.
+            while done < self.size && go_on() {
+                let to = self.size.min(done + POPULATE_STEP);
+                if self.advise(done..to, Advice::LinuxPopulateWrite).is_err() {
+                    return done;
+                }
+                done = to;
+            }
+            return done;
+        }
         while let Ok(start) = rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
             let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(self.size);
             let mut from = start;
@@ -334,115 +432,4 @@ impl AsFd for GuestRam {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vm_memory::Bytes;
-
-    fn spec(size: u64) -> MemorySpec {
-        MemorySpec {
-            size,
-            pages: Pages::Base,
-        }
-    }
-
-    #[test]
-    fn ram_skips_the_hole() {
-        assert_eq!(ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
-        let big = ranges(5 << 30);
-        assert_eq!(
-            big,
-            [
-                (GuestAddress(0), 3 << 30),
-                (GuestAddress(HOLE_END), 2 << 30)
-            ]
-        );
-    }
-
-    #[test]
-    fn two_mappings_are_one_ram_and_its_size_is_fixed() {
-        let ram = GuestRam::create(&spec(16 << 20)).expect("create");
-        let fd = ram.as_fd().try_clone_to_owned().expect("dup");
-        let other = GuestRam::adopt(fd, &spec(16 << 20)).expect("adopt");
-        ram.map()
-            .write_obj(42u64, GuestAddress(0x5000))
-            .expect("write");
-        assert_eq!(
-            other
-                .map()
-                .read_obj::<u64>(GuestAddress(0x5000))
-                .expect("read"),
-            42
-        );
-        rustix::fs::ftruncate(&ram, 4096).expect_err("the size is sealed");
-        let fd = ram.as_fd().try_clone_to_owned().expect("dup");
-        GuestRam::adopt(fd, &spec(32 << 20)).expect_err("not its size");
-    }
-
-    #[test]
-    fn a_view_sees_all_and_its_writes_stay_its_own() {
-        let ram = GuestRam::create(&spec(16 << 20)).expect("create");
-        let at = GuestAddress(0x5000);
-        ram.map().write_obj(42u64, at).expect("write");
-        let fd = ram.read_only().expect("read only");
-        rustix::io::pwrite(&fd, b"x", 0).expect_err("for reading only");
-        GuestRam::adopt(fd.try_clone().expect("dup"), &spec(16 << 20))
-            .expect_err("it can't be mapped as a successor's");
-        let view = GuestRam::view(fd, &spec(16 << 20)).expect("view");
-        let read = |ram: &GuestRam| ram.map().read_obj::<u64>(at).expect("read");
-        assert_eq!(read(&view), 42);
-        let blocks = || rustix::fs::fstat(&ram).expect("stat").st_blocks;
-        let before = blocks();
-        view.map().write_obj(7u64, at).expect("write");
-        assert_eq!((read(&view), read(&ram)), (7, 42));
-        assert_eq!(blocks(), before, "nothing was written to the file");
-        // A hole that is touched is one no more, as shmem makes its page first; it is zero still.
-        let hole = GuestAddress(0x9000);
-        view.map().write_obj(7u64, hole).expect("write");
-        let zero: u64 = ram.map().read_obj(hole).expect("read");
-        assert_eq!(zero, 0);
-        view.clear().expect_err("nor can it be cleared");
-    }
-
-    #[test]
-    fn populating_leaves_holes_holes() {
-        let ram = GuestRam::create(&spec(64 << 20)).expect("create");
-        ram.map()
-            .write_obj(1u8, GuestAddress(10 << 20))
-            .expect("write");
-        ram.map()
-            .write_obj(1u8, GuestAddress(40 << 20))
-            .expect("write");
-        let blocks = || rustix::fs::fstat(&ram).expect("stat").st_blocks;
-        let before = blocks();
-        assert!(ram.populate(|| true) >= 8192);
-        assert_eq!(blocks(), before, "populating must not allocate");
-        assert_eq!(ram.populate(|| false), 0, "it can be called off");
-    }
-
-    #[test]
-    fn huge_pages_that_are_not_there_are_named() {
-        let free =
-            std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");
-        if free.map_or(true, |free| free.trim() != "0") {
-            eprintln!("SKIPPED memory: this host has huge pages of 1 GiB, or knows none");
-            return;
-        }
-        let spec = MemorySpec {
-            size: 1 << 30,
-            pages: Pages::Hugetlb1g,
-        };
-        let error = GuestRam::create(&spec)
-            .expect_err("none are free")
-            .to_string();
-        assert!(
-            error.contains("huge page") && error.contains("nr_hugepages"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn more_ram_than_the_host_has_names_the_field() {
-        let error = GuestRam::create(&spec(1 << 44)).expect_err("16 TiB");
-        assert!(error.to_string().contains("`memory.size`"), "{error}");
-    }
-}
+mod tests;

@@ -6,7 +6,9 @@
 
 pub mod desk;
 mod detached;
+mod jump;
 mod rehearse;
+mod revive;
 mod serve;
 mod standstill;
 
@@ -36,6 +38,7 @@ use crate::machine::Machine;
 use crate::machine::frozen::Guest;
 use crate::memory::GuestRam;
 use desk::Desk;
+pub use revive::Source;
 
 /// How long a vCPU may take to enter at a cold boot.
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);
@@ -251,8 +254,9 @@ impl Process {
                 Some(end)
             }
             Request::HandOver { .. } => self.hand_over(job),
-            Request::Freeze { .. } => {
-                self.stand_still(job);
+            Request::Freeze { .. } | Request::Store { .. } => self.stand_still(job),
+            Request::AwaitJump { swap, .. } => {
+                let _ = job.reply.send(jump::runs(&swap));
                 None
             }
             Request::Resume { swap } => {

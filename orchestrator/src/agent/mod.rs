@@ -12,14 +12,18 @@
 //! | [`find`] | a VMM by its control socket, and the proof that it is the one |
 //! | [`pair`] | predecessor and successor of a swap |
 //! | [`scope`] | systemd scopes, so that guests outlive the daemon's service |
+//! | [`carve_out`] | memory that outlives the kernel, and who has which part of it |
+//! | [`kexec`] | the next kernel |
 //! | [`custody`] | guest RAM and ownership pages in systemd's fd store |
 //!
 //! A pid alone is never trusted: every process is held by a pidfd that was checked against its
 //! start time, and every socket by a proof of the VM's secret.
 
 pub mod binaries;
+pub mod carve_out;
 pub mod custody;
 pub mod find;
+pub mod kexec;
 pub mod launch;
 pub mod modules;
 pub mod pair;

@@ -85,6 +85,7 @@ pub(super) async fn ask(
         id: new_id()?,
         kvm,
         command: new.command,
+        kernel: None,
         undo: new.undo,
         vms: vms.iter().map(|vm| vm.name.clone()).collect(),
         budget_ns: new.budget_ns,
@@ -228,7 +229,7 @@ impl Desk {
     }
 
     /// The guests of these names, each of which must run; all that run if there are no names.
-    async fn guests(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
+    pub(super) async fn guests(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
         let mut vms = Vec::new();
         if names.is_empty() {
             vms = self.host.store.vms().await?;
@@ -259,7 +260,7 @@ impl Desk {
         Ok(vms)
     }
 
-    async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
+    pub(super) async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
         let release = self.release(&vm.release).await?.name();
         Ok(SwapRecord {
             id: SwapId(format!("{}.{}", swap.id, vm.name)),

@@ -6,6 +6,7 @@
 mod events;
 mod host;
 mod journal;
+mod kernel;
 mod metrics;
 mod pauses;
 mod refusal;
@@ -27,6 +28,7 @@ use crate::model::Event;
 use crate::reconcile::Waker;
 
 pub use host::{NewHostSwap, NewKvm};
+pub use kernel::{CarveOutView, CarvedGuest, NewKernelSwap};
 pub use metrics::metrics_router;
 pub use pauses::Cancel;
 pub use refusal::Refusal;
@@ -74,6 +76,11 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(host::show))
         .routes(routes!(host::release))
         .routes(routes!(host::check_kvm))
+        .routes(routes!(kernel::ask))
+        .routes(routes!(kernel::check))
+        .routes(routes!(kernel::show, kernel::forget_all))
+        .routes(routes!(kernel::forget))
+        .routes(routes!(kernel::retry))
         .routes(routes!(pauses::list))
         .routes(routes!(pauses::approve))
         .routes(routes!(pauses::cancel))

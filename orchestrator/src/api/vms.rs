@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use stillpoint_control::message::ProcessId;
 use stillpoint_control::secret::Secret;
-use stillpoint_control::spec::{MachineSpec, SpecError};
+use stillpoint_control::spec::{MachineSpec, SpecError, Survive};
 use tokio::sync::broadcast;
 use utoipa::ToSchema;
 
@@ -68,6 +68,9 @@ pub struct VmView {
     /// What limits or prevents swaps of it, and what does not; in lists left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub updatable: Vec<Check>,
+    /// What can be swapped under it, and why not the rest; in lists left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rungs: Vec<Check>,
     /// Its serial console: raw bytes both ways.
     pub console_socket: String,
     /// Where host programs connect to the guest's sockets, if it has a vsock device.
@@ -101,6 +104,7 @@ impl Desk {
             spec: vm.spec,
             profile: vm.profile,
             updatable: Vec::new(),
+            rungs: Vec::new(),
             created_at_unix_ns: vm.created_at_unix_ns,
             changed_at_unix_ns: vm.changed_at_unix_ns,
         }
@@ -109,8 +113,10 @@ impl Desk {
     /// As [`Desk::view`], with what limits its swaps.
     async fn judged(&self, vm: VmRecord) -> VmView {
         let updatable = execute::updatable(&self.host, &vm).await;
+        let rungs = execute::rungs(&self.host, &vm);
         VmView {
             updatable,
+            rungs,
             ..self.view(vm)
         }
     }
@@ -199,6 +205,7 @@ pub(super) async fn put(
     if known.as_ref().is_some_and(|known| known.state.is_active()) {
         return Err(taken());
     }
+    desk.place(&mut vm)?;
     desk.seat(&mut vm, known.as_ref(), wish).await?;
     let events = desk.host.events.subscribe();
     if !desk.host.store.put_vm(&vm).await? {
@@ -236,6 +243,17 @@ impl Desk {
         Ok(())
     }
 
+    /// Finds the place of a VM's memory in the carve-out, if it is to outlive the kernel.
+    fn place(&self, vm: &mut VmRecord) -> Result<(), Refusal> {
+        if vm.spec.memory.survive == Survive::Vmm {
+            return Ok(());
+        }
+        let placed = self.host.carve_out.place(&vm.spec);
+        let why = |why: String| Problem::new(Code::StartFailed, why);
+        vm.spec.memory.carve_out = Some(placed.map_err(why)?);
+        Ok(())
+    }
+
     /// Checks everything that can be checked before it is recorded.
     async fn check(&self, name: &str, mut new: NewVm) -> Result<VmRecord, Refusal> {
         new.spec.validate()?;
@@ -244,6 +262,10 @@ impl Desk {
         if new.spec.name != name {
             let problem = format!("{:?} is not the {name:?} of the path", new.spec.name);
             return Err(field("name", problem));
+        }
+        if new.spec.memory.carve_out.is_some() {
+            let problem = "is found by the daemon; leave it out";
+            return Err(field("memory.carve_out", problem.into()));
         }
         if !new.spec.kernel.path.is_absolute() {
             let problem = "is not an absolute path; the daemon has another working directory";
@@ -365,6 +387,13 @@ pub(super) async fn remove(
     Path(name): Path<String>,
 ) -> Result<StatusCode, Refusal> {
     let vm = desk.vm(&name).await?;
+    if !vm.state.is_active() {
+        let failed = |why: String| Problem::new(Code::StillRunning, why);
+        desk.host
+            .carve_out
+            .give_back(&name, false)
+            .map_err(failed)?;
+    }
     if !desk.host.store.remove_vm(&vm.name).await? {
         let message = format!("`{name}` is {}; stop it first", vm.state);
         return Err(Problem::new(Code::StillRunning, message).into());

@@ -24,6 +24,9 @@ struct Args {
     /// The API's socket [api.sock in the run directory].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// The host's carve-out, memory that outlives its kernel, such as /dev/dax0.0.
+    #[arg(long, value_name = "PATH", env = "STILLPOINT_CARVE_OUT")]
+    carve_out: Option<PathBuf>,
     /// A public key of minisign's whose signatures of releases count, to a date if there is one; may
     /// be given again.
     #[arg(long, value_name = "FILE[,until=DATE]")]
@@ -145,6 +148,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
+        carve_out: args.carve_out,
         trust: args.trust,
         host_name: args.host_name,
         stands: Stands {

@@ -88,6 +88,9 @@ enum Act {
         /// The hold's id [the one there is].
         id: Option<String>,
     },
+    /// Says what this host lacks for its kernel to be swapped under its guests, and shows the boot
+    /// configuration for it; writes it when asked to.
+    Prepare(super::prepare::Args),
     /// Lists the hosts of the fleet.
     Ls,
     /// Has a host left alone: no rollout begins anything there, and no guest is started there.
@@ -204,6 +207,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.act {
         Act::Hold(terms) => hold(desk, terms).await,
         Act::Release { id } => release(desk, id).await,
+        Act::Prepare(args) => super::prepare::run(desk, &args),
         Act::Ls => super::hosts::ls(desk).await,
         Act::Cordon(args) => super::hosts::cordon(desk, args).await,
         Act::Uncordon { name } => super::hosts::uncordon(desk, name).await,
@@ -229,6 +233,14 @@ async fn ask(
     let swap = follow(desk, &asked, &bar, is_far).await;
     bar.finish_and_clear();
     swap
+}
+
+/// Waits until one is over that was asked for, and shows it.
+pub(super) async fn follow_to_end(desk: &Desk, asked: &HostSwap) -> Result<ExitCode, Problem> {
+    let bar = progress::waiting(desk.json, &format!("swap {} of this host", asked.id));
+    let swap = follow(desk, asked, &bar, HostSwapState::is_over).await;
+    bar.finish_and_clear();
+    show(desk, &swap?)
 }
 
 async fn follow(
@@ -327,6 +339,9 @@ async fn changes(desk: &Desk) -> Result<ExitCode, Problem> {
 }
 
 fn what(swap: &HostSwap) -> String {
+    if let Some(jump) = &swap.kernel {
+        return super::kernel::what(jump);
+    }
     let command = swap.command.join(" ");
     match (&swap.kvm, command.is_empty()) {
         (None, true) => "by hand".into(),
@@ -379,6 +394,9 @@ fn text(swap: &HostSwap) -> String {
         ),
         None => line("pause", format!("none; budget {budget}")),
     }
+    for (name, value) in swap.kernel.iter().flat_map(super::kernel::lines) {
+        line(&name, value);
+    }
     if let Some(ended) = &swap.ended {
         line("command", ended.to_string());
     }
@@ -406,6 +424,7 @@ mod tests {
             id: SwapId("1".into()),
             kvm: None,
             command: vec!["modprobe".into(), "tg3".into()],
+            kernel: None,
             undo: Some("modprobe old".into()),
             vms: [name("a"), name("b")].into(),
             budget_ns: 2_000_000_000,

@@ -3,6 +3,7 @@
 //! Every verb prints for people, or with `--json` for programs; errors too. It exits 0 when what
 //! was asked for is so, and non-zero when it is not.
 
+mod adopt;
 mod completions;
 mod console;
 mod doctor;
@@ -12,9 +13,11 @@ mod history;
 mod host;
 mod hosts;
 mod http;
+mod kernel;
 mod logs;
 mod ls;
 mod man;
+mod prepare;
 mod progress;
 mod release;
 mod report;
@@ -73,6 +76,8 @@ enum Verb {
     Swap(swap::Args),
     /// Lists hosts, has one left alone, and has guests stand still while this one is changed by hand.
     Host(host::Args),
+    /// Shows what lies in memory that outlives the host's kernel, and deals with what was not revived.
+    Adopt(adopt::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
     /// Shows what a swap did, phase by phase.
@@ -168,6 +173,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Rm(args) => rm::run(desk, args).await,
         Verb::Swap(args) => swap::run(desk, args).await,
         Verb::Host(args) => host::run(desk, args).await,
+        Verb::Adopt(args) => adopt::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::History(args) => history::run(desk, args).await,

@@ -8,8 +8,8 @@ use std::time::Duration;
 use hyper::Method;
 use stillpoint_control::clock::{ClockSpec, Correction, Policy};
 use stillpoint_control::spec::{
-    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, VsockSpec,
-    parse_size,
+    DEFAULT_BUDGET, DiskSpec, KernelSpec, MachineSpec, MemorySpec, NetSpec, Pages, Survive,
+    VsockSpec, parse_size,
 };
 
 use super::{Desk, format, io_problem, progress, safeguards, say, say_json};
@@ -21,7 +21,7 @@ pub(super) struct Args {
     /// Name of the guest.
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
-    /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages},
+    /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages,survive},
     /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
     /// vsock.cid, rng, clock.{policy,correction,steal,vmclock}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
@@ -48,6 +48,10 @@ pub(super) struct Args {
     /// Pages behind RAM [base].
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
+    /// What guest RAM outlives, and so what can be swapped under the guest: vmm (its process), or kernel
+    /// (the host's too: RAM in the carve-out) [vmm].
+    #[arg(long, conflicts_with = "spec", value_enum)]
+    survive: Option<SurviveArg>,
     /// A network interface over a tap that exists on this host, such as tap=tap0 or
     /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
@@ -130,6 +134,23 @@ impl From<PagesArg> for Pages {
             PagesArg::Thp => Self::Thp,
             PagesArg::Hugetlb2m => Self::Hugetlb2m,
             PagesArg::Hugetlb1g => Self::Hugetlb1g,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum SurviveArg {
+    /// Its VMM.
+    Vmm,
+    /// The host's kernel too.
+    Kernel,
+}
+
+impl From<SurviveArg> for Survive {
+    fn from(survive: SurviveArg) -> Self {
+        match survive {
+            SurviveArg::Vmm => Self::Vmm,
+            SurviveArg::Kernel => Self::Kernel,
         }
     }
 }
@@ -278,6 +299,8 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
         memory: MemorySpec {
             size: args.memory.unwrap_or(MemorySpec::default().size),
             pages: args.pages.map_or(Pages::Base, Pages::from),
+            survive: args.survive.map_or(Survive::Vmm, Survive::from),
+            carve_out: None,
         },
         kernel: KernelSpec {
             path: args.kernel.unwrap_or_default(),

@@ -6,6 +6,7 @@ use stillpoint_control::spec::{DiskSpec, format_mac};
 
 use super::{Desk, format, safeguards, say, say_json};
 use crate::api::VmView;
+use crate::doctor::Status;
 use crate::model::{Problem, SwapRecord};
 
 #[derive(Debug, clap::Args)]
@@ -83,6 +84,13 @@ fn text(vm: &VmView, swaps: &[SwapRecord]) -> String {
                 ),
             },
         ));
+    }
+    for rung in &vm.rungs {
+        let text = match rung.status {
+            Status::Ok => format!("{}: {}", rung.check, rung.found),
+            _ => format!("not {}: {}; {}", rung.check, rung.found, rung.remedy),
+        };
+        rows.push(("swaps of", text));
     }
     for line in safeguards::of_updatable(&vm.updatable) {
         rows.push(("updatable", line));

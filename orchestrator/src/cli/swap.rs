@@ -1,4 +1,5 @@
-//! `stillpoint swap vmm`; `stillpoint swap host` and `swap kvm` are in [`super::host`].
+//! `stillpoint swap vmm`; `stillpoint swap host` and `swap kvm` are in [`super::host`], `swap kernel` in
+//! [`super::kernel`].
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -34,6 +35,9 @@ enum Component {
     /// Anything else of this host: its guests stand still in their places while a command changes it.
     /// Exits 0 when the command did, within the budget.
     Host(super::host::SwapArgs),
+    /// The kernel of this host, by kexec: its guests are stored beside their RAM, in memory that no kernel
+    /// counts as its own, and go on under the other kernel.
+    Kernel(super::kernel::SwapArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,6 +86,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let args = match args.component {
         Component::Host(args) => return super::host::swap(desk, args).await,
         Component::Kvm(args) => return super::host::swap_kvm(desk, args).await,
+        Component::Kernel(args) => return super::kernel::swap(desk, args).await,
         Component::Vmm(args) => args,
     };
     let VmmArgs {

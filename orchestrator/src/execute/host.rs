@@ -27,7 +27,8 @@ use crate::model::{
     CommandEnd, Event, HostSwap, HostSwapState, Measured, SwapRecord, SwapState, VmRecord, VmState,
 };
 use crate::store::StoreError;
-use guests::{freeze_all, resume_all};
+use guests::freeze_all;
+pub(super) use guests::{await_jump_all, resume_all, store_all};
 
 /// How long the resumption of every guest is thought to take: the command's time ends so much before
 /// the guests' own ceilings.
@@ -41,24 +42,28 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// A guest that takes part.
 #[derive(Clone, Debug)]
-struct Part {
+pub(super) struct Part {
     vm: VmRecord,
     swap: SwapRecord,
     expected: Expected,
 }
 
 /// How the guests' standing still ended.
-struct Stood {
-    ended: Option<CommandEnd>,
+pub(super) struct Stood {
+    pub(super) ended: Option<CommandEnd>,
     /// Why it did not go as it should.
-    reason: Option<String>,
-    output: String,
+    pub(super) reason: Option<String>,
+    pub(super) output: String,
 }
 
 /// Carries it out, from its announcement to its end.
 #[tracing::instrument(name = "host_swap", skip_all, fields(id = %swap.id))]
 pub async fn host_swap(host: Host, mut swap: HostSwap) {
-    if let Err(error) = carry_out(&host, &mut swap).await {
+    let done = match swap.kernel {
+        None => carry_out(&host, &mut swap).await,
+        Some(_) => super::kernel::carry_out(&host, &mut swap).await,
+    };
+    if let Err(error) = done {
         // The next daemon settles it; no guest waits for that.
         tracing::error!(swap = %swap.id, "left unfinished: {error}");
     }
@@ -122,7 +127,10 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
 }
 
 /// Waits until the guests have had their notice; gives why it is not to begin, if so.
-async fn await_clearance(host: &Host, swap: &mut HostSwap) -> Result<Option<String>, StoreError> {
+pub(super) async fn await_clearance(
+    host: &Host,
+    swap: &mut HostSwap,
+) -> Result<Option<String>, StoreError> {
     loop {
         // Before the look at the board: what changes after it is not missed.
         let mut changes = host.notices.changes();
@@ -159,7 +167,7 @@ async fn await_clearance(host: &Host, swap: &mut HostSwap) -> Result<Option<Stri
 }
 
 /// The guests whose part is still to come. A guest that ended meanwhile has none.
-async fn parts(host: &Host, swap: &HostSwap) -> Result<Vec<Part>, StoreError> {
+pub(super) async fn parts(host: &Host, swap: &HostSwap) -> Result<Vec<Part>, StoreError> {
     let mut parts = Vec::new();
     for mut record in host.store.open_parts(&swap.id).await? {
         let vm = host.store.vm(&record.vm).await?;
@@ -183,20 +191,34 @@ async fn parts(host: &Host, swap: &HostSwap) -> Result<Vec<Part>, StoreError> {
 }
 
 impl Part {
-    fn begin(&mut self) -> SwapRecord {
+    /// The guest.
+    pub(super) fn vm(&self) -> &VmRecord {
+        &self.vm
+    }
+
+    /// Its part's record.
+    pub(super) fn record(&self) -> SwapRecord {
+        self.swap.clone()
+    }
+
+    pub(super) fn begin(&mut self) -> SwapRecord {
         self.swap.state = SwapState::InProgress;
         self.swap.step = "stand still".into();
         self.swap.clone()
     }
 }
 
-fn longest(reports: &[Result<SwapReport, String>]) -> Option<u64> {
+pub(super) fn longest(reports: &[Result<SwapReport, String>]) -> Option<u64> {
     let pauses = reports.iter().flatten().map(|report| report.blackout.host);
     let longest = pauses.filter(|pause| !pause.is_zero()).max()?;
     Some(u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX))
 }
 
-fn ended(parts: Vec<Part>, reports: Vec<Result<SwapReport, String>>, at: u64) -> Vec<Part> {
+pub(super) fn ended(
+    parts: Vec<Part>,
+    reports: Vec<Result<SwapReport, String>>,
+    at: u64,
+) -> Vec<Part> {
     let end = |(mut part, report): (Part, Result<SwapReport, String>)| {
         let (report, problem) = match report {
             Ok(report) => (Some(report), None),
@@ -209,7 +231,7 @@ fn ended(parts: Vec<Part>, reports: Vec<Result<SwapReport, String>>, at: u64) ->
     parts.into_iter().zip(reports).map(end).collect()
 }
 
-fn end_part(swap: &mut SwapRecord, report: Option<SwapReport>, problem: Option<String>) {
+pub(super) fn end_part(swap: &mut SwapRecord, report: Option<SwapReport>, problem: Option<String>) {
     swap.state = match &report {
         Some(_) => SwapState::Resumed,
         // It was never frozen, or has no more to say; its own keeper finds out what it is.
@@ -277,7 +299,7 @@ async fn run_command(host: &Host, swap: &mut HostSwap, deadline: Instant) -> Sto
 }
 
 /// Every guest runs: undoes what failed, and records the end.
-async fn conclude(
+pub(super) async fn conclude(
     host: &Host,
     swap: &mut HostSwap,
     parts: Vec<Part>,
@@ -321,7 +343,7 @@ async fn undo(host: &Host, swap: &mut HostSwap) {
 }
 
 /// Ends one that did not begin. No command was run.
-async fn refuse(
+pub(super) async fn refuse(
     host: &Host,
     swap: &mut HostSwap,
     parts: Vec<Part>,
@@ -352,7 +374,7 @@ async fn record_parts(host: &Host, swap: &HostSwap, parts: &[Part]) {
     }
 }
 
-async fn end(host: &Host, swap: &mut HostSwap) {
+pub(super) async fn end(host: &Host, swap: &mut HostSwap) {
     swap.ended_at_unix_ns = Some(unix_ns());
     surely(host, swap, &[]).await;
     host.tell_host_swap(swap);
@@ -369,7 +391,7 @@ async fn end(host: &Host, swap: &mut HostSwap) {
 }
 
 /// Recorded, tried until it succeeds: it has happened, whatever the disk says.
-async fn surely(host: &Host, swap: &HostSwap, parts: &[SwapRecord]) {
+pub(super) async fn surely(host: &Host, swap: &HostSwap, parts: &[SwapRecord]) {
     while let Err(error) = host.store.update_host_swap(swap, parts).await {
         if matches!(error, StoreError::Closed) {
             return;

@@ -1,11 +1,14 @@
 //! Carries out one step: start, stop, swap, settle. Records before it acts, and what came of it
 //! afterwards.
 
+mod adopt;
 mod announce;
 mod command;
 mod health;
 mod holds;
 mod host;
+mod kernel;
+mod kernel_check;
 mod preflight;
 mod rehearsal;
 mod relieve;
@@ -21,6 +24,7 @@ use stillpoint_control::message::ProcessId;
 use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
+use crate::agent::carve_out::CarveOut;
 use crate::agent::find::Expected;
 use crate::agent::places::VmDir;
 use crate::agent::scope::Scopes;
@@ -29,10 +33,12 @@ use crate::metadata::ways::Ways;
 use crate::model::{Event, HostSwap, SwapId, SwapRecord, VmName, VmRecord, VmState};
 use crate::store::{Observed, Store, StoreError};
 
+pub use adopt::{adopt_all, retry};
 pub use announce::{Clearance, clear_swap, forget, settle_pauses};
 pub use health::{Next, Watching, supersede, watch};
 pub use holds::Holds;
 pub use host::host_swap;
+pub use kernel_check::{checks as kernel_checks, rungs};
 pub use preflight::{preflight, updatable};
 pub use settle::settle;
 pub use start::start;
@@ -70,6 +76,8 @@ pub struct Host {
     pub ways: Ways,
     /// Guests that stand still until they are let go.
     pub holds: Holds,
+    /// Memory that outlives the kernel.
+    pub carve_out: CarveOut,
 }
 
 impl Host {

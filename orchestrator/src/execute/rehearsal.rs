@@ -15,6 +15,7 @@ use stillpoint_control::client::ClientError;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::message::Request;
 use stillpoint_control::rehearsal::{Rehearsal, Verdict};
+use stillpoint_control::spec::Survive;
 use tokio::time::Instant;
 
 use super::Host;
@@ -56,6 +57,10 @@ pub(super) async fn rehearse(
 ) -> Result<Rehearsed, String> {
     let began = Instant::now();
     let version = &release.manifest.version;
+    if vm.spec.memory.survive == Survive::Kernel {
+        let why = "its RAM lies in a carve-out, of which there is no private view to rehearse with";
+        return Ok(Rehearsed::Unknown { why: why.into() });
+    }
     let Channel {
         predecessor: ours,
         successor: theirs,

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use stillpoint_control::secret::Secret;
+use stillpoint_control::spec::CarveOutSpec;
 
 use super::Host;
 use crate::agent::find::{FindError, Held};
@@ -21,8 +22,32 @@ pub async fn start(host: &Host, vm: &VmRecord) -> Result<Held, String> {
     let release = host.store.release(&vm.release).await;
     let release = release.map_err(|e| e.to_string())?;
     let release = release.ok_or_else(|| format!("release {} is not in the store", vm.release))?;
+    start_as(host, vm, &release, &How::Boot).await
+}
+
+/// How a guest comes to run.
+#[derive(Clone, Debug)]
+pub(super) enum How {
+    /// It boots.
+    Boot,
+    /// It goes on from its record.
+    Revive {
+        /// Where it lies.
+        place: CarveOutSpec,
+        /// The jump that it came by.
+        nonce: String,
+    },
+}
+
+/// As [`start`], with this release.
+pub(super) async fn start_as(
+    host: &Host,
+    vm: &VmRecord,
+    release: &Release,
+    how: &How,
+) -> Result<Held, String> {
     let dir = prepare(host, vm).await?;
-    let gated = spawn_gated(host, vm, &release, &dir).await?;
+    let gated = spawn_gated(host, vm, release, (&dir, how)).await?;
     let process = gated.process().id().clone();
     // Recorded before it runs anything: a daemon that dies now finds it again.
     host.observe(&vm.name, VmState::Starting, None, Some(process.clone()))
@@ -67,16 +92,25 @@ async fn spawn_gated(
     host: &Host,
     vm: &VmRecord,
     release: &Release,
-    dir: &VmDir,
+    (dir, how): (&VmDir, &How),
 ) -> Result<spawn::Gated, String> {
     let binary = verified(host, release).await?;
-    let mut args = vec![
-        "run".to_owned(),
-        format!("--spec={}", dir.spec().display()),
+    let mut args = match how {
+        How::Boot => vec!["run".to_owned(), format!("--spec={}", dir.spec().display())],
+        How::Revive { place, nonce } => {
+            let place = serde_json::to_string(place).map_err(|e| e.to_string())?;
+            vec![
+                "revive".to_owned(),
+                format!("--place={place}"),
+                format!("--nonce={nonce}"),
+            ]
+        }
+    };
+    args.extend([
         format!("--dir={}", dir.path().display()),
         format!("--ready-fd={READY_FD}"),
         format!("--secret-fd={GIVEN_FD}"),
-    ];
+    ]);
     args.extend(release_args(release));
     let given = secret_pipe(&vm.secret).map_err(|e| format!("cannot pass the secret: {e}"))?;
     let log = &dir.log();

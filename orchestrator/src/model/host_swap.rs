@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::message::ProcessId;
 use utoipa::ToSchema;
 
+use super::kernel::KernelJump;
 use super::kvm_swap::KvmSwap;
 use super::swap::{HOST, KVM, SwapId};
 use super::vm::VmName;
@@ -96,6 +97,9 @@ pub struct HostSwap {
     /// What is run while the guests stand still; empty if the operator does it by hand, or if modules are
     /// exchanged.
     pub command: Vec<String>,
+    /// The jump into another kernel that it is, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelJump>,
     /// What a shell runs when it failed, after the guests run again.
     pub undo: Option<String>,
     /// The guests that stand still.
@@ -131,7 +135,7 @@ pub struct HostSwap {
 impl HostSwap {
     /// Whether the operator does it by hand.
     pub fn is_by_hand(&self) -> bool {
-        self.command.is_empty() && self.kvm.is_none()
+        self.command.is_empty() && self.kvm.is_none() && self.kernel.is_none()
     }
 
     /// The component that each guest's part is of.

@@ -5,6 +5,7 @@ mod event;
 mod fleet;
 mod host_swap;
 mod journal;
+mod kernel;
 mod kvm_swap;
 mod moment;
 mod pause;
@@ -23,6 +24,10 @@ pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
+pub use kernel::{
+    JUMP, JumpPhase, KernelJump, Share, WallCorrection, bad_command_line, forgets_memory, nonce_of,
+    to_be_used_again, with_nonce,
+};
 pub use kvm_swap::{KvmCheck, KvmSwap, Module};
 pub use moment::Moment;
 pub use pause::{

@@ -214,6 +214,7 @@ async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
         id: SwapId(id.into()),
         kvm: None,
         command: vec!["true".into()],
+        kernel: None,
         undo: None,
         vms: vec![name("a"), name("b")],
         budget_ns: 5,

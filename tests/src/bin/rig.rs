@@ -51,6 +51,15 @@ struct Host {
     /// A disk of so many MiB, mounted at /scratch.
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     scratch: u32,
+    /// So many MiB of memory that no kernel counts as its own, as /dev/dax0.0.
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    carve_out: u32,
+    /// A kernel to jump into, which lies in /jump/KERNEL there; it runs the words of --then.
+    #[arg(long, value_name = "KERNEL", requires = "then")]
+    jump: Vec<Kernel>,
+    /// What is run after a jump, as one shell command.
+    #[arg(long, value_name = "COMMAND")]
+    then: Option<String>,
     /// A file or folder to bring there.
     #[arg(long = "file", value_name = "PATH:PATH-THERE")]
     files: Vec<String>,
@@ -80,6 +89,13 @@ impl Host {
         for file in &self.files {
             let (from, to) = file.rsplit_once(':').unwrap_or((file, file));
             rig = rig.file(PathBuf::from(from), to);
+        }
+        if self.carve_out > 0 {
+            rig = rig.carve_out_mib(self.carve_out);
+        }
+        for &kernel in &self.jump {
+            let then = self.then.as_deref().unwrap_or("true");
+            rig = rig.jump(kernel.name(), kernel, &["sh", "-c", then]);
         }
         Ok(if self.qemu { rig.with_qemu() } else { rig })
     }

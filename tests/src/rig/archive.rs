@@ -39,6 +39,9 @@ const MODULES: &[&str] = &[
     "virtio_rng",
 ];
 
+/// What makes a device-dax of memory that the kernel left alone.
+const CARVE_OUT: &[&str] = &["nd_e820", "nd_pmem", "dax_pmem", "device_dax"];
+
 /// Starts the QEMU that [`super::Rig::with_qemu`] brings, by the loader that came with it.
 const QEMU_SCRIPT: &str = "#!/bin/sh\n\
     exec /qemu/lib/ld-linux-x86-64.so.2 --library-path /qemu/lib /qemu/qemu -L /qemu/share \"$@\"\n";
@@ -54,7 +57,9 @@ pub(super) fn write(
     let mut archive = Initramfs::new(BufWriter::new(file));
     skeleton(&mut archive, &found.busybox)?;
     let modules = Modules::of(&found.kernel.release, &found.kernel.modules)?;
-    add_modules(&mut archive, &modules.closure(MODULES)?)?;
+    let carve_out = if order.carve_out { CARVE_OUT } else { &[] };
+    let wanted = [MODULES, carve_out].concat();
+    add_modules(&mut archive, &modules.closure(&wanted)?)?;
     Programs::of(&found.iproute, &["sbin/tc", "bin/ip"]).add(&mut archive)?;
     archive.copy("init", 0o755, &init()?)?;
     archive.file(ORDER, 0o644, &serde_json::to_vec(order)?)?;

@@ -45,7 +45,12 @@ pub(super) struct Emulator<'a> {
     pub(super) cpus: u8,
     pub(super) memory_mib: u32,
     pub(super) scratch: bool,
+    pub(super) carve_out_mib: u32,
 }
+
+/// Where memory is left alone for a carve-out, MiB: behind what a kernel needs to start, and before the
+/// initramfs, which QEMU puts at the end.
+const CARVE_OUT_MIB: u32 = 640;
 
 /// What carries the host on this machine, in words.
 pub fn ground() -> String {
@@ -84,7 +89,7 @@ impl Emulator<'_> {
             "-serial",
             "chardev:console",
         ]);
-        command.args(["-append", &cmdline(nested_kvm().is_ok())]);
+        command.args(["-append", &self.cmdline()]);
         command.stdin(Stdio::null());
         command
     }
@@ -94,8 +99,16 @@ impl Emulator<'_> {
         let mut command = self.common();
         command.args(["-chardev", "stdio,id=console,mux=on,signal=off"]);
         command.args(["-serial", "chardev:console", "-mon", "chardev=console"]);
-        command.args(["-append", &cmdline(nested_kvm().is_ok())]);
+        command.args(["-append", &self.cmdline()]);
         command
+    }
+
+    fn cmdline(&self) -> String {
+        let carve_out = match self.carve_out_mib {
+            0 => String::new(),
+            mib => format!(" memmap={mib}M!{CARVE_OUT_MIB}M"),
+        };
+        format!("{}{carve_out}", cmdline(nested_kvm().is_ok()))
     }
 
     fn common(&self) -> Command {

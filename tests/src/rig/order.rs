@@ -12,6 +12,10 @@ pub const MARK: &str = "rig-init: ";
 pub const RESULTS_DISK: &str = "results";
 /// The serial number of the disk that is mounted at `/scratch`.
 pub const SCRATCH_DISK: &str = "scratch";
+/// The carve-out, where the order has one.
+pub const CARVE_OUT: &str = "/dev/dax0.0";
+/// Where the kernels lie that a host can jump into, each in a folder of its name.
+pub const JUMPS: &str = "/jump";
 /// The file in the results that holds the [`Answer`].
 pub const ANSWER: &str = "answer.json";
 /// How long init may oversleep before it says that the host stood still.
@@ -25,6 +29,12 @@ pub struct Order {
     /// When all must be over, if it must. The host powers itself off some time after that, should
     /// nobody be left to stop it.
     pub time_limit_s: Option<u64>,
+    /// Memory was left alone for a carve-out, which is to become a device-dax.
+    #[serde(default)]
+    pub carve_out: bool,
+    /// This kernel was jumped into: the scratch disk is as the one before left it.
+    #[serde(default)]
+    pub jumped: bool,
 }
 
 /// How the command ended.
@@ -39,6 +49,8 @@ impl Default for Order {
         Self {
             command: vec!["true".into()],
             time_limit_s: Some(120),
+            carve_out: false,
+            jumped: false,
         }
     }
 }

@@ -210,6 +210,34 @@ impl Client {
         }
     }
 
+    /// Has the guest stand still with its state stored for a jump; gives the state's size, and what that
+    /// took.
+    pub fn store(
+        &self,
+        swap: &str,
+        nonce: &str,
+        ceiling: Duration,
+    ) -> Result<(u64, Duration), ClientError> {
+        let request = Request::Store {
+            swap: swap.to_owned(),
+            nonce: nonce.to_owned(),
+            ceiling,
+        };
+        match self.ask(&request, &[])?.0 {
+            Reply::Stored { state_bytes, took } => Ok((state_bytes, took)),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// Has a guest that is stored stand still through the jump, which comes now.
+    pub fn await_jump(&self, swap: &str, ceiling: Duration) -> Result<(), ClientError> {
+        let swap = swap.to_owned();
+        match self.ask(&Request::AwaitJump { swap, ceiling }, &[])?.0 {
+            Reply::Done => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
     /// Asks for a rehearsal and waits for its end. `request` must be a [`Request::Rehearse`]. The
     /// socket is closed here as soon as it is sent, so that each side hears when the other closes.
     pub fn rehearse(&self, request: &Request, socket: OwnedFd) -> Result<Rehearsal, ClientError> {

@@ -82,6 +82,27 @@ pub enum Request {
         /// Id of the swap.
         swap: String,
     },
+    /// As [`Request::Freeze`], with the guest's state stored beside its RAM in the host's carve-out, for
+    /// a jump into another kernel. Answered by [`Reply::Stored`] once both are so. If nobody jumps, the
+    /// guest runs on at the ceiling: what was stored is withdrawn first.
+    Store {
+        /// Id of the swap of the host.
+        swap: String,
+        /// The jump's nonce.
+        nonce: String,
+        /// The longest it stands still.
+        #[serde(rename = "ceiling_ns", with = "crate::nanos")]
+        ceiling: Duration,
+    },
+    /// The jump comes now: the ceiling of a guest that is stored for it begins anew, with this length, so
+    /// that it does not run on while the kernel that runs it shuts down. Answered by [`Reply::Done`].
+    AwaitJump {
+        /// Id of the swap.
+        swap: String,
+        /// The longest it stands still from now on.
+        #[serde(rename = "ceiling_ns", with = "crate::nanos")]
+        ceiling: Duration,
+    },
     /// Have the guest run on that stands still for this swap, rebuilt first if it has let go of KVM.
     /// Answered by [`Reply::Resumed`], also if it runs on already, for whatever reason.
     Resume {
@@ -148,6 +169,14 @@ pub enum Reply {
     Detached,
     /// To [`Request::Rebuild`]: there is a machine again, with the guest's state in it.
     Rebuilt,
+    /// To [`Request::Store`]: the guest stands still, and its state lies beside its RAM.
+    Stored {
+        /// Bytes of the state.
+        state_bytes: u64,
+        /// From the kick to this answer.
+        #[serde(rename = "took_ns", with = "crate::nanos")]
+        took: Duration,
+    },
     /// To [`Request::Resume`]: the guest runs, and this was its pause.
     Resumed {
         /// The report.

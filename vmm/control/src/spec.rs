@@ -93,6 +93,12 @@ pub struct MemorySpec {
     /// Which pages lie behind it.
     #[serde(default)]
     pub pages: Pages,
+    /// What it outlives.
+    #[serde(default, skip_serializing_if = "is_vmm")]
+    pub survive: Survive,
+    /// Where it lies, if it outlives the kernel. The daemon writes this; nobody else does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carve_out: Option<CarveOutSpec>,
 }
 
 impl Default for MemorySpec {
@@ -100,8 +106,43 @@ impl Default for MemorySpec {
         Self {
             size: 256 << 20,
             pages: Pages::Base,
+            survive: Survive::Vmm,
+            carve_out: None,
         }
     }
+}
+
+/// What guest RAM outlives, and so what can be swapped under the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Survive {
+    /// Its VMM: a memfd.
+    #[default]
+    Vmm,
+    /// The host's kernel too: memory of the host's carve-out.
+    Kernel,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_vmm(survive: &Survive) -> bool {
+    *survive == Survive::Vmm
+}
+
+/// A guest's place in the carve-out. All of it in whole 2 MiB.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CarveOutSpec {
+    /// The device-dax, or a file for tests.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub path: PathBuf,
+    /// Where RAM begins, bytes.
+    pub ram: u64,
+    /// Where the guest's record begins, bytes.
+    pub record: u64,
+    /// Bytes of the record's room.
+    pub record_len: u64,
 }
 
 /// Pages behind guest RAM.
@@ -359,7 +400,7 @@ impl MachineSpec {
     }
 
     fn validate_memory(&self) -> Result<(), SpecError> {
-        let MemorySpec { size, pages } = self.memory;
+        let MemorySpec { size, pages, .. } = self.memory;
         if size < MIN_MEMORY {
             return Err(field(
                 "memory.size",
@@ -379,6 +420,44 @@ impl MachineSpec {
                 "memory.size",
                 format!("{size} is no multiple of {page} bytes"),
             ));
+        }
+        self.validate_carve_out()
+    }
+
+    fn validate_carve_out(&self) -> Result<(), SpecError> {
+        let MemorySpec {
+            size,
+            pages,
+            survive,
+            carve_out,
+        } = &self.memory;
+        let huge = Pages::Hugetlb2m.size();
+        if *survive == Survive::Vmm {
+            return match carve_out {
+                None => Ok(()),
+                Some(_) => Err(field(
+                    "memory.carve_out",
+                    "is for `memory.survive`: `kernel` alone",
+                )),
+            };
+        }
+        if *pages != Pages::Base {
+            let text = "a carve-out's memory has its own pages, of 2 MiB; leave `pages` out with \
+                        `survive`: `kernel`";
+            return Err(field("memory.pages", text));
+        }
+        if !size.is_multiple_of(huge) {
+            let text = format!(
+                "{size} is no multiple of the {huge} bytes that a carve-out is given out by"
+            );
+            return Err(field("memory.size", text));
+        }
+        let places = carve_out
+            .iter()
+            .flat_map(|at| [at.ram, at.record, at.record_len]);
+        if places.into_iter().any(|at| !at.is_multiple_of(huge)) {
+            let text = format!("a place that is no multiple of {huge} bytes");
+            return Err(field("memory.carve_out", text));
         }
         Ok(())
     }
@@ -520,6 +599,38 @@ mod tests {
             path: path.into(),
             read_only: false,
         }
+    }
+
+    #[test]
+    fn memory_that_outlives_the_kernel_is_of_whole_2_mib() {
+        let kernel = |change: fn(&mut MemorySpec)| {
+            refused(|s| {
+                s.memory.survive = Survive::Kernel;
+                change(&mut s.memory);
+            })
+        };
+        assert!(kernel(|m| m.size = 33 << 20).contains("`memory.size`"));
+        assert!(kernel(|m| m.pages = Pages::Thp).contains("`memory.pages`"));
+        let at = || CarveOutSpec {
+            path: "/dev/dax0.0".into(),
+            ram: 4 << 20,
+            record: 3 << 20,
+            record_len: 2 << 20,
+        };
+        let placed = refused(|s| {
+            s.memory.survive = Survive::Kernel;
+            s.memory.carve_out = Some(at());
+        });
+        assert!(placed.contains("`memory.carve_out`"), "{placed}");
+        assert!(refused(|s| s.memory.carve_out = Some(at())).contains("`kernel` alone"));
+        let mut sound = spec();
+        sound.memory.survive = Survive::Kernel;
+        sound.validate().expect("the daemon finds its place later");
+        let plain = serde_json::to_string(&spec()).expect("JSON");
+        assert!(
+            !plain.contains("survive"),
+            "an older release reads it: {plain}"
+        );
     }
 
     #[test]

@@ -170,6 +170,11 @@ impl<'g> Frozen<'g> {
         }
     }
 
+    /// The guest may be run from its record in the carve-out: it stays still here for good.
+    pub fn stay_still(mut self) {
+        self.given_up = true;
+    }
+
     /// Says that the saved state is complete and lies where the others can reach it.
     pub fn seal(&mut self) -> Result<Epoch, FreezeError> {
         faults::reach(faults::Point::Saved).map_err(FreezeError::Injected)?;

@@ -2,13 +2,17 @@
 //! first is put where it is to be, then the masterclock is begun, and the others follow.
 
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2, kvm_enable_cap};
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_state::StateError;
 
 use super::build::{BuildError, kvm};
 use crate::boot::cpuid;
 use crate::{clock, raw};
+
+/// Kernels refuse a calibration that is off by more than one part in so many of an earlier one
+/// (`tsc_refine_calibration_work`).
+const CALIBRATION: u32 = 100;
 
 /// What a machine's guest was promised at its boot and keeps for its life.
 #[derive(Clone, Debug, Default)]
@@ -39,6 +43,15 @@ pub(super) fn withhold_counters(vm: &VmFd) {
 /// Their fds, what CPUID they tell, and the frequency of their TSC, kHz.
 type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
 
+/// Whether two frequencies are two measurements of one counter. Each kernel calibrates the TSC anew, so
+/// after a jump into another it has another figure, and still the same speed. To ask a KVM that can't
+/// scale for the figure of before would have it refuse, or "catch up" by moving the guest's TSC
+/// (x86.c, `set_tsc_khz`).
+fn is_calibrated_anew(kvm_fd: &Kvm, promised: u32, host: u32) -> bool {
+    let scales = kvm_fd.check_extension(Cap::TscControl);
+    promised != host && !scales && promised.abs_diff(host) <= host / CALIBRATION
+}
+
 /// Makes the vCPUs of a machine that has none, as far as they can be without their state.
 pub(super) fn make(
     kvm_fd: &Kvm,
@@ -49,7 +62,11 @@ pub(super) fn make(
     let mut fds = Vec::with_capacity(spec.cpus.into());
     let first = vm.create_vcpu(0).map_err(kvm("create vCPU 0"))?;
     let host_khz = first.get_tsc_khz().map_err(kvm("tell the TSC frequency"))?;
-    let tsc_khz = promise.tsc_khz.unwrap_or(host_khz);
+    let promised = promise.tsc_khz.unwrap_or(host_khz);
+    let tsc_khz = match is_calibrated_anew(kvm_fd, promised, host_khz) {
+        true => host_khz,
+        false => promised,
+    };
     if tsc_khz != host_khz {
         first
             .set_tsc_khz(tsc_khz)

@@ -91,6 +91,8 @@ fn answer(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
         | Request::Freeze { .. }
         | Request::Detach { .. }
         | Request::Rebuild { .. }
+        | Request::Store { .. }
+        | Request::AwaitJump { .. }
         | Request::Resume { .. }
         | Request::Rehearse { .. } => {
             return change(caller, desk, events, request, fds);
@@ -162,6 +164,7 @@ fn refuse(desk: &Desk, request: &Request) -> Option<Reply> {
         Request::Resume { .. }
             | Request::Detach { .. }
             | Request::Rebuild { .. }
+            | Request::AwaitJump { .. }
             | Request::PowerOff
     );
     let (code, message) = match desk.state() {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Running ──Freeze──▶ Frozen ──Resume, PowerOff, the ceiling, the guest's own end──▶ Running
+//!          ──Store──▶ Frozen, and stored beside RAM ([`super::jump`]) ── withdrawn first ──┘
 //! ```
 //!
 //! Everything stays where it is: threads, KVM's fds, RAM. So there is nothing to carry, and nothing
@@ -22,7 +23,8 @@ use stillpoint_control::report::{
 use stillpoint_control::spec::MAX_BUDGET;
 use stillpoint_state::sections::Clock;
 
-use super::{ENTER_PATIENCE, Process, refusal};
+use super::jump::Stored;
+use super::{ENTER_PATIENCE, End, Process, refusal};
 use crate::clock::{self, Scale, host_tsc};
 use crate::event::{Event, Job};
 use crate::handover::{correct, measure};
@@ -38,6 +40,19 @@ enum Ended {
     Ceiling,
     /// It ended, or is to end.
     Over,
+}
+
+/// What is known of a pause when it begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms<'a> {
+    /// Id of the swap.
+    pub(super) swap: &'a str,
+    /// The longest it may be.
+    pub(super) ceiling: Duration,
+    /// The guest's wall clock less the host's, as its agent says.
+    pub(super) wall_error_ns: Option<i64>,
+    /// When it was asked for.
+    pub(super) started_at_unix_ns: u64,
 }
 
 /// What was seen of a pause.
@@ -56,39 +71,78 @@ struct Seen {
 
 impl Process {
     /// Has the guest stand still until it is to run on.
-    pub(super) fn stand_still(&mut self, job: Job) {
-        let Request::Freeze { swap, ceiling } = job.request else {
-            return;
+    pub(super) fn stand_still(&mut self, job: Job) -> Option<End> {
+        let (swap, nonce, ceiling) = match job.request {
+            Request::Freeze { swap, ceiling } => (swap, None, ceiling),
+            Request::Store {
+                swap,
+                nonce,
+                ceiling,
+            } => (swap, Some(nonce), ceiling),
+            _ => return None,
         };
         if ceiling.is_zero() || ceiling > MAX_BUDGET {
             let message = format!("a pause of {ceiling:?} is not more than 0 and at most 30 s");
             let _ = job.reply.send(refusal("bad_request", message));
-            return;
+            return None;
         }
+        let place = match nonce.as_ref().map(|_| self.record_place()).transpose() {
+            Ok(place) => place,
+            Err(why) => {
+                let _ = job.reply.send(refusal("bad_request", why));
+                return None;
+            }
+        };
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let wall_error_ns = correct::ask_error(&self.guest.machine, &self.dir);
         let mut frozen = match self.guest.freeze(ceiling) {
             Ok(frozen) => frozen,
             Err(error) => {
                 let _ = job.reply.send(refusal("failed", error.to_string()));
-                return;
+                return None;
             }
         };
         let before = frozen.machine().clock().ok();
+        let terms = Terms {
+            swap: &swap,
+            ceiling,
+            wall_error_ns,
+            started_at_unix_ns: now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(0)),
+        };
+        let stored = place
+            .zip(nonce)
+            .map(|(place, nonce)| Stored::store(&mut frozen, place, &nonce, &terms, &self.desk));
+        let stored = match stored.transpose() {
+            Ok(stored) => stored,
+            // Nothing of it may be run from, and the guard lets the guest run on.
+            Err(why) => {
+                let _ = job.reply.send(refusal("failed", why));
+                return None;
+            }
+        };
         self.desk.set_state(GuestState::Frozen);
-        let _ = job.reply.send(Reply::Frozen);
+        let _ = job.reply.send(match &stored {
+            None => Reply::Frozen,
+            Some(stored) => stored.told(frozen.kicked.elapsed()),
+        });
         // The caller's thread reads to the end of replies.
         drop(job.reply);
         let ended = await_end(&self.events, &mut self.waiting, &mut frozen, &swap);
+        if let Some(Err(why)) = stored.map(Stored::withdraw) {
+            // Somebody may run it from there: it must not run here as well.
+            tracing::error!("{why}; the guest stays still here, and this process ends");
+            frozen.stay_still();
+            return Some(End::Moved);
+        }
         let seen = Seen {
-            swap,
             ceiling,
             drained: frozen.drained,
             kicked_tsc: frozen.kicked_tsc,
             clocks: [before, frozen.machine().clock().ok()],
             marks: std::mem::take(&mut frozen.timing.marks),
-            wall_error_ns,
-            started_at_unix_ns: now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(0)),
+            wall_error_ns: terms.wall_error_ns,
+            started_at_unix_ns: terms.started_at_unix_ns,
+            swap: terms.swap.to_owned(),
             entered: run_on(frozen),
         };
         self.desk.set_state(GuestState::Running);
@@ -99,6 +153,7 @@ impl Process {
             let report = Box::new(report);
             let _ = job.reply.send(Reply::Resumed { report });
         }
+        None
     }
 
     fn report(&self, seen: Seen, ended: &Ended) -> SwapReport {
@@ -166,13 +221,17 @@ fn await_end(
     frozen: &mut Frozen<'_>,
     swap: &str,
 ) -> Ended {
-    let deadline = frozen.deadline;
+    let mut deadline = frozen.deadline;
     let ended = loop {
         let left = deadline.saturating_duration_since(Instant::now());
         match events.recv_timeout(left) {
             Err(_) => break Ended::Ceiling,
             Ok(Event::Control(job)) => match &job.request {
                 Request::Resume { swap: of } if of == swap => break Ended::Asked(job),
+                Request::AwaitJump { swap: of, ceiling } if of == swap => {
+                    deadline = Instant::now() + *ceiling;
+                    let _ = job.reply.send(Reply::Done);
+                }
                 Request::PowerOff => {
                     waiting.push_back(Event::Control(job));
                     break Ended::Over;

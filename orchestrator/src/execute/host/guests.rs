@@ -73,8 +73,34 @@ pub(super) async fn rebuild_all(swap: &HostSwap, parts: &[Part]) -> Result<(), S
     all(parts, answers, "come back")
 }
 
+/// Stores all guests for a jump.
+pub(in crate::execute) async fn store_all(
+    swap: &HostSwap,
+    parts: &[Part],
+    nonce: &str,
+) -> Result<(), String> {
+    let (id, ceiling) = (swap.id.0.clone(), Duration::from_nanos(swap.budget_ns));
+    let nonce = nonce.to_owned();
+    let store = move |client: &Client| client.store(&id, &nonce, ceiling).map(drop);
+    all(parts, ask_all(parts, store).await, "come to be stored")
+}
+
+/// Has all guests stand still through the jump, which comes now.
+pub(in crate::execute) async fn await_jump_all(
+    swap: &HostSwap,
+    parts: &[Part],
+    ceiling: Duration,
+) -> Result<(), String> {
+    let id = swap.id.0.clone();
+    let answers = ask_all(parts, move |client| client.await_jump(&id, ceiling)).await;
+    all(parts, answers, "stand still for the jump")
+}
+
 /// Has all guests run on; gives each one's report, or why there is none.
-pub(super) async fn resume_all(swap: &HostSwap, parts: &[Part]) -> Vec<Result<SwapReport, String>> {
+pub(in crate::execute) async fn resume_all(
+    swap: &HostSwap,
+    parts: &[Part],
+) -> Vec<Result<SwapReport, String>> {
     let id = swap.id.0.clone();
     ask_all(parts, move |client| client.resume(&id)).await
 }

@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use stillpoint_images::programs::PROGRAMS;
 use stillpoint_tests::rig::order::{
-    ANSWER, Answer, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STILL_S,
+    ANSWER, Answer, CARVE_OUT, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STILL_S,
 };
 
 /// What it says besides what the command says.
@@ -39,7 +39,10 @@ fn live() -> anyhow::Result<()> {
     keep_time(order.time_limit_s.map(Duration::from_secs));
     std::fs::create_dir_all("/results")?;
     busybox(&["ip", "link", "set", "lo", "up"])?;
-    scratch()?;
+    scratch(order.jumped)?;
+    if order.carve_out {
+        carve_out()?;
+    }
     if !Path::new("/dev/kvm").exists() {
         say("there is no /dev/kvm on this host");
     }
@@ -144,13 +147,52 @@ fn disk(serial: &str) -> Option<PathBuf> {
         .next()
 }
 
-/// Mounts the scratch disk, if there is one, with a new file system.
-fn scratch() -> anyhow::Result<()> {
+/// Turns memory that the kernel left alone into a device-dax, as `ndctl create-namespace --mode devdax`
+/// does. Where that was done under the kernel before, what it wrote there is found, and it is there.
+fn carve_out() -> anyhow::Result<()> {
+    let soon = Instant::now() + Duration::from_secs(2);
+    while !Path::new(CARVE_OUT).exists() && Instant::now() < soon {
+        std::thread::sleep(Duration::from_millis(20));
+        if Path::new("/sys/bus/nd/drivers/nd_pmem/namespace0.0").exists() {
+            break;
+        }
+    }
+    if Path::new(CARVE_OUT).exists() {
+        return Ok(());
+    }
+    let set = |path: String, text: &str| {
+        std::fs::write(&path, text).with_context(|| format!("writing {text:?} to {path}"))
+    };
+    let nd = "/sys/bus/nd";
+    set(format!("{nd}/drivers/nd_pmem/unbind"), "namespace0.0")?;
+    let seed = std::fs::read_to_string(format!("{nd}/devices/region0/dax_seed"));
+    let seed = seed.context("the region's seed")?;
+    let dax = format!("{nd}/devices/{}", seed.trim());
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    for (name, text) in [
+        ("align", "2097152"),
+        ("mode", "ram"),
+        ("uuid", uuid.trim()),
+        ("namespace", "namespace0.0"),
+    ] {
+        set(format!("{dax}/{name}"), text)?;
+    }
+    set(format!("{nd}/drivers/dax_pmem/bind"), seed.trim())?;
+    if !Path::new(CARVE_OUT).exists() {
+        bail!("there is no {CARVE_OUT}");
+    }
+    Ok(())
+}
+
+/// Mounts the scratch disk, if there is one, with a new file system, unless the kernel before used it.
+fn scratch(as_it_is: bool) -> anyhow::Result<()> {
     let Some(disk) = disk(SCRATCH_DISK) else {
         return Ok(());
     };
     let disk = disk.display().to_string();
-    busybox(&["mkfs.ext2", "-F", &disk])?;
+    if !as_it_is {
+        busybox(&["mke2fs", "-F", &disk])?;
+    }
     std::fs::create_dir_all("/scratch")?;
     mount(disk.as_str(), "/scratch", "ext4", MountFlags::empty(), None).context("mounting /scratch")
 }

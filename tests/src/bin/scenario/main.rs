@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod debian;
+mod kernel;
 mod pulse;
 
 /// One scenario, run on this host with the programs of `STILLPOINT_ROOT`.
@@ -23,12 +25,15 @@ struct Args {
 enum What {
     /// Boot pulse under a real daemon, swap its VMM there and back, and see that nothing was lost.
     Pulse,
+    /// The host's kernel swapped under pulse, in the emulated host.
+    Kernel(kernel::Args),
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let told = match args.what {
         What::Pulse => pulse::tell(),
+        What::Kernel(args) => kernel::tell(&args),
     };
     match told.and_then(|report| write(&args.results, &report)) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,122 @@
+//! `stillpoint adopt`
+
+use std::process::ExitCode;
+
+use hyper::Method;
+
+use super::{Desk, format, path_part, say, say_json};
+use crate::api::CarveOutView;
+use crate::model::{Problem, VmState};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Try a guest again that was not revived after a jump.
+    #[arg(long, value_name = "NAME", group = "act")]
+    retry: Option<String>,
+    /// Give back the memory of a guest that is not to be run from its record any more.
+    #[arg(long, value_name = "NAME", group = "act")]
+    forget: Option<String>,
+    /// Begin the carve-out anew: whatever lies in it is given up. For one whose directory is damaged.
+    #[arg(long, group = "act")]
+    forget_all: bool,
+}
+
+pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    const ALL: &str = "/v1/host/carve-out";
+    let view: CarveOutView = match (args.retry, args.forget) {
+        (Some(name), _) => {
+            let path = format!("{ALL}/{}/retry", path_part(&name)?);
+            desk.api.send(Method::POST, &path, &()).await?
+        }
+        (None, Some(name)) => {
+            let path = format!("{ALL}/{}", path_part(&name)?);
+            desk.api.send(Method::DELETE, &path, &()).await?
+        }
+        (None, None) if args.forget_all => desk.api.send(Method::DELETE, ALL, &()).await?,
+        (None, None) => desk.api.get(ALL).await?,
+    };
+    if desk.json {
+        say_json(&view)?;
+    } else {
+        say(&text(&view))?;
+    }
+    Ok(match view.problem {
+        Some(_) => ExitCode::FAILURE,
+        None => ExitCode::SUCCESS,
+    })
+}
+
+fn text(view: &CarveOutView) -> String {
+    if let Some(problem) = &view.problem {
+        return problem.clone();
+    }
+    let mut text = format!(
+        "{}: {} of {} free\n",
+        view.path,
+        format::size(view.free),
+        format::size(view.size)
+    );
+    let rows: Vec<_> = view
+        .guests
+        .iter()
+        .map(|guest| {
+            vec![
+                guest.vm.clone(),
+                guest
+                    .state
+                    .map_or_else(|| "-".into(), |state| state.to_string()),
+                guest.record.clone(),
+                format::size(guest.ram_len),
+                format!("{:#x}", guest.ram),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        let head = ["NAME", "STATE", "RECORD", "RAM", "AT"];
+        text.push_str(&format::table(&head, &[3, 4], &rows));
+    }
+    for guest in &view.guests {
+        let lost = guest
+            .state
+            .is_none_or(|state| !state.is_active() && state != VmState::Stopped);
+        if let (true, Some(reason)) = (lost, &guest.reason) {
+            text.push_str(&format!("\n{}: {reason}", guest.vm));
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::CarvedGuest;
+
+    #[test]
+    fn a_person_reads_who_is_where_and_what_is_lost() {
+        let guest = |vm: &str, state, record: &str, reason: Option<&str>| CarvedGuest {
+            vm: vm.into(),
+            state: Some(state),
+            ram: 2 << 20,
+            ram_len: 64 << 20,
+            record: record.into(),
+            reason: reason.map(str::to_owned),
+        };
+        let view = CarveOutView {
+            path: "/dev/dax0.0".into(),
+            size: 256 << 20,
+            free: 128 << 20,
+            problem: None,
+            guests: vec![
+                guest("web-1", VmState::Running, "consumed", None),
+                guest("web-2", VmState::Failed, "stored", Some("no disk")),
+            ],
+        };
+        let text = text(&view);
+        assert!(
+            text.starts_with("/dev/dax0.0: 128 MiB of 256 MiB free\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("web-2: no disk"), "{text}");
+        assert!(!text.contains("web-1:"), "{text}");
+    }
+}

@@ -1,0 +1,258 @@
+//! The host's kernel swapped under its guests, told in stages: each kernel that is jumped into runs the
+//! next one. Only for an emulated host: it jumps.
+//!
+//! 1. *leave*: guests are started, one of them with a disk that is then put away, and the host jumps.
+//! 2. *arrive*: every guest goes on, but the one whose disk is missing: it is kept, told of by name, and
+//!    goes on when the disk is back and it is tried again. Then the host crashes, by a jump that nothing
+//!    prepared, on a command line that still names the first.
+//! 3. *crashed*: nobody is run from a record of before.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+use stillpoint_tests::daemon::Daemon;
+use stillpoint_tests::ground;
+use stillpoint_tests::guest::Snapshot;
+use stillpoint_tests::releases::{self, Release};
+use stillpoint_tests::rig::crash;
+use stillpoint_tests::rig::order::{CARVE_OUT, JUMPS};
+
+use crate::debian;
+
+/// Where the daemon lives, on a disk that both kernels have.
+pub(crate) const HOST: &str = "/scratch/host";
+/// What the stage before saw.
+const SEEN: &str = "/scratch/seen.json";
+/// Where all that was seen is written, for the last stage to bring out.
+const TOLD: &str = "/scratch/told.json";
+const GUEST: &str = "pulse-1";
+/// The guest whose disk is missing.
+const ASTRAY: &str = "pulse-2";
+const DISK: &str = "/scratch/disk.img";
+const AWAY: &str = "/scratch/disk.away";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The kernel to jump into, by its name below /jump; in later stages it is known.
+    #[arg(long, value_name = "NAME")]
+    into: Option<String>,
+    /// With a Debian guest at work beside the others, and without the crash.
+    #[arg(long)]
+    debian: bool,
+}
+
+pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
+    if let Some(reason) = ground::no_kvm() {
+        bail!("{reason}");
+    }
+    let told = match (&args.into, Path::new(TOLD).exists()) {
+        (Some(kernel), _) => leave(kernel, args.debian),
+        (None, false) => arrive(args.debian),
+        (None, true) => crashed(),
+    };
+    told.with_context(|| {
+        let host = Path::new(HOST);
+        let vmm = |name: &str| host.join("run/vms").join(name).join("vmm.log");
+        let logs = [
+            vmm(GUEST),
+            vmm(ASTRAY),
+            vmm(debian::GUEST),
+            host.join("stillpointd.log"),
+        ];
+        let texts = logs.map(|log| std::fs::read_to_string(log).unwrap_or_default());
+        format!("what was logged:\n{}", texts.join("\n"))
+    })
+}
+
+fn daemon() -> anyhow::Result<Daemon> {
+    std::fs::create_dir_all(HOST)?;
+    Daemon::start_with(Path::new(HOST), &["--carve-out", CARVE_OUT])
+}
+
+fn run_pulse(daemon: &Daemon, name: &str, more: &[&str]) -> anyhow::Result<Snapshot> {
+    let image = releases::pulse()?.display().to_string();
+    let run = [
+        "run",
+        name,
+        "--cpus",
+        "2",
+        "--memory",
+        "64M",
+        "--survive",
+        "kernel",
+        "--kernel",
+        &image,
+        "--cmdline",
+        "pulse ram=16M duty=40",
+    ];
+    daemon.must(&[&run[..], more].concat())?;
+    let pulse = daemon.pulse(name)?;
+    pulse.wait_online(2)?;
+    pulse.wait_progress(&[0, 1], 10)
+}
+
+fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
+    let daemon = daemon()?;
+    let release = Release::Current.binary()?.display().to_string();
+    daemon.must(&["release", "add", "--unsigned", &release])?;
+    let first = run_pulse(&daemon, GUEST, &[])?;
+    std::fs::File::create(DISK)?.set_len(1 << 20)?;
+    let second = run_pulse(&daemon, ASTRAY, &["--disk", DISK])?;
+    println!("scenario: two pulse guests run in the carve-out");
+    let deb = match with_debian {
+        true => debian::begin(&daemon)?,
+        false => Value::Null,
+    };
+    if !with_debian {
+        // What the next kernel's host lacks.
+        std::fs::rename(DISK, AWAY)?;
+    }
+    let seen = json!({GUEST: told(&first), ASTRAY: told(&second), "debian": deb, "kernel": kernel});
+    std::fs::write(SEEN, serde_json::to_vec(&seen)?)?;
+    let folder = Path::new(JUMPS).join(kernel);
+    let path = |name: &str| folder.join(name).display().to_string();
+    let swap = [
+        "swap",
+        "kernel",
+        "--kernel",
+        &path("bzImage"),
+        "--initrd",
+        &path("initramfs"),
+        "--no-notice",
+        "a scenario",
+    ];
+    println!("scenario: the host jumps into another kernel");
+    let answer = daemon.stillpoint(&swap)?;
+    bail!("the host is still here: {}{}", answer.error, answer.json)
+}
+
+fn told(seen: &Snapshot) -> Value {
+    let counters: Vec<_> = seen.vcpus.iter().map(|vcpu| vcpu.counter).collect();
+    json!({"counters": counters, "tsc": seen.last_tsc})
+}
+
+/// The guest goes on from where it was; gives what it shows.
+fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value> {
+    let pulse = daemon.pulse(name)?;
+    let found = pulse.look()?;
+    for vcpu in 0..2 {
+        let counted = before["counters"][vcpu].as_u64().context("a counter")?;
+        let now = found.vcpus[vcpu].counter;
+        ensure!(
+            now >= counted,
+            "{name}: vCPU {vcpu} counts {now}, and counted {counted} before"
+        );
+    }
+    let seen = pulse.wait_progress(&[0, 1], 20)?;
+    ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
+    pulse.ran_once()?;
+    println!("scenario: {name} went on");
+    Ok(told(&seen))
+}
+
+fn arrive(with_debian: bool) -> anyhow::Result<Value> {
+    let before: Value = serde_json::from_slice(&std::fs::read(SEEN)?)?;
+    if with_debian {
+        debian::tap()?;
+    }
+    let daemon = daemon()?;
+    let swaps = daemon.must(&["host", "changes"])?;
+    let swap = swaps[0].clone();
+    let shown = daemon.command(&["host", "show", swap["id"].as_str().unwrap_or_default()]);
+    show(shown)?;
+    let first = goes_on(&daemon, GUEST, &before[GUEST])?;
+    let report = daemon.must(&["report", GUEST])?;
+    if with_debian {
+        ensure!(swap["state"] == "done", "{swap:#}");
+        let second = goes_on(&daemon, ASTRAY, &before[ASTRAY])?;
+        let deb = debian::end(&daemon, &before["debian"])?;
+        return Ok(json!({
+            "swap": swap, "report": report, "before": before, "after": [first, second], "debian": deb,
+        }));
+    }
+    let astray = astray(&daemon, &swap, &before)?;
+    let all = json!({"swap": swap, "report": report, "before": before, "after": [first, astray]});
+    std::fs::write(TOLD, serde_json::to_vec(&all)?)?;
+    rustix::fs::sync();
+    println!("scenario: the host crashes");
+    let folder = PathBuf::from(JUMPS).join("again");
+    let line = std::fs::read_to_string("/proc/cmdline")?;
+    crash::into(
+        &folder.join("bzImage"),
+        &folder.join("initramfs"),
+        line.trim(),
+    )?;
+    bail!("the host is still here")
+}
+
+/// The guest whose disk is missing: kept, told of, and brought back.
+fn astray(daemon: &Daemon, swap: &Value, before: &Value) -> anyhow::Result<Value> {
+    ensure!(swap["state"] == "failed", "{swap:#}");
+    ensure!(
+        swap["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains(ASTRAY)),
+        "{swap:#}"
+    );
+    let shown = daemon.must(&["show", ASTRAY])?;
+    ensure!(shown["state"] == "failed", "{shown:#}");
+    ensure!(
+        shown["reason"].to_string().contains("no such file"),
+        "{shown:#}"
+    );
+    let refused = daemon.stillpoint(&["rm", ASTRAY])?;
+    ensure!(!refused.success, "its memory may yet be wanted");
+    let record = |view: &Value| {
+        let mut guests = view["guests"].as_array().into_iter().flatten();
+        let found = guests.find(|guest| guest["vm"] == ASTRAY);
+        found
+            .map(|guest| guest["record"].clone())
+            .unwrap_or_default()
+    };
+    ensure!(record(&daemon.must(&["adopt"])?) == "stored");
+    let again = daemon.stillpoint(&["adopt", "--retry", ASTRAY])?;
+    ensure!(
+        !again.success && again.error.contains("no such file"),
+        "{}",
+        again.error
+    );
+    std::fs::rename(AWAY, DISK)?;
+    ensure!(record(&daemon.must(&["adopt", "--retry", ASTRAY])?) == "consumed");
+    goes_on(daemon, ASTRAY, &before[ASTRAY])
+}
+
+/// After the crash: the command line names the jump, the directory does, and the records are whole; and
+/// nobody is run from them.
+fn crashed() -> anyhow::Result<Value> {
+    let mut all: Value = serde_json::from_slice(&std::fs::read(TOLD)?)?;
+    let line = std::fs::read_to_string("/proc/cmdline")?;
+    ensure!(line.contains("stillpoint.jump="), "{line}");
+    let daemon = daemon()?;
+    for name in [GUEST, ASTRAY] {
+        let shown = daemon.must(&["show", name])?;
+        ensure!(shown["state"] == "crashed", "{shown:#}");
+        let again = daemon.stillpoint(&["adopt", "--retry", name])?;
+        ensure!(
+            !again.success && again.error.contains("consumed"),
+            "{}",
+            again.error
+        );
+    }
+    println!("scenario: after the crash nobody is run from a record of before");
+    let view = daemon.must(&["adopt", "--forget", GUEST])?;
+    ensure!(
+        view["guests"].as_array().map(Vec::len) == Some(1),
+        "{view:#}"
+    );
+    all["after_the_crash"] = view;
+    Ok(all)
+}
+
+/// A command's words, for people.
+pub(crate) fn show(mut command: Command) -> anyhow::Result<()> {
+    let output = command.output()?;
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}
