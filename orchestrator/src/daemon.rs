@@ -25,6 +25,7 @@ use crate::metadata::ways::Ways;
 use crate::metrics;
 use crate::reconcile;
 use crate::store::Store;
+use crate::web::{self, door::Key};
 
 /// Events kept for a listener that is slow.
 const EVENTS: usize = 1024;
@@ -44,6 +45,8 @@ pub struct Config {
     pub trust: Vec<String>,
     /// Where Prometheus may ask, if anywhere.
     pub metrics: Option<std::net::SocketAddr>,
+    /// Where people may look at pages, if anywhere.
+    pub page: Option<std::net::SocketAddr>,
 }
 
 /// The run directory when none is given.
@@ -107,12 +110,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
-    let metrics = match config.metrics {
-        Some(at) => Some(metrics::serve::listen(at).await.with_context(|| {
-            format!("cannot listen at {at} for scrapes; give another --metrics")
-        })?),
-        None => None,
-    };
+    let metrics = listen_at(config.metrics, "--metrics").await?;
+    let pages = listen_at(config.page, "--page").await?;
     let waker = reconcile::start(host.clone()).await?;
     for swap in host.store.host_swaps().await? {
         if !swap.state.is_over() {
@@ -126,7 +125,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         let serving = metrics::serve::serve(listener, host.clone(), std::future::pending());
         tokio::spawn(serving);
     }
-    let router = api::router(Desk { host, waker });
+    let desk = Desk { host, waker };
+    // An earlier daemon's key lets nobody in.
+    let _ = std::fs::remove_file(web::door::path(&config.run_dir));
+    if let Some(listener) = pages {
+        let key = Key::new().context("make the page's key")?;
+        let at = listener.local_addr()?;
+        key.write(&config.run_dir, at)
+            .context("write the page's address")?;
+        tracing::info!(%at, "serving pages; `stillpoint page` prints the address that lets in");
+        tokio::spawn(web::serve(
+            listener,
+            desk.clone(),
+            key,
+            std::future::pending(),
+        ));
+    }
+    let router = api::router(desk);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = api::serve(listener, router, async move {
         let _ = ended.await;
@@ -148,6 +163,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = store.end_journal().await;
     store.close().await;
     Ok(())
+}
+
+/// Listens where an option says so, if it does.
+async fn listen_at(
+    at: Option<std::net::SocketAddr>,
+    option: &str,
+) -> anyhow::Result<Option<tokio::net::TcpListener>> {
+    let Some(at) = at else { return Ok(None) };
+    let listener = tokio::net::TcpListener::bind(at).await;
+    let listener =
+        listener.with_context(|| format!("cannot listen at {at}; give another {option}"))?;
+    Ok(Some(listener))
 }
 
 fn notify(state: &[NotifyState<'_>]) {

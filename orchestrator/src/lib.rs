@@ -38,3 +38,4 @@ pub mod plan;
 pub mod reconcile;
 pub mod simulate;
 pub mod store;
+pub mod web;

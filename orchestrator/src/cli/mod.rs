@@ -7,13 +7,14 @@ mod completions;
 mod console;
 mod doctor;
 mod events;
-mod format;
+pub(crate) mod format;
 mod history;
 mod host;
 mod http;
 mod logs;
 mod ls;
 mod man;
+mod page;
 mod progress;
 mod release;
 mod report;
@@ -73,6 +74,8 @@ enum Verb {
     Host(host::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
+    /// Prints the address of the daemon's page, with the key that lets in.
+    Page,
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
     /// Shows what was asked of the daemon and what came of it, line by line.
@@ -165,6 +168,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Swap(args) => swap::run(desk, args).await,
         Verb::Host(args) => host::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
+        Verb::Page => page::run(desk),
         Verb::Report(args) => report::run(desk, args).await,
         Verb::History(args) => history::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,

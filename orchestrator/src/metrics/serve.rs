@@ -2,7 +2,6 @@
 //! on an address, which the API never does.
 
 use std::future::Future;
-use std::net::SocketAddr;
 
 use axum::Router;
 use axum::extract::State;
@@ -16,11 +15,6 @@ use crate::execute::Host;
 
 /// Of OpenMetrics 1.0.
 const TEXT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// Listens.
-pub async fn listen(at: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(at).await
-}
 
 /// Serves until `end`.
 pub async fn serve(
