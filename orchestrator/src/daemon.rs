@@ -46,7 +46,7 @@ pub struct Config {
     /// Where Prometheus may ask, if anywhere.
     pub metrics: Option<std::net::SocketAddr>,
     /// Where people may look at pages, if anywhere.
-    pub page: Option<std::net::SocketAddr>,
+    pub web: Option<std::net::SocketAddr>,
 }
 
 /// The run directory when none is given.
@@ -111,7 +111,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket)?;
     let metrics = listen_at(config.metrics, "--metrics").await?;
-    let pages = listen_at(config.page, "--page").await?;
+    let pages = listen_at(config.web, "--web").await?;
     let waker = reconcile::start(host.clone()).await?;
     for swap in host.store.host_swaps().await? {
         if !swap.state.is_over() {

@@ -33,7 +33,7 @@ struct Args {
     /// Where people may look at pages, such as 127.0.0.1:8080: what runs here and how its pauses went.
     /// `stillpoint page` prints the address that lets in [nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
-    page: Option<std::net::SocketAddr>,
+    web: Option<std::net::SocketAddr>,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -92,7 +92,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         run_dir: std::path::absolute(run_dir)?,
         trust: args.trust,
         metrics: args.metrics,
-        page: args.page,
+        web: args.web,
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

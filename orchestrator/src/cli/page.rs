@@ -12,7 +12,7 @@ pub(super) fn run(desk: &Desk) -> Result<ExitCode, Problem> {
     let url = std::fs::read_to_string(&path).map_err(|error| {
         let message = match error.kind() {
             std::io::ErrorKind::NotFound => "the daemon serves no page; start it with \
-                                              `stillpointd --page 127.0.0.1:8080`"
+                                              `stillpointd --web 127.0.0.1:8080`"
                 .to_owned(),
             _ => format!("cannot read {}: {error}", path.display()),
         };
