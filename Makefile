@@ -16,6 +16,10 @@ help: ## print this help
 deps: ## install what a fresh Debian lacks (a C compiler and make; needs root)
 	@command -v cc >/dev/null && command -v make >/dev/null || (apt-get update -q && apt-get install -qy gcc make)
 
+.PHONY: deps-browser
+deps-browser: ## install Chromium, in which the daemon's pages are tested (needs root; without it those tests are skipped by name)
+	@command -v chromium >/dev/null || (apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium fonts-dejavu-core)
+
 .PHONY: pulse images
 pulse: ## build pulse, the bare-metal test guest
 	$(CARGO) build --release $(PULSE)

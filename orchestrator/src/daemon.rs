@@ -32,7 +32,7 @@ use crate::reconcile;
 use crate::store::Store;
 use crate::store::shared::etcd::{Etcd, EtcdConfig};
 use crate::store::shared::{Shared, Sqlite};
-use crate::web;
+use crate::web::{self, door};
 
 /// Events kept for a listener that is slow.
 const EVENTS: usize = 1024;
@@ -54,7 +54,7 @@ pub struct Config {
     pub stands: Stands,
     /// The etcd that its fleet shares; this host's own store when absent.
     pub etcd: Option<EtcdConfig>,
-    /// Where pages and figures are served by TCP, to whoever can connect; nowhere when absent.
+    /// Where pages and figures are served by TCP; nowhere when absent.
     pub web: Option<SocketAddr>,
     /// The host's carve-out, if it has one.
     pub carve_out: Option<PathBuf>,
@@ -141,8 +141,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         fleet,
         publisher,
     };
+    // An earlier daemon's key lets nobody in.
+    let _ = std::fs::remove_file(door::path(&config.run_dir));
     if let Some(at) = config.web {
-        serve_web(at, desk.clone()).await?;
+        serve_web(at, &config.run_dir, desk.clone()).await?;
     }
     tokio::spawn(driver::drive(desk.fleet.clone()));
     tokio::spawn(orders::obey(desk.clone()));
@@ -170,14 +172,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Pages and figures, without asking who reads them: nothing can be changed by them.
-async fn serve_web(at: SocketAddr, desk: Desk) -> anyhow::Result<()> {
+/// Pages, to those who know the key, and figures.
+async fn serve_web(at: SocketAddr, run_dir: &Path, desk: Desk) -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(at).await;
     let listener = listener
         .with_context(|| format!("cannot listen at {at} for --web; give another address"))?;
-    tracing::info!(at = %listener.local_addr()?, "serves pages, and figures at /metrics");
+    let at = listener.local_addr()?;
+    let key = door::Key::new().context("make the key of the pages")?;
+    key.write(run_dir, at)
+        .context("write the address of the pages")?;
+    tracing::info!(%at, "serves pages, to who has the address that `stillpoint page` prints, and figures at /metrics");
     tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, web::router(desk)).await {
+        if let Err(error) = web::serve(listener, desk, key, std::future::pending()).await {
             tracing::warn!("pages are served no more: {error}");
         }
     });

@@ -241,23 +241,22 @@ fn a_daemon_that_dies_in_the_middle_does_no_step_twice() {
 }
 
 #[test]
-fn pages_and_figures_are_served_by_tcp_and_nothing_can_be_done_there() {
+fn pages_of_the_fleet_and_figures_are_served_by_tcp() {
     let daemon = Daemon::start_with(&["--web", "127.0.0.1:0"]);
     daemon.add("good", None);
     daemon.add("next", None);
     daemon.run("web", "good").good();
     assert_eq!(daemon.swap("web", "next")["state"], "moved");
-    let log = daemon.log();
-    let line = log.lines().find(|line| line.contains("serves pages"));
-    let at = line
-        .and_then(|line| line.rsplit_once("at="))
-        .expect("where");
+    let said = daemon.ask(&["page"]).good();
+    let url = said["url"].as_str().expect("an address").to_owned();
+    let (site, key) = url.split_once("/?key=").expect("a key");
+    let at = site.strip_prefix("http://").expect("http");
     let get = |path: &str| {
         use std::io::{Read, Write};
-        let mut stream = std::net::TcpStream::connect(at.1.trim()).expect("connect");
+        let mut stream = std::net::TcpStream::connect(at).expect("connect");
         write!(
             stream,
-            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nCookie: stillpoint={key}\r\n\r\n"
         )
         .expect("ask");
         let mut text = String::new();
@@ -281,7 +280,7 @@ fn pages_and_figures_are_served_by_tcp_and_nothing_can_be_done_there() {
     }
     // Without a script the page has the facts all the same.
     rollout(&daemon, "start", "good", &[]).good();
-    let page = get("/");
+    let page = get("/fleet");
     for fact in [
         "<strong>web</strong>",
         "release good",

@@ -126,6 +126,11 @@ pub fn router(desk: Desk) -> Router {
 async fn doctor(
     axum::extract::State(desk): axum::extract::State<Desk>,
 ) -> axum::Json<Vec<crate::doctor::Check>> {
+    axum::Json(checks(&desk).await)
+}
+
+/// What this host can and can't do, as its daemon sees it.
+pub(crate) async fn checks(desk: &Desk) -> Vec<crate::doctor::Check> {
     let host = &desk.host;
     let newest = host
         .store
@@ -140,5 +145,5 @@ async fn doctor(
         .await
         .map(drop)
         .map_err(|e| e.to_string());
-    axum::Json(crate::doctor::of_daemon(binary, store).await)
+    crate::doctor::of_daemon(binary, store).await
 }

@@ -46,13 +46,7 @@ pub(super) async fn approve(
     Path(event): Path<String>,
 ) -> Result<Json<Pause>, Refusal> {
     let event = EventId(event);
-    let approve = |board: &mut Board, now| {
-        let group = board.group_of(&event).cloned();
-        let group = group.ok_or_else(|| EventError::Unknown(event.to_string()))?;
-        let events = std::slice::from_ref(&event);
-        board.approve(events, &group, &Approver::Operator, now)
-    };
-    desk.host.notices.change(approve).await??;
+    desk.approve(&event).await?;
     desk.pause(&event).await
 }
 
@@ -69,16 +63,41 @@ pub(super) async fn cancel(
     Body(Cancel { reason }): Body<Cancel>,
 ) -> Result<Json<Pause>, Refusal> {
     let event = EventId(event);
-    let why = match reason {
-        Some(reason) => format!("cancelled by an operator: {reason}"),
-        None => "cancelled by an operator".into(),
-    };
-    let cancel = |board: &mut Board, now| board.cancel(&event, &why, now);
-    desk.host.notices.change(cancel).await??;
+    desk.cancel(&event, reason).await?;
     desk.pause(&event).await
 }
 
 impl Desk {
+    /// Approves an event in its group's place.
+    pub(crate) async fn approve(&self, event: &EventId) -> Result<(), Refusal> {
+        let approve = |board: &mut Board, now| {
+            let group = board.group_of(event).cloned();
+            let group = group.ok_or_else(|| EventError::Unknown(event.to_string()))?;
+            board.approve(
+                std::slice::from_ref(event),
+                &group,
+                &Approver::Operator,
+                now,
+            )
+        };
+        Ok(self.host.notices.change(approve).await??)
+    }
+
+    /// Withdraws the pause of which this event tells.
+    pub(crate) async fn cancel(
+        &self,
+        event: &EventId,
+        reason: Option<String>,
+    ) -> Result<(), Refusal> {
+        let why = match reason {
+            Some(reason) => format!("cancelled by an operator: {reason}"),
+            None => "cancelled by an operator".into(),
+        };
+        let cancel = |board: &mut Board, now| board.cancel(event, &why, now);
+        self.host.notices.change(cancel).await??;
+        Ok(())
+    }
+
     async fn pause(&self, event: &EventId) -> Result<Json<Pause>, Refusal> {
         let tells = |pause: &&Pause| pause.notices.iter().any(|n| n.event == *event);
         let find = |board: &Board| board.all().into_iter().find(tells).cloned();

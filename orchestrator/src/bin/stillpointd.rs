@@ -42,8 +42,8 @@ struct Args {
     fault_domain: String,
     #[command(flatten)]
     shared: SharedArgs,
-    /// Where pages are served, and figures for Prometheus (/metrics), to whoever can connect: to be looked
-    /// at, nothing can be changed there [nowhere].
+    /// Where pages are served, such as 127.0.0.1:8080, and figures for Prometheus beside them (/metrics).
+    /// `stillpoint page` prints the address that lets in; figures are told to whoever can connect [nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
     web: Option<std::net::SocketAddr>,
     /// Logs as JSON, one object a line.

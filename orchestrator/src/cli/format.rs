@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// A time with three digits and a fitting unit.
-pub(super) fn time(duration: Duration) -> String {
+pub(crate) fn time(duration: Duration) -> String {
     let ns = duration.as_nanos();
     #[allow(clippy::cast_precision_loss)] // Three digits are shown.
     let ns_f = ns as f64;
@@ -22,13 +22,13 @@ pub(super) fn time(duration: Duration) -> String {
 }
 
 /// A signed time.
-pub(super) fn signed_time(ns: i64) -> String {
+pub(crate) fn signed_time(ns: i64) -> String {
     let sign = if ns < 0 { "-" } else { "+" };
     format!("{sign}{}", time(Duration::from_nanos(ns.unsigned_abs())))
 }
 
 /// A size in the largest unit that divides it.
-pub(super) fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
         if bytes > 0 && bytes.is_multiple_of(1 << shift) {
             return format!("{} {unit}", bytes >> shift);
@@ -43,7 +43,7 @@ pub(super) fn whole_ns(duration: Duration) -> u64 {
 }
 
 /// How long it is until then.
-pub(super) fn until(unix_s: u64) -> String {
+pub(crate) fn until(unix_s: u64) -> String {
     let seconds = unix_s.saturating_sub(crate::execute::unix_ns() / 1_000_000_000);
     match seconds {
         0 => "now".into(),
@@ -54,7 +54,7 @@ pub(super) fn until(unix_s: u64) -> String {
 }
 
 /// How long ago that was.
-pub(super) fn ago(unix_ns: u64) -> String {
+pub(crate) fn ago(unix_ns: u64) -> String {
     let seconds = crate::execute::unix_ns().saturating_sub(unix_ns) / 1_000_000_000;
     match seconds {
         0..120 => format!("{seconds} s ago"),

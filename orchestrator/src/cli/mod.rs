@@ -8,7 +8,7 @@ mod completions;
 mod console;
 mod doctor;
 mod events;
-mod format;
+pub(crate) mod format;
 mod history;
 mod host;
 mod hosts;
@@ -17,6 +17,7 @@ mod kernel;
 mod logs;
 mod ls;
 mod man;
+mod page;
 mod prepare;
 mod progress;
 mod release;
@@ -80,6 +81,8 @@ enum Verb {
     Adopt(adopt::Args),
     /// Lists, approves, cancels and watches what guests are told of their pauses.
     Events(events::Args),
+    /// Prints the address of the daemon's page, with the key that lets in.
+    Page,
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
     /// Shows what was asked of the daemon and what came of it, line by line.
@@ -175,6 +178,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Host(args) => host::run(desk, args).await,
         Verb::Adopt(args) => adopt::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
+        Verb::Page => page::run(desk),
         Verb::Report(args) => report::run(desk, args).await,
         Verb::History(args) => history::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,

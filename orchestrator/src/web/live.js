@@ -1,15 +1,24 @@
-// Takes the new page's contents when there is something new; without this the page is loaded anew.
-"use strict";
-const main = document.querySelector("main");
-let busy = false;
-new EventSource("/live").onmessage = async () => {
-  if (busy) return;
-  busy = true;
-  try {
-    const text = await (await fetch(location.href)).text();
-    const next = new DOMParser().parseFromString(text, "text/html").querySelector("main");
-    if (next && next.innerHTML !== main.innerHTML) main.innerHTML = next.innerHTML;
-  } finally {
-    busy = false;
-  }
-};
+// Fetches the page anew when the daemon says that something happened. Without this script it is a page
+// like any other.
+(() => {
+  const told = document.getElementById("live");
+  let due = null;
+  const renew = async () => {
+    due = null;
+    const busy = document.activeElement && document.activeElement.matches("main input");
+    if (busy) return;
+    try {
+      const answer = await fetch(location.href, { credentials: "same-origin" });
+      if (!answer.ok) return;
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const focus = document.activeElement && document.activeElement.id;
+      document.getElementById("main").replaceWith(page.getElementById("main"));
+      if (focus && document.getElementById(focus)) document.getElementById(focus).focus();
+      told.textContent = "as of " + new Date().toLocaleTimeString();
+    } catch (_) {}
+  };
+  const events = new EventSource("/live");
+  events.onmessage = () => { if (!due) due = setTimeout(renew, 250); };
+  events.onopen = () => { told.textContent = "live"; };
+  events.onerror = () => { told.textContent = "the daemon is away"; };
+})();

@@ -1,135 +1,128 @@
-//! What a browser shows: the fleet by update domain, rollouts as they move, blackouts so far. By TCP, where
-//! the daemon was told to (`--web`), together with figures for Prometheus.
+//! Pages for people, served by the daemon: what runs here, how its pauses went, what is to come; the fleet and its
+//! rollouts. By TCP, where the daemon was told to (`--web`), with figures for Prometheus beside them.
 //!
-//! It only shows. Whoever can connect can look, and nobody can do anything: no route changes anything,
-//! and there is nothing of a secret on any page. Without scripts a page is as complete, and made anew every
-//! few seconds; with them it follows the daemon's events.
+//! | module | what it holds |
+//! |---|---|
+//! | [`door`] | who is let in |
+//! | `shell` | what every page has: head, ways to the others, style |
+//! | `guests`, `guest`, `events`, `host` | a page each, of this host |
+//! | `fleet` | the fleet by update domain, and rollouts as they move |
+//! | `picture` | distributions and timelines, as inline SVG |
+//! | `live` | a page that changes while it is looked at |
+//!
+//! Every page is whole without scripts: forms are forms, and pictures have their figures in a table beside
+//! them. With scripts it is fetched anew when something happens (`live.js`, the only one).
 
-mod charts;
-mod page;
-mod shown;
+pub mod door;
 
-use std::convert::Infallible;
-use std::time::Duration;
+mod events;
+mod fleet;
+mod guest;
+mod guests;
+mod host;
+mod live;
+mod picture;
+mod shell;
+
+use std::future::Future;
 
 use axum::Router;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
-use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use maud::Markup;
-use tokio_stream::{Stream, StreamExt};
+use axum::routing::{get, post};
+use maud::{Markup, html};
+use tokio::net::TcpListener;
 
-use crate::api::{self, Desk, Refusal};
-use crate::execute::unix_ns;
-use crate::fleet::explain;
-use crate::fleet::record::RolloutId;
-use crate::model::{Moment, Problem};
+use crate::api::{self, Desk};
+use crate::model::Problem;
+use crate::store::StoreError;
+use door::Key;
 
-/// Pages are told to be made anew at most this often.
-const BREATH: Duration = Duration::from_millis(250);
-/// And at least this often: times on them go on.
-const TICK: Duration = Duration::from_secs(2);
-/// Nothing of anybody else's is loaded, and no page can be put into another.
-const POLICY: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; \
-     img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
-
-/// All pages.
-pub fn router(desk: Desk) -> Router {
-    Router::new()
-        .route("/", get(fleet))
-        .route("/rollouts/{id}", get(rollout))
-        .route("/live", get(live))
-        .route("/style.css", get(style))
-        .route("/live.js", get(script))
-        .fallback(nothing)
-        .with_state(desk.clone())
-        .merge(api::metrics_router(desk))
+/// What a page is made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Site {
+    desk: Desk,
+    key: Key,
 }
 
-fn now() -> Moment {
-    Moment(unix_ns())
+/// A page that can't be made: the reason, on a page.
+struct Trouble(StatusCode, String);
+
+impl From<StoreError> for Trouble {
+    fn from(error: StoreError) -> Self {
+        Self(StatusCode::SERVICE_UNAVAILABLE, error.to_string())
+    }
 }
 
-fn html(status: StatusCode, page: Markup) -> Response {
-    let head = [
-        (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (CACHE_CONTROL, "no-store"),
-        (CONTENT_SECURITY_POLICY, POLICY),
+impl From<Problem> for Trouble {
+    fn from(problem: Problem) -> Self {
+        Self(StatusCode::CONFLICT, problem.message)
+    }
+}
+
+impl IntoResponse for Trouble {
+    fn into_response(self) -> Response {
+        let Self(status, message) = self;
+        let main = html! {
+            h1 { "This can't be shown" }
+            p { (message) }
+            p { a href="/" { "Guests" } }
+        };
+        (status, page("Trouble", "", main)).into_response()
+    }
+}
+
+/// A whole page.
+fn page(title: &str, here: &str, main: Markup) -> Response {
+    let text = shell::page(title, here, &main).into_string();
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CACHE_CONTROL, "no-store"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; \
+             form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+        ),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
-    (status, head, page.into_string()).into_response()
+    (headers, text).into_response()
 }
 
-/// A problem as a page.
-fn sorry(problem: &Problem) -> Response {
-    let status = StatusCode::from_u16(problem.code.http_status());
-    let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    html(status, page::problem(&problem.message))
-}
-
-async fn fleet(State(desk): State<Desk>) -> Response {
-    match shown::fleet(&desk, now()).await {
-        Ok(shown) => html(StatusCode::OK, page::fleet(&shown)),
-        Err(problem) => sorry(&problem),
-    }
-}
-
-async fn rollout(State(desk): State<Desk>, Path(id): Path<String>) -> Response {
-    let id = RolloutId(id);
-    let viewed = async {
-        let look = desk.fleet.look().await?;
-        let rollout = desk.fleet.rollout(&id).await?;
-        let mut view = explain::view(&look, &rollout.record, now());
-        view.driver = desk.fleet.driver().await?.map(|card| card.host);
-        Ok((view, desk.fleet.history(&id).await?))
+/// Serves until `end`. Whoever doesn't know the key sees a page that says so.
+pub async fn serve(
+    listener: TcpListener,
+    desk: Desk,
+    key: Key,
+    end: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    // Figures tell nothing of what guests are, and those who read them have no cookies.
+    let figures = api::metrics_router(desk.clone());
+    let site = Site {
+        desk,
+        key: key.clone(),
     };
-    match viewed.await {
-        Ok((view, history)) => html(StatusCode::OK, page::rollout(&view, &history, now())),
-        Err(problem) => sorry(&problem),
-    }
+    let router = Router::new()
+        .route("/", get(guests::show))
+        .route("/guests/{name}", get(guest::show))
+        .route("/fleet", get(fleet::show))
+        .route("/rollouts/{id}", get(fleet::show_rollout))
+        .route("/events", get(events::show))
+        .route("/events/{event}/approve", post(events::approve))
+        .route("/events/{event}/cancel", post(events::cancel))
+        .route("/host", get(host::show))
+        .route("/live", get(live::stream))
+        .fallback(no_such_page)
+        .with_state(site)
+        .layer(axum::middleware::from_fn_with_state(key, door::check))
+        .route("/style.css", get(shell::style))
+        .route("/live.js", get(live::script))
+        .merge(figures);
+    axum::serve(listener, router)
+        .with_graceful_shutdown(end)
+        .await
 }
 
-/// Says that there is something new to be looked at.
-async fn live(
-    State(desk): State<Desk>,
-) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refusal> {
-    let (tell, told) = tokio::sync::mpsc::channel(1);
-    let mut changes = desk.fleet.shared.changes();
-    let mut events = desk.host.events.subscribe();
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(TICK) => {}
-                _ = changes.changed() => {}
-                _ = events.recv() => {}
-            }
-            if tell.send(()).await.is_err() {
-                return;
-            }
-            tokio::time::sleep(BREATH).await;
-            events = events.resubscribe();
-            changes.mark_unchanged();
-        }
-    });
-    let told = tokio_stream::wrappers::ReceiverStream::new(told);
-    let lines = told.map(|()| Ok(Event::default().data("look")));
-    Ok(Sse::new(lines).keep_alive(KeepAlive::default()))
-}
-
-async fn style() -> impl IntoResponse {
-    ([(CONTENT_TYPE, "text/css")], include_str!("style.css"))
-}
-
-async fn script() -> impl IntoResponse {
-    let kind = [(CONTENT_TYPE, "text/javascript")];
-    (kind, include_str!("live.js"))
-}
-
-async fn nothing() -> Response {
-    html(
-        StatusCode::NOT_FOUND,
-        page::problem("There is no such page."),
-    )
+async fn no_such_page() -> Trouble {
+    Trouble(StatusCode::NOT_FOUND, "There is no such page.".into())
 }

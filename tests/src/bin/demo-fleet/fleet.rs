@@ -69,7 +69,7 @@ impl Fleet {
                 "127.0.0.1:0",
             ];
             let daemon = Daemon::start_with(&dir, &args)?;
-            println!("{name} shows the fleet at http://{}/", page_of(&daemon)?);
+            println!("{name} shows the fleet at {}", page_of(&daemon)?);
             add_releases(&daemon)?;
             daemons.push(daemon);
         }
@@ -177,13 +177,11 @@ impl Fleet {
     }
 }
 
-/// Where a daemon serves its pages, by its log.
+/// Where a daemon shows the fleet, with the key that lets in.
 fn page_of(daemon: &Daemon) -> anyhow::Result<String> {
-    let log = daemon.log();
-    let line = log.lines().find(|line| line.contains("serves pages"));
-    let at = line.and_then(|line| line.rsplit_once("at="));
-    let (_, at) = at.context("the daemon did not say where its pages are")?;
-    Ok(at.trim().to_owned())
+    let said = daemon.must(&["page"])?;
+    let url = said["url"].as_str().context("an address")?;
+    Ok(url.replace("/?key=", "/fleet?key="))
 }
 
 fn add_releases(daemon: &Daemon) -> anyhow::Result<()> {

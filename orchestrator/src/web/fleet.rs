@@ -1,50 +1,51 @@
-//! The pages. Pure: what is shown goes in, markup comes out, with everything escaped.
+//! The fleet by update domain, and its rollouts as they move.
+
+mod charts;
+mod shown;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use maud::{DOCTYPE, Markup, html};
+use axum::extract::{Path, State};
+use axum::response::Response;
+use maud::{Markup, html};
 
-use super::charts;
-use super::shown::{FleetShown, Seat};
-use crate::fleet::explain::{HostView, RolloutView};
-use crate::fleet::record::{HistoryStep, UnitRecord};
+use super::{Site, Trouble, page};
+use crate::execute::unix_ns;
+use crate::fleet::explain::{self, HostView, RolloutView};
+use crate::fleet::record::{HistoryStep, RolloutId, UnitRecord};
 use crate::model::Moment;
 use crate::plan::rollout::seen::{Health, Phase};
+use shown::{FleetShown, Seat};
 
-fn frame(title: &str, body: &Markup) -> Markup {
-    html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (title) " · Stillpoint" }
-                link rel="stylesheet" href="/style.css";
-                noscript { meta http-equiv="refresh" content="5"; }
-                script src="/live.js" defer {}
-            }
-            body {
-                header { h1 { (title) } nav { a href="/" { "Fleet" } } }
-                main { (body) }
-            }
-        }
-    }
-}
-
-/// What can't be shown, and why.
-pub(super) fn problem(message: &str) -> Markup {
-    frame(
-        "Nothing to show",
-        &html! { section { p class="failed" { (message) } } },
-    )
+fn now() -> Moment {
+    Moment(unix_ns())
 }
 
 /// The fleet.
-pub(super) fn fleet(shown: &FleetShown) -> Markup {
-    frame(
-        "Fleet",
-        &html! {
+pub(super) async fn show(State(site): State<Site>) -> Result<Response, Trouble> {
+    let shown = shown::fleet(&site.desk, now()).await?;
+    Ok(page("Fleet", "/fleet", fleet(&shown)))
+}
+
+/// One rollout.
+pub(super) async fn show_rollout(
+    State(site): State<Site>,
+    Path(id): Path<String>,
+) -> Result<Response, Trouble> {
+    let (fleet, id) = (&site.desk.fleet, RolloutId(id));
+    let look = fleet.look().await?;
+    let found = fleet.rollout(&id).await?;
+    let mut view = explain::view(&look, &found.record, now());
+    view.driver = fleet.driver().await?.map(|card| card.host);
+    let history = fleet.history(&id).await?;
+    let title = format!("Rollout to {}", found.record.to);
+    Ok(page(&title, "", rollout(&view, &history, now())))
+}
+
+fn fleet(shown: &FleetShown) -> Markup {
+    html! {
+        h1 { "Fleet" }
             @for view in &shown.open {
                 section {
                     h2 { a href=(format!("/rollouts/{}", view.rollout.id)) { "Rollout to " (view.rollout.to) } }
@@ -70,8 +71,7 @@ pub(super) fn fleet(shown: &FleetShown) -> Markup {
             }
             section { h2 { "Hosts" } (hosts(&shown.hosts)) p class="soft" { "Store: " (shown.store) } }
             section { h2 { "Rollouts" } (rollouts(shown)) }
-        },
-    )
+    }
 }
 
 fn guest(seat: &Seat) -> Markup {
@@ -193,15 +193,12 @@ fn domains(units: &[UnitRecord]) -> Markup {
     }
 }
 
-/// One rollout.
-pub(super) fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) -> Markup {
+fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) -> Markup {
     let record = &view.rollout;
     let blackouts = record.units.iter().filter_map(|unit| unit.blackout_ns);
     let blackouts: Vec<Duration> = blackouts.map(Duration::from_nanos).collect();
-    let title = format!("Rollout to {}", record.to);
-    frame(
-        &title,
-        &html! {
+    html! {
+        h1 { "Rollout to " (record.to) }
             section { h2 { (record.id) } (state(view)) (domains(&record.units)) }
             section {
                 h2 { "Blackouts so far" }
@@ -222,8 +219,7 @@ pub(super) fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) 
                     } }
                 } }
             }
-        },
-    )
+    }
 }
 
 fn units(view: &RolloutView) -> Markup {
@@ -253,15 +249,22 @@ fn units(view: &RolloutView) -> Markup {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::VmState;
 
     #[test]
     fn what_others_wrote_is_text_and_no_markup() {
-        let page = problem("<script>alert(1)</script> & more").into_string();
-        assert!(
-            page.contains("&lt;script&gt;alert(1)&lt;/script&gt; &amp; more"),
-            "{page}"
-        );
-        assert_eq!(page.matches("<script").count(), 1, "our own: {page}");
+        let seat = Seat {
+            vm: "<script>alert(1)</script> & more".into(),
+            host: String::new(),
+            release: String::new(),
+            state: VmState::Running,
+            health: Health::Well,
+            phase: None,
+        };
+        let shown = guest(&seat).into_string();
+        let text = "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more";
+        assert!(shown.contains(text), "{shown}");
+        assert!(!shown.contains("<script"), "{shown}");
     }
 
     #[test]

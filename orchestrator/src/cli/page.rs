@@ -1,0 +1,28 @@
+//! `stillpoint page`
+
+use std::process::ExitCode;
+
+use super::{Desk, say, say_json};
+use crate::model::{Code, Problem};
+use crate::web::door;
+
+/// Read past the daemon: who may read the file may have the key.
+pub(super) fn run(desk: &Desk) -> Result<ExitCode, Problem> {
+    let path = door::path(&desk.run_dir);
+    let url = std::fs::read_to_string(&path).map_err(|error| {
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound => "the daemon serves no page; start it with \
+                                              `stillpointd --web 127.0.0.1:8080`"
+                .to_owned(),
+            _ => format!("cannot read {}: {error}", path.display()),
+        };
+        Problem::new(Code::NotFound, message)
+    })?;
+    let url = url.trim();
+    if desk.json {
+        say_json(&serde_json::json!({ "url": url }))?;
+    } else {
+        say(url)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
