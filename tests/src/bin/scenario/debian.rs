@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -64,7 +65,31 @@ pub(crate) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
         "scenario: Debian runs in the carve-out: it writes its disk, and computes on both vCPUs"
     );
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
-    Ok(json!({"jobs": jobs, "lines": began, "uptime": uptime}))
+    let late = late_ms(&guest)?;
+    Ok(json!({"jobs": jobs, "lines": began, "uptime": uptime, "late_ms": late}))
+}
+
+/// How late its wall clock is, ms, as its own `date` says it. A question and its answer lie between the
+/// two readings; the quickest of some counts.
+fn late_ms(guest: &Linux<'_>) -> anyhow::Result<i64> {
+    let now = || {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+    };
+    let mut best = (Duration::MAX, 0);
+    for _ in 0..5 {
+        let asked = now();
+        let text = guest.must_run("/bin/date", &["+%s"])?;
+        let took = now().saturating_sub(asked);
+        let said: u64 = text.trim().parse()?;
+        let middle = asked + took / 2;
+        let late = i128::try_from(middle.as_millis())? - i128::from(said) * 1000;
+        if took < best.0 {
+            best = (took, i64::try_from(late)?);
+        }
+    }
+    Ok(best.1)
 }
 
 /// It goes on: the same boot, the same jobs, nothing lost of its disk, its network there, no complaint.
@@ -84,6 +109,16 @@ pub(crate) fn end(daemon: &Daemon, before: &Value) -> anyhow::Result<Value> {
     );
     guest.must_run("/bin/ping", &["-c", "3", "-W", "10", ADDRESS])?;
     println!("scenario: Debian went on, and its network is there");
+    // Whole seconds, and the time that answers take on such a host.
+    let late = late_ms(&guest)?;
+    let was_late = before["late_ms"].as_i64().context("its wall clock")?;
+    println!(
+        "scenario: its wall clock was late by {was_late} ms of at most 1000 that `date` hides, and is by {late}"
+    );
+    ensure!(
+        (late - was_late).abs() < 3000,
+        "its wall clock: {was_late} ms, then {late} ms"
+    );
     let count = || -> anyhow::Result<u64> {
         let text = guest.must_run("/bin/sh", &["-c", &format!("wc -l <{OUTPUT}")])?;
         Ok(text.trim().parse()?)
