@@ -95,6 +95,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(rollouts::history))
         .routes(routes!(rollouts::explain))
         .routes(routes!(rollouts::hosts))
+        .routes(routes!(rollouts::forget))
         .routes(routes!(rollouts::cordon, rollouts::uncordon))
         .routes(routes!(metrics::metrics))
         .routes(routes!(journal::list))

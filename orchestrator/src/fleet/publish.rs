@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use super::member::Heard;
 use super::record::{HostCard, VmCard};
@@ -33,10 +34,10 @@ pub struct Publisher(mpsc::Sender<oneshot::Sender<()>>);
 
 impl Publisher {
     /// Starts to say it, until the daemon ends.
-    pub fn start(fleet: Fleet, host: Host) -> Self {
+    pub fn start(fleet: Fleet, host: Host) -> (Self, JoinHandle<()>) {
         let (asks, asked) = mpsc::channel(8);
-        tokio::spawn(publish(fleet, host, asked));
-        Self(asks)
+        let task = tokio::spawn(publish(fleet, host, asked));
+        (Self(asks), task)
     }
 
     /// Returns when all that was so before is said, or could not be.
