@@ -3,6 +3,7 @@
 //! Every change is recorded before it is answered; what is not recorded is not done. Errors are
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
+mod admission;
 mod events;
 mod host;
 mod journal;
