@@ -38,6 +38,8 @@ use crate::web::{self, door};
 const EVENTS: usize = 1024;
 /// How long open requests may go on after the daemon was told to end.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
+/// How long its fleet has to take note of that.
+const LEAVE: Duration = Duration::from_secs(3);
 
 /// Where the daemon keeps things.
 #[derive(Clone, Debug)]
@@ -134,7 +136,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             tokio::spawn(execute::host_swap(host.clone(), swap));
         }
     }
-    let publisher = Publisher::start(fleet.clone(), host.clone());
+    let (publisher, publishing) = Publisher::start(fleet.clone(), host.clone());
     let desk = Desk {
         host,
         waker,
@@ -146,8 +148,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(at) = config.web {
         serve_web(at, &config.run_dir, desk.clone()).await?;
     }
-    tokio::spawn(driver::drive(desk.fleet.clone()));
-    tokio::spawn(orders::obey(desk.clone()));
+    let mut belonging = vec![tokio::spawn(driver::drive(desk.fleet.clone()))];
+    belonging.extend([publishing, tokio::spawn(orders::obey(desk.clone()))]);
+    let fleet = desk.fleet.clone();
     let router = api::router(desk);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = api::serve(listener, router, async move {
@@ -166,10 +169,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // Listeners of events never hang up by themselves.
     let _ = tokio::time::timeout(LAST_REQUESTS, serving).await;
     let _ = std::fs::remove_file(&config.socket);
+    leave(&fleet, &belonging).await;
     // One that can't be written makes the next daemon say that this one was cut off: no harm.
     let _ = store.end_journal().await;
     store.close().await;
     Ok(())
+}
+
+/// Leaves the fleet in order. Where that can't be, leases end by themselves.
+async fn leave(fleet: &Fleet, belonging: &[tokio::task::JoinHandle<()>]) {
+    for task in belonging {
+        task.abort();
+    }
+    let _ = tokio::time::timeout(LEAVE, fleet.leave()).await;
 }
 
 /// Pages, to those who know the key, and figures.

@@ -195,6 +195,30 @@ fn a_driver_that_comes_back_to_life_does_no_step_twice() {
     assert_eq!(moves(&daemons).len(), 6);
 }
 
+#[test]
+fn a_daemon_that_ends_in_order_hands_over_and_a_host_that_is_no_more_is_forgotten() {
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let url = cluster.url();
+    let named = |name| Daemon::start_with(&["--store", &url, "--host-name", name]);
+    let mut first = named("h0");
+    until("it drives", || driver(&first).is_some());
+    let second = named("h1");
+    second.add("good", None);
+    second.run_with("web", "good", &["--set", "web"]).good();
+    let (code, message) = second.ask(&["host", "forget", "h0"]).bad();
+    assert_eq!(code, "still_running", "{message}");
+    assert!(first.terminate().success());
+    // Its leases would have lasted for seconds.
+    let hosts_now = hosts(&second);
+    assert_eq!(hosts_now[0]["alive"], false, "{hosts_now:?}");
+    until("the other drives", || driver(&second) == Some(1));
+    second.ask(&["host", "forget", "h0"]).good();
+    assert_eq!(hosts(&second).len(), 1);
+    let (code, _) = second.ask(&["host", "forget", "h0"]).bad();
+    assert_eq!(code, "not_found");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing() {
     use orchestrator::fleet::{DRIVER, HOSTS, ORDERS, ROLLOUTS, VMS};

@@ -3,6 +3,7 @@
 //! Every change is recorded before it is answered; what is not recorded is not done. Errors are
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
+mod admission;
 mod events;
 mod host;
 mod journal;
@@ -95,6 +96,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(rollouts::history))
         .routes(routes!(rollouts::explain))
         .routes(routes!(rollouts::hosts))
+        .routes(routes!(rollouts::forget))
         .routes(routes!(rollouts::cordon, rollouts::uncordon))
         .routes(routes!(metrics::metrics))
         .routes(routes!(journal::list))

@@ -170,6 +170,19 @@ impl Desk {
     }
 }
 
+/// Forgets a host that is no more.
+#[utoipa::path(
+    delete, path = "/v1/hosts/{name}", params(("name" = String, Path,)),
+    responses((status = 204), (status = "4XX", body = Problem))
+)]
+pub(super) async fn forget(
+    State(desk): State<Desk>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, Refusal> {
+    desk.fleet.forget(&name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// Has a host left alone: no rollout begins anything there, and no guest is started there.
 #[utoipa::path(
     put, path = "/v1/hosts/{name}/cordon", params(("name" = String, Path,)), request_body = NewCordon,

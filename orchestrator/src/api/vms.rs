@@ -224,25 +224,6 @@ pub(super) async fn put(
 }
 
 impl Desk {
-    /// Gives a VM its seat in its availability set; one that it had in another is free again.
-    async fn seat(
-        &self,
-        vm: &mut VmRecord,
-        known: Option<&VmRecord>,
-        wish: Wish,
-    ) -> Result<(), Refusal> {
-        let set = vm.profile.availability_set.clone();
-        if let Some(set) = &set {
-            let seat = self.fleet.seat(set, &vm.name, wish).await?;
-            vm.profile.update_domain = seat.number().into();
-        }
-        let left = known.and_then(|known| known.profile.availability_set.as_ref());
-        if let Some(left) = left.filter(|&left| Some(left) != set.as_ref()) {
-            self.fleet.unseat(left, &vm.name).await?;
-        }
-        Ok(())
-    }
-
     /// Finds the place of a VM's memory in the carve-out, if it is to outlive the kernel.
     fn place(&self, vm: &mut VmRecord) -> Result<(), Refusal> {
         if vm.spec.memory.survive == Survive::Vmm {
@@ -302,27 +283,6 @@ impl Desk {
             created_at_unix_ns: now,
             changed_at_unix_ns: now,
         })
-    }
-
-    /// A host that is to be left alone takes no new guests. A fleet that can't be asked is no reason to
-    /// leave a guest off.
-    async fn not_cordoned(&self) -> Result<(), Refusal> {
-        match self.fleet.cordoned().await {
-            Ok(Some(cordon)) => {
-                let me = &self.fleet.me;
-                let message = format!(
-                    "host {me} is cordoned ({}), so no guest is started there; \
-                     `stillpoint host uncordon {me}` ends that",
-                    cordon.reason
-                );
-                Err(Problem::new(Code::Cordoned, message).into())
-            }
-            Ok(None) => Ok(()),
-            Err(error) => {
-                tracing::warn!("not known whether this host is cordoned: {error}");
-                Ok(())
-            }
-        }
     }
 
     /// The version that was asked for, or the one that was added last; not one below the pin, unless
@@ -401,12 +361,7 @@ pub(super) async fn remove(
     // Its sockets are gone already; logs go with the record.
     let _ = tokio::fs::remove_dir_all(desk.host.dir(&vm.name).path()).await;
     execute::forget(&desk.host, &vm.name).await?;
-    if let Some(set) = &vm.profile.availability_set {
-        // It is gone; its seat may stay taken where the fleet can't be told.
-        if let Err(problem) = desk.fleet.unseat(set, &vm.name).await {
-            tracing::warn!(vm = %vm.name, "its seat in set {set} is not given back: {problem}");
-        }
-    }
+    desk.unseat(&vm).await;
     reconcile::removed(&desk.host, &vm.name);
     desk.waker.wake(&vm.name);
     Ok(StatusCode::NO_CONTENT)

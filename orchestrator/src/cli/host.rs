@@ -103,6 +103,11 @@ enum Act {
     /// Cordons a host and says what runs there. Guests are not moved to other hosts: with --stop those of
     /// this host are ended, otherwise they run on.
     Drain(super::hosts::DrainArgs),
+    /// Forgets a host that is no more, with its guests.
+    Forget {
+        /// The host.
+        name: String,
+    },
     /// Lists what was done to this host while its guests stood still.
     Changes,
     /// Shows one of them, with what its command printed.
@@ -211,6 +216,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         Act::Ls => super::hosts::ls(desk).await,
         Act::Cordon(args) => super::hosts::cordon(desk, args).await,
         Act::Uncordon { name } => super::hosts::uncordon(desk, name).await,
+        Act::Forget { name } => super::hosts::forget(desk, &name).await,
         Act::Drain(args) => super::hosts::drain(desk, args).await,
         Act::Changes => changes(desk).await,
         Act::Show { id } => show(desk, &get(desk, &id).await?),

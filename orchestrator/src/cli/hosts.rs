@@ -135,6 +135,16 @@ pub(super) async fn uncordon(desk: &Desk, name: Option<String>) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
+pub(super) async fn forget(desk: &Desk, name: &str) -> Result<ExitCode, Problem> {
+    let path = format!("/v1/hosts/{}", super::path_part(name)?);
+    desk.api.delete(&path).await?;
+    match desk.json {
+        true => say_json(&serde_json::json!({ "forgotten": name }))?,
+        false => say(&format!("host {name} is forgotten, with its guests"))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// What draining a host came to.
 #[derive(Debug, Serialize)]
 struct Drained {

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::record::{Alive, Cordon};
-use super::{ALIVE, CORDONS, Fleet, HOSTS, keys, written};
+use super::look::Versioned;
+use super::record::{Alive, Cordon, DriverCard, RolloutRecord};
+use super::{ALIVE, ANSWERS, CORDONS, DRIVER, Fleet, HOSTS, ORDERS, VMS, keys, written};
 use crate::execute::unix_ns;
 use crate::model::{Code, HostName, Moment, Problem};
 use crate::store::shared::{Change, Committed, Expect, Keep, Lease, SharedError};
@@ -77,6 +78,62 @@ impl Fleet {
             None => Change::remove(key, Expect::Anything),
         };
         self.shared.commit(vec![change], None).await?;
+        Ok(())
+    }
+
+    /// Forgets a host that is no more, with its guests and their seats. One that is heard is not forgotten, nor
+    /// one of which a rollout still has guests.
+    pub async fn forget(&self, host: &str) -> Result<(), Problem> {
+        let look = self.look().await?;
+        let found = look.hosts.keys().find(|name| name.as_str() == host);
+        let Some(name) = found else {
+            let message = format!("no host `{host}`; `stillpoint host ls` shows those there are");
+            return Err(Problem::new(Code::NotFound, message));
+        };
+        if look.is_alive(name) {
+            let message =
+                format!("host {name} is heard: it would be back at once; end its daemon first");
+            return Err(Problem::new(Code::StillRunning, message));
+        }
+        let has = |rollout: &&Versioned<RolloutRecord>| {
+            let mut units = rollout.record.units.iter();
+            units.any(|unit| unit.host == *name)
+        };
+        if let Some(Versioned { record, .. }) = look.open().find(has) {
+            let message = format!(
+                "rollout {} still has guests of host {name}; end it first: `stillpoint rollout abort {}`",
+                record.id, record.id
+            );
+            return Err(Problem::new(Code::RolloutInProgress, message));
+        }
+        for (set, record) in self.sets().await? {
+            let of_host = format!("{name}/");
+            for member in record.members.keys().filter(|m| m.starts_with(&of_host)) {
+                self.vacate(&set, member).await?;
+            }
+        }
+        for (host, vm) in look.vms.keys().filter(|(host, _)| host == name) {
+            let gone = [VMS, ORDERS, ANSWERS].map(|area| keys::of_vm(area, host, vm));
+            let gone = gone.map(|key| Change::remove(key, Expect::Anything));
+            self.shared.commit(gone.to_vec(), None).await?;
+        }
+        let gone = [CORDONS, HOSTS].map(|area| keys::of_host(area, name));
+        let gone = gone.map(|key| Change::remove(key, Expect::Anything));
+        self.shared.commit(gone.to_vec(), None).await?;
+        Ok(())
+    }
+
+    /// Leaves in order: whoever is to drive next need not wait for a lease to end.
+    pub async fn leave(&self) -> Result<(), SharedError> {
+        let alive = keys::of_host(ALIVE, &self.me);
+        let mut gone = vec![Change::remove(alive, Expect::Anything)];
+        if let Some(entry) = self.shared.get(DRIVER).await? {
+            let card: DriverCard = super::read(&entry)?;
+            if card.host == self.me {
+                gone.push(Change::remove(DRIVER, Expect::Version(entry.version)));
+            }
+        }
+        self.shared.commit(gone, None).await?;
         Ok(())
     }
 

@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::member::Heard;
 use super::record::{HostCard, VmCard};
@@ -22,6 +24,8 @@ use crate::store::shared::{Change, Expect, Keep, SharedError};
 const TICK: Duration = Duration::from_secs(1);
 /// Events come in swarms.
 const BREATH: Duration = Duration::from_millis(20);
+/// Between two looks at what was said before.
+const RETELL: Duration = Duration::from_secs(60);
 /// Cards that go into one commit: etcd takes 128 changes.
 const BATCH: usize = 100;
 /// How long anybody waits for what is said.
@@ -33,10 +37,10 @@ pub struct Publisher(mpsc::Sender<oneshot::Sender<()>>);
 
 impl Publisher {
     /// Starts to say it, until the daemon ends.
-    pub fn start(fleet: Fleet, host: Host) -> Self {
+    pub fn start(fleet: Fleet, host: Host) -> (Self, JoinHandle<()>) {
         let (asks, asked) = mpsc::channel(8);
-        tokio::spawn(publish(fleet, host, asked));
-        Self(asks)
+        let task = tokio::spawn(publish(fleet, host, asked));
+        (Self(asks), task)
     }
 
     /// Returns when all that was so before is said, or could not be.
@@ -54,13 +58,19 @@ async fn publish(fleet: Fleet, host: Host, mut asked: mpsc::Receiver<oneshot::Se
     let mut said: BTreeMap<String, Vec<u8>> = BTreeMap::new();
     let mut is_known = false;
     let mut quiet = false;
+    let mut listed = Instant::now();
     let mut events = host.events.subscribe();
     loop {
+        if listed.elapsed() > RETELL {
+            // A store that was put back from a backup knows less than was said.
+            is_known = false;
+            listed = Instant::now();
+        }
         match say(&fleet, &host, &mut said, &mut is_known, &mut heard).await {
             Ok(()) => quiet = false,
             Err(error) => {
                 // What was said may be gone with whoever was told.
-                said.clear();
+                is_known = false;
                 if !std::mem::replace(&mut quiet, true) {
                     tracing::warn!("the fleet does not hear of this host: {error}");
                 }
@@ -90,6 +100,7 @@ async fn say(
 ) -> Result<(), SharedError> {
     if !*is_known {
         // What a daemon before this one said, also of guests that are gone.
+        said.clear();
         let prefix = keys::guests(VMS, &fleet.me);
         for entry in fleet.shared.list(&prefix).await?.entries {
             said.insert(entry.key, entry.value);

@@ -64,10 +64,14 @@ impl Fleet {
 
     /// Takes a VM's seat away; the last member takes its set with it.
     pub async fn unseat(&self, set: &str, vm: &VmName) -> Result<(), Problem> {
-        let member = self.member(vm);
+        self.vacate(set, &self.member(vm)).await
+    }
+
+    /// The same of a member that is named as `HOST/VM`.
+    pub(super) async fn vacate(&self, set: &str, member: &str) -> Result<(), Problem> {
         self.change_set(set, |record| {
             if let Some(known) = record {
-                known.members.remove(&member);
+                known.members.remove(member);
                 if known.members.is_empty() {
                     *record = None;
                 }

@@ -171,7 +171,7 @@ fn domains(units: &[UnitRecord]) -> Markup {
         domains.entry((set, unit.domain)).or_default().push(unit);
     }
     html! {
-        table { tbody {
+        table class="bars" { tbody {
             @for ((set, domain), units) in &domains {
                 @let done = units.iter().filter(|unit| unit.phase == Phase::Done).count();
                 tr { td { (set) " " (domain) } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
