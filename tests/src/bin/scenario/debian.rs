@@ -113,7 +113,7 @@ pub(crate) fn end(daemon: &Daemon, before: &Value) -> anyhow::Result<Value> {
     let late = late_ms(&guest)?;
     let was_late = before["late_ms"].as_i64().context("its wall clock")?;
     println!(
-        "scenario: its wall clock was late by {was_late} ms of at most 1000 that `date` hides, and is by {late}"
+        "scenario: its wall clock is {late} ms late, as it was {was_late} ms before, to whole seconds"
     );
     ensure!(
         (late - was_late).abs() < 3000,
