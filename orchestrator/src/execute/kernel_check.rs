@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::Survive;
 
 use super::Host;
@@ -17,8 +18,22 @@ use crate::store::StoreError;
 pub fn rungs(host: &Host, vm: &VmRecord) -> Vec<Check> {
     vec![
         Check::ok("vmm", "its RAM and files are handed to the successor"),
+        kvm_rung(vm),
         kernel_rung(host, vm),
     ]
+}
+
+fn kvm_rung(vm: &VmRecord) -> Check {
+    const NAME: &str = "kvm";
+    match vm.spec.clock.policy {
+        Policy::Advance => Check::ok(NAME, "its VMM lets go of KVM, and is rebuilt in its place"),
+        Policy::Hold => Check::new(
+            NAME,
+            Status::Fail,
+            "its clock policy is hold, which a pause in its place does not keep",
+            "swap its VMM instead, or start it anew with `--clock advance`",
+        ),
+    }
 }
 
 fn kernel_rung(host: &Host, vm: &VmRecord) -> Check {
