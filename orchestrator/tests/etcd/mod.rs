@@ -23,7 +23,10 @@ pub(crate) fn skip(reason: &str) {
     eprint!("{line}");
     if let Some(path) = std::env::var_os("STILLPOINT_SKIPPED") {
         use std::io::Write;
-        let file = std::fs::File::options().append(true).create(true).open(path);
+        let file = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path);
         let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
     }
 }
