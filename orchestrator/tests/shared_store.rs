@@ -327,8 +327,7 @@ async fn etcd_of_three_members_of_which_any_one_may_die() {
 async fn etcd_by_tls_with_names_checked() {
     let server = needs_etcd!();
     let Some(papers) = Papers::make() else {
-        eprintln!("SKIPPED: no `openssl` to make certificates with");
-        return;
+        return etcd::skip("no `openssl` to make certificates with");
     };
     let file = |name: &str| papers.dir.path().join(name);
     let text = |name: &str| file(name).display().to_string();
@@ -410,4 +409,77 @@ impl Papers {
         let made = made.is_ok_and(|status| status.success());
         made.then_some(Self { dir })
     }
+}
+
+/// A request past our client, as an administrator of etcd makes it.
+fn administer(cluster: &Cluster, path: &str, body: &str) {
+    use std::io::{Read, Write};
+    let url = cluster.url();
+    let at = url.trim_start_matches("etcd://");
+    let mut stream = std::net::TcpStream::connect(at).expect("connect");
+    let length = body.len();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\nContent-Length: {length}"
+    );
+    write!(stream, "{head}\r\n\r\n{body}").expect("ask");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+}
+
+#[tokio::test]
+async fn etcd_with_a_user_that_may_touch_the_fleets_keys_alone() {
+    use base64::Engine;
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let base64 = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
+    // All from `/stillpoint/v1/` up to the key after the last that begins so.
+    let (first, after) = (base64(PREFIX.as_bytes()), base64(b"/stillpoint/v10"));
+    let may = format!(r#""perm":{{"permType":"READWRITE","key":"{first}","range_end":"{after}"}}"#);
+    for (path, body) in [
+        ("user/add", r#"{"name":"root","password":"r"}"#.to_owned()),
+        ("role/add", r#"{"name":"root"}"#.to_owned()),
+        ("user/grant", r#"{"user":"root","role":"root"}"#.to_owned()),
+        ("role/add", r#"{"name":"fleet"}"#.to_owned()),
+        ("role/grant", format!(r#"{{"name":"fleet",{may}}}"#)),
+        (
+            "user/add",
+            r#"{"name":"daemons","password":"secret"}"#.to_owned(),
+        ),
+        (
+            "user/grant",
+            r#"{"user":"daemons","role":"fleet"}"#.to_owned(),
+        ),
+        ("enable", "{}".to_owned()),
+    ] {
+        administer(&cluster, &format!("/v3/auth/{path}"), &body);
+    }
+    let dir = tempfile::tempdir().expect("temp dir");
+    let with = |password: &str| {
+        let file = dir.path().join(password);
+        std::fs::write(&file, format!("{password}\n")).expect("password");
+        EtcdConfig {
+            user: Some(("daemons".into(), file)),
+            ..etcd(&cluster)
+        }
+    };
+    suite(&open(with("secret"))).await;
+
+    let refused = async |config: EtcdConfig, why: &str| {
+        let listed = open(config).list("").await;
+        let error = listed.expect_err(why).to_string();
+        assert!(error.contains(why), "{error}");
+    };
+    refused(with("guessed"), "authentication failed").await;
+    refused(etcd(&cluster), "user name is empty").await;
+    let elsewhere = EtcdConfig {
+        prefix: "/other/".into(),
+        ..with("secret")
+    };
+    refused(elsewhere, "permission denied").await;
+    let no_file = EtcdConfig {
+        user: Some(("daemons".into(), dir.path().join("none"))),
+        ..etcd(&cluster)
+    };
+    refused(no_file, "cannot read the password").await;
 }

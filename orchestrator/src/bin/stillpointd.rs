@@ -43,7 +43,7 @@ struct Args {
     #[command(flatten)]
     shared: SharedArgs,
     /// Where pages are served, such as 127.0.0.1:8080, and figures for Prometheus beside them (/metrics).
-    /// `stillpoint page` prints the address that lets in; figures are told to whoever can connect [nowhere].
+    /// `stillpoint page` prints the address that lets in; figures are told to whoever can connect [served nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
     web: Option<std::net::SocketAddr>,
     /// Logs as JSON, one object a line.

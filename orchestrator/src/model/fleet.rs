@@ -160,8 +160,10 @@ impl Rung {
         match self {
             Self::Vmm => None,
             Self::Backend => Some("devices run inside the VMM, so there is no process to exchange"),
-            Self::Kvm => Some("no VMM can drop its KVM and keep its guest yet"),
-            Self::Kernel => Some("no guest's RAM outlives its host's kernel yet"),
+            Self::Kvm => Some("`stillpoint swap kvm` does it on one host, and no rollout does yet"),
+            Self::Kernel => {
+                Some("`stillpoint swap kernel` does it on one host, and no rollout does yet")
+            }
         }
     }
 }

@@ -56,7 +56,9 @@ impl From<StoreError> for Trouble {
 
 impl From<Problem> for Trouble {
     fn from(problem: Problem) -> Self {
-        Self(StatusCode::CONFLICT, problem.message)
+        let status = StatusCode::from_u16(problem.code.http_status());
+        let status = status.unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Self(status, problem.message)
     }
 }
 

@@ -16,16 +16,30 @@ pub(crate) fn server() -> Option<PathBuf> {
     Some(Set::Etcd.cached(&cache)?.etcd()).filter(|server| server.exists())
 }
 
-/// Ends the test, by name, where there is no etcd.
+/// Says that the running test is skipped, and why; it is counted as such.
+pub(crate) fn skip(reason: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    let line = format!("SKIPPED {test}: {reason}\n");
+    eprint!("{line}");
+    if let Some(path) = std::env::var_os("STILLPOINT_SKIPPED") {
+        use std::io::Write;
+        let file = std::fs::File::options()
+            .append(true)
+            .create(true)
+            .open(path);
+        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    }
+}
+
+/// Skips the test, by name, where there is no etcd.
 macro_rules! needs_etcd {
     () => {
         match crate::etcd::server() {
             Some(server) => server,
             None => {
-                eprintln!(
-                    "SKIPPED: no etcd; `make images` fetches it, or STILLPOINT_ETCD names one"
+                return crate::etcd::skip(
+                    "no etcd; `make images` fetches it, or STILLPOINT_ETCD names one",
                 );
-                return;
             }
         }
     };

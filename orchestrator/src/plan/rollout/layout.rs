@@ -266,7 +266,7 @@ mod tests {
         assert!(
             refused
                 .to_string()
-                .contains("kernel: no guest's RAM outlives"),
+                .contains("kernel: `stillpoint swap kernel` does it on one host"),
             "{refused}"
         );
         let none = Remedy::contained_in([]);
