@@ -113,6 +113,7 @@ const SUITES: &[Suite] = &[
         &["-p", "stillpoint-tests", "--test", "kvm_swap"],
         1,
     ),
+    scenario("kernel", &["-p", "stillpoint-tests", "--test", "kernel"], 1),
     scenario("virtio", &["-p", "stillpoint-tests", "--test", "virtio"], 1),
     scenario("disks", &["-p", "stillpoint-tests", "--test", "disks"], 1),
     scenario("taps", &["-p", "stillpoint-tests", "--test", "taps"], 1),
