@@ -7,6 +7,7 @@ use stillpoint_control::clock::Policy;
 
 use super::{DEAF, LONG, Plan, SLOW, Stage, WALL_NS, change_of};
 use crate::clocks::figures::{Figure, receipt_of, worst};
+use crate::linux::images::Kernel;
 use crate::patience::wait_for;
 
 /// So that the guest's watchdogs look at least once after a pause (Linux: every 4 s).
@@ -96,15 +97,21 @@ impl Stage<'_> {
         let complaint = wait_for("a complaint", COMPLAINT, || {
             Ok(self.complaints(earlier)?.into_iter().next())
         });
-        let caught = complaint.is_ok();
-        Ok(Figure::new(
-            &self.name(&format!(
-                "control: a pause of {pause:.1?} without KVMCLOCK_CTRL"
-            )),
-            "caught",
-            complaint.unwrap_or_else(|_| "no complaint".into()),
-            caught,
-        ))
+        let name = self.name(&format!(
+            "control: a pause of {pause:.1?} without KVMCLOCK_CTRL"
+        ));
+        Ok(match complaint {
+            Ok(text) => Figure::new(&name, "caught", text, true),
+            Err(_) if self.kernel == Kernel::Bookworm.name() => {
+                Figure::new(&name, "caught", "no complaint", false)
+            }
+            // Seen of 7.3: its silence after the pauses above is worth nothing, and that is said.
+            Err(_) => Figure::skipped(
+                &name,
+                "caught",
+                "this kernel complains of no such pause, told of it or not; that it is told, pulse's page shows",
+            ),
+        })
     }
 
     /// Whether a pause counts as stolen from each vCPU: if the machine's spec says so.
