@@ -6,12 +6,16 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a browser may live: one that hangs would have its test wait for ever.
+const LIFE: Duration = Duration::from_secs(240);
 
 /// Why there is no browser here; `None` if there is.
 pub(crate) fn missing() -> Option<String> {
@@ -30,6 +34,7 @@ pub(crate) struct Browser {
     from: BufReader<File>,
     session: String,
     said: u64,
+    over: Arc<AtomicBool>,
     _profile: tempfile::TempDir,
 }
 
@@ -66,14 +71,32 @@ impl Browser {
             from: BufReader::new(from.into()),
             session: String::new(),
             said: 0,
+            over: Arc::new(AtomicBool::new(false)),
             _profile: profile,
         };
+        browser.end_in_time();
         drop((in_theirs, out_theirs));
         let made = browser.ask("Target.createTarget", json!({"url": "about:blank"}));
         let attach = json!({"targetId": made["targetId"], "flatten": true});
         let attached = browser.ask("Target.attachToTarget", attach);
         browser.session = attached["sessionId"].as_str().expect("a session").into();
         browser
+    }
+
+    fn end_in_time(&self) {
+        let (pid, over) = (
+            rustix::process::Pid::from_child(&self.child),
+            Arc::clone(&self.over),
+        );
+        std::thread::spawn(move || {
+            let end = Instant::now() + LIFE;
+            while Instant::now() < end && !over.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            if !over.load(Ordering::SeqCst) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        });
     }
 
     /// Asks, and waits for the answer; what else it says meanwhile is passed over.
@@ -197,6 +220,8 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
+        // Before it is waited for: from then on its pid may be another's.
+        self.over.store(true, Ordering::SeqCst);
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
