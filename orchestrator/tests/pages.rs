@@ -195,6 +195,9 @@ fn a_person_clicks_approve_and_the_page_goes_on_by_itself() {
     browser.picture(&pictures, "guest");
     browser.go(&format!("{site}/host"));
     browser.picture(&pictures, "host");
+    browser.click("nav a[href='/fleet']");
+    browser.until("document.body.innerText.includes('Guests by update domain')");
+    browser.picture(&pictures, "fleet");
 }
 
 #[test]
