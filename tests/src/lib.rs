@@ -35,6 +35,7 @@ pub mod guarded;
 pub mod guest;
 pub mod linux;
 pub mod matrix;
+pub mod pair;
 pub mod patience;
 pub mod rehearse;
 pub mod releases;

@@ -14,12 +14,12 @@ use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::furnished::Furnished;
 use stillpoint_tests::ground::no_mount_namespace;
 use stillpoint_tests::guest::Pulse;
+use stillpoint_tests::pair::{self, GUESTS, are_well};
 use stillpoint_tests::patience::{PATIENCE, wait_for};
-use stillpoint_tests::releases::{self, Release};
+use stillpoint_tests::releases::Release;
 use stillpoint_tests::vm::{Recipe, Vm};
 use stillpoint_tests::{needs, needs_kvm, wire};
 
-const GUESTS: [&str; 2] = ["web-1", "web-2"];
 /// What kvmclock may be off the line that it was on, ns.
 const CLOCK_NS: i64 = 50;
 /// The longest pause there is.
@@ -147,26 +147,8 @@ fn a_vmm_alone_comes_back_at_its_ceiling() -> anyhow::Result<()> {
 /// A daemon with two guests, in a mount namespace of its own: KVM can be hidden there.
 fn host(dir: &Path) -> anyhow::Result<(Daemon, Vec<Pulse>)> {
     let daemon = Daemon::start_among_own_mounts(dir)?;
-    let kernel = releases::pulse()?.display().to_string();
-    let machine = ["--cpus", "2", "--memory", "64M", "--kernel", &kernel];
-    let cmdline = ["--cmdline", "pulse ram=16M duty=30"];
-    let mut pulses = Vec::new();
-    for name in GUESTS {
-        daemon.must(&[&["run", name], &machine[..], &cmdline[..]].concat())?;
-        let pulse = daemon.pulse(name)?;
-        pulse.wait_online(2)?;
-        pulses.push(pulse);
-    }
+    let pulses = pair::boot(&daemon)?;
     Ok((daemon, pulses))
-}
-
-fn are_well(pulses: &[Pulse]) -> anyhow::Result<()> {
-    for pulse in pulses {
-        let seen = pulse.wait_progress(&[0, 1], 20)?;
-        ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());
-        pulse.ran_once()?;
-    }
-    Ok(())
 }
 
 fn parts_are_true(daemon: &Daemon) -> anyhow::Result<Vec<SwapReport>> {

@@ -10,38 +10,18 @@ use stillpoint_control::report::{Outcome, SwapReport};
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::guest::Pulse;
 use stillpoint_tests::needs_kvm;
+use stillpoint_tests::pair::{self, GUESTS, are_well};
 use stillpoint_tests::patience::{PATIENCE, wait_for};
-use stillpoint_tests::releases;
 use stillpoint_tests::vm::{Recipe, Vm};
 
-const GUESTS: [&str; 2] = ["web-1", "web-2"];
 /// What kvmclock may be off the line that it was on, ns.
 const CLOCK_NS: i64 = 50;
 
 /// A daemon with two guests.
 fn host(dir: &Path) -> anyhow::Result<(Daemon, Vec<Pulse>)> {
     let daemon = Daemon::start(dir)?;
-    let kernel = releases::pulse()?.display().to_string();
-    let machine = ["--cpus", "2", "--memory", "64M", "--kernel", &kernel];
-    let cmdline = ["--cmdline", "pulse ram=16M duty=30"];
-    let mut pulses = Vec::new();
-    for name in GUESTS {
-        daemon.must(&[&["run", name], &machine[..], &cmdline[..]].concat())?;
-        let pulse = daemon.pulse(name)?;
-        pulse.wait_online(2)?;
-        pulses.push(pulse);
-    }
+    let pulses = pair::boot(&daemon)?;
     Ok((daemon, pulses))
-}
-
-/// They go on, whole.
-fn are_well(pulses: &[Pulse]) -> anyhow::Result<()> {
-    for pulse in pulses {
-        let seen = pulse.wait_progress(&[0, 1], 20)?;
-        ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());
-        pulse.ran_once()?;
-    }
-    Ok(())
 }
 
 /// Waits until a guest stands still; its counters say so, between two looks.

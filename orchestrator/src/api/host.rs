@@ -16,7 +16,7 @@ use crate::agent::modules;
 use crate::execute::{self, unix_ns};
 use crate::model::{
     Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem, Safeguards, SwapId, SwapRecord,
-    SwapState, VmRecord, VmState, Wanted,
+    SwapState, VmName, VmRecord, VmState, Wanted,
 };
 use crate::store::Busy;
 
@@ -82,41 +82,19 @@ pub(super) async fn ask(
         None => None,
     };
     let swap = HostSwap {
-        id: new_id()?,
         kvm,
         command: new.command,
-        kernel: None,
         undo: new.undo,
-        vms: vms.iter().map(|vm| vm.name.clone()).collect(),
-        budget_ns: new.budget_ns,
         notice_ns: new.notice_ns,
         no_notice: new.no_notice,
-        state: HostSwapState::Wanted,
-        step: "recorded".into(),
-        reason: None,
-        process: None,
-        ended: None,
-        undone: None,
-        output: String::new(),
-        pause_ns: None,
-        asked_at_unix_ns: unix_ns(),
-        ended_at_unix_ns: None,
+        ..HostSwap::wanted(new_id()?, names(&vms), new.budget_ns, unix_ns())
     };
-    let mut parts = Vec::with_capacity(vms.len());
-    for vm in &vms {
-        parts.push(desk.part(&swap, vm).await?);
-    }
-    if let Err(busy) = desk.host.store.add_host_swap(&swap, &parts).await? {
-        let message = match busy {
-            Busy::Host(id) => {
-                format!("another swap of this host is going on ({id}); wait for its end")
-            }
-            Busy::Vm(vm) => format!("a swap of `{vm}` is going on; wait for its end"),
-        };
-        return Err(Problem::new(Code::SwapInProgress, message).into());
-    }
-    tokio::spawn(execute::host_swap(desk.host.clone(), swap.clone()));
-    Ok((StatusCode::ACCEPTED, Json(swap)))
+    desk.begin(swap, &vms).await
+}
+
+/// What these guests are called.
+pub(super) fn names(vms: &[VmRecord]) -> Vec<VmName> {
+    vms.iter().map(|vm| vm.name.clone()).collect()
 }
 
 fn check(new: &NewHostSwap) -> Result<(), Problem> {
@@ -260,7 +238,30 @@ impl Desk {
         Ok(vms)
     }
 
-    pub(super) async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
+    /// Records a swap of the host with each guest's part, and begins it.
+    pub(super) async fn begin(
+        &self,
+        swap: HostSwap,
+        vms: &[VmRecord],
+    ) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
+        let mut parts = Vec::with_capacity(vms.len());
+        for vm in vms {
+            parts.push(self.part(&swap, vm).await?);
+        }
+        if let Err(busy) = self.host.store.add_host_swap(&swap, &parts).await? {
+            let message = match busy {
+                Busy::Host(id) => {
+                    format!("another swap of this host is going on ({id}); wait for its end")
+                }
+                Busy::Vm(vm) => format!("a swap of `{vm}` is going on; wait for its end"),
+            };
+            return Err(Problem::new(Code::SwapInProgress, message).into());
+        }
+        tokio::spawn(execute::host_swap(self.host.clone(), swap.clone()));
+        Ok((StatusCode::ACCEPTED, Json(swap)))
+    }
+
+    async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
         let release = self.release(&vm.release).await?.name();
         Ok(SwapRecord {
             id: SwapId(format!("{}.{}", swap.id, vm.name)),

@@ -10,15 +10,13 @@ use stillpoint_control::secret::{Secret, hex};
 use utoipa::ToSchema;
 
 use super::Desk;
+use super::host::names;
 use super::refusal::{Body, Refusal};
 use super::swaps::{check_budget, check_notice, new_id};
 use crate::agent::kexec;
 use crate::doctor::{Check, Status};
 use crate::execute::{self, unix_ns};
-use crate::model::{
-    Code, HostSwap, HostSwapState, KernelJump, Problem, VmName, VmState, to_be_used_again,
-};
-use crate::store::Busy;
+use crate::model::{Code, HostSwap, KernelJump, Problem, VmName, VmState, to_be_used_again};
 
 /// A swap of the host's kernel to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -157,41 +155,12 @@ pub(super) async fn ask(
         return Err(Problem::new(Code::NotRunning, message).into());
     }
     let swap = HostSwap {
-        id: new_id()?,
-        kvm: None,
-        command: Vec::new(),
         kernel: Some(jump),
-        undo: None,
-        vms: vms.iter().map(|vm| vm.name.clone()).collect(),
-        budget_ns: new.budget_ns,
         notice_ns: new.notice_ns,
         no_notice: new.no_notice,
-        state: HostSwapState::Wanted,
-        step: "recorded".into(),
-        reason: None,
-        process: None,
-        ended: None,
-        undone: None,
-        output: String::new(),
-        pause_ns: None,
-        asked_at_unix_ns: unix_ns(),
-        ended_at_unix_ns: None,
+        ..HostSwap::wanted(new_id()?, names(&vms), new.budget_ns, unix_ns())
     };
-    let mut parts = Vec::with_capacity(vms.len());
-    for vm in &vms {
-        parts.push(desk.part(&swap, vm).await?);
-    }
-    if let Err(busy) = desk.host.store.add_host_swap(&swap, &parts).await? {
-        let message = match busy {
-            Busy::Host(id) => {
-                format!("another swap of this host is going on ({id}); wait for its end")
-            }
-            Busy::Vm(vm) => format!("a swap of `{vm}` is going on; wait for its end"),
-        };
-        return Err(Problem::new(Code::SwapInProgress, message).into());
-    }
-    tokio::spawn(execute::host_swap(desk.host.clone(), swap.clone()));
-    Ok((StatusCode::ACCEPTED, Json(swap)))
+    desk.begin(swap, &vms).await
 }
 
 /// What lies in the carve-out.

@@ -133,6 +133,31 @@ pub struct HostSwap {
 }
 
 impl HostSwap {
+    /// One that is asked for and not begun, of these guests and with this budget; the rest is the caller's.
+    pub fn wanted(id: SwapId, vms: Vec<VmName>, budget_ns: u64, asked_at_unix_ns: u64) -> Self {
+        Self {
+            id,
+            kvm: None,
+            command: Vec::new(),
+            kernel: None,
+            undo: None,
+            vms,
+            budget_ns,
+            notice_ns: None,
+            no_notice: None,
+            state: HostSwapState::Wanted,
+            step: "recorded".into(),
+            reason: None,
+            process: None,
+            ended: None,
+            undone: None,
+            output: String::new(),
+            pause_ns: None,
+            asked_at_unix_ns,
+            ended_at_unix_ns: None,
+        }
+    }
+
     /// Whether the operator does it by hand.
     pub fn is_by_hand(&self) -> bool {
         self.command.is_empty() && self.kvm.is_none() && self.kernel.is_none()

@@ -11,6 +11,7 @@ use axum::response::Response;
 use maud::{Markup, html};
 
 use super::{Site, Trouble, page};
+use crate::cli::format::ago;
 use crate::execute::unix_ns;
 use crate::fleet::explain::{self, HostView, RolloutView};
 use crate::fleet::record::{HistoryStep, RolloutId, UnitRecord};
@@ -40,7 +41,7 @@ pub(super) async fn show_rollout(
     view.driver = fleet.driver().await?.map(|card| card.host);
     let history = fleet.history(&id).await?;
     let title = format!("Rollout to {}", found.record.to);
-    Ok(page(&title, "", rollout(&view, &history, now())))
+    Ok(page(&title, "", rollout(&view, &history)))
 }
 
 fn fleet(shown: &FleetShown) -> Markup {
@@ -125,22 +126,12 @@ fn rollouts(shown: &FleetShown) -> Markup {
                             td { (one.state) }
                             td { (one.done) " of " (one.units) }
                             td { (one.failed) }
-                            td { (ago(Moment(one.asked_at_unix_ns), shown.now)) }
+                            td { (ago(one.asked_at_unix_ns)) }
                         }
                     }
                 }
             }
         }
-    }
-}
-
-fn ago(then: Moment, now: Moment) -> String {
-    let seconds = now.since(then).as_secs();
-    match seconds {
-        0..120 => format!("{seconds} s ago"),
-        120..7_200 => format!("{} min ago", seconds / 60),
-        7_200..172_800 => format!("{} h ago", seconds / 3_600),
-        _ => format!("{} days ago", seconds / 86_400),
     }
 }
 
@@ -193,7 +184,7 @@ fn domains(units: &[UnitRecord]) -> Markup {
     }
 }
 
-fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) -> Markup {
+fn rollout(view: &RolloutView, history: &[HistoryStep]) -> Markup {
     let record = &view.rollout;
     let blackouts = record.units.iter().filter_map(|unit| unit.blackout_ns);
     let blackouts: Vec<Duration> = blackouts.map(Duration::from_nanos).collect();
@@ -215,7 +206,7 @@ fn rollout(view: &RolloutView, history: &[HistoryStep], now: Moment) -> Markup {
                 h2 { "What was done" }
                 table { tbody {
                     @for step in history.iter().rev() { @for line in &step.lines {
-                        tr { td class="soft" { (ago(step.at, now)) } td class="soft" { (step.by) } td { (line) } }
+                        tr { td class="soft" { (ago(step.at.0)) } td class="soft" { (step.by) } td { (line) } }
                     } }
                 } }
             }

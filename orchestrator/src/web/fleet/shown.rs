@@ -23,7 +23,6 @@ pub(super) struct Seat {
 /// What the fleet's page shows.
 #[derive(Clone, Debug)]
 pub(super) struct FleetShown {
-    pub(super) now: Moment,
     pub(super) store: String,
     pub(super) hosts: Vec<HostView>,
     /// Guests by set and update domain; those in no set last.
@@ -49,7 +48,6 @@ pub(super) async fn fleet(desk: &Desk, now: Moment) -> Result<FleetShown, Proble
     rollouts.reverse();
     rollouts.truncate(20);
     Ok(FleetShown {
-        now,
         store: desk.fleet.shared.said(),
         hosts: desk.fleet.hosts().await?,
         sets: seats(&look, &open),
