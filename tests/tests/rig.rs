@@ -17,8 +17,7 @@ fn pulse_on(kernel: Kernel, release: &str) -> anyhow::Result<()> {
         .command(&["scenario", "pulse"])
         .time_limit(LIMIT)
         .run()?;
-    let console = std::fs::read_to_string(&outcome.log)?;
-    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    outcome.succeeded()?;
     let dmesg = std::fs::read_to_string(outcome.results.join("dmesg.txt"))?;
     ensure!(
         dmesg.contains(&format!("Linux version {release}")),
@@ -144,8 +143,7 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
         .time_limit(LIMIT)
         .again_if_it_dies()
         .run()?;
-    let console = std::fs::read_to_string(&outcome.log)?;
-    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    outcome.succeeded()?;
     let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
     let told: Value = serde_json::from_slice(&told)?;
     ensure!(told["after_the_crash"].is_object(), "{told:#}");
@@ -177,8 +175,7 @@ fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Res
         .command(&[&linux[..], named].concat())
         .time_limit(Duration::from_secs(1500))
         .run()?;
-    let console = std::fs::read_to_string(&outcome.log)?;
-    ensure!(outcome.status == 0, "status {}:\n{console}", outcome.status);
+    let console = outcome.succeeded()?;
     ensure!(
         console.contains(&format!("{count} passed; 0 failed; 0 ignored")),
         "not all of them:\n{console}"

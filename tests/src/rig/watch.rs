@@ -150,9 +150,38 @@ fn read(console: impl Read, mut log: File, live: bool, mut take: impl FnMut(Stri
     }
 }
 
+/// What a person wants to see of a command's console that failed: of a test program, what its failing
+/// tests said; of any other, its last lines. Without the host kernel's own, which would crowd it out.
+pub(super) fn what_failed(console: &str) -> String {
+    const FAILURES: &str = "failures:";
+    let lines: Vec<&str> = console
+        .lines()
+        .map(|line| line.trim_end_matches('\r'))
+        .filter(|line| !line.contains("kvm") || !line.contains("Unhandled"))
+        .collect();
+    let mut parts = lines.split(|line| *line == FAILURES);
+    let before = parts.next().unwrap_or_default();
+    let shown = match parts.next() {
+        Some(said) => said,
+        None => before.split_at(before.len().saturating_sub(TAIL)).1,
+    };
+    shown.join("\n").trim().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_is_what_failing_tests_said_or_the_end() {
+        let test = "running 2 tests\ntest a ... [ 3.2] kvm [1]: vcpu0 Unhandled WRMSR(0x1d9)\nFAILED\n\n\
+                    failures:\r\n\n---- a stdout ----\nit broke\n[ 3.2] kvm_amd: kvm [1]: vcpu0 Unhandled\n\
+                    \n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\n";
+        assert_eq!(what_failed(test), "---- a stdout ----\nit broke");
+        let long: Vec<String> = (0..100).map(|n| format!("line {n}")).collect();
+        let shown = what_failed(&long.join("\n"));
+        assert!(shown.starts_with("line 70\n") && shown.ends_with("line 99"), "{shown}");
+    }
 
     fn follow_shell(script: &str, limit: Duration) -> Watched {
         let dir = tempfile::tempdir().expect("a folder");

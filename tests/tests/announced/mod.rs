@@ -150,7 +150,7 @@ fn announced(daemon: &Daemon, web: &Linux<'_>) -> anyhow::Result<(Child, Value)>
         .stdout(Stdio::piped())
         .spawn()?;
     let event = wait_for("the guest's event", BOOT, || {
-        let event = events(web)?["Events"][0].take();
+        let event = events(web)?["Events"][0].clone();
         Ok((event["EventStatus"] == "Scheduled").then_some(event))
     })?;
     ensure!(
