@@ -399,6 +399,8 @@ impl GuestRam {
                 if !go_on() || self.advise(from..to, Advice::LinuxPopulateWrite).is_err() {
                     return done;
                 }
+                // A vCPU of the running guest may wait for this core.
+                std::thread::yield_now();
                 done += to - from;
                 from = to;
             }

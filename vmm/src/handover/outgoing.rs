@@ -32,6 +32,10 @@ const LEAST_RESERVE: Duration = Duration::from_millis(1);
 /// The part of the budget that an entry measured earlier may claim: one that met a busy moment must not
 /// keep its guest from every swap.
 const ENTRY_SHARE: u32 = 4;
+/// Between the last of the preparation and the freeze. Until the successor had adopted, it may have held a
+/// core that a vCPU was waiting for, for a slice of the scheduler (some 3 ms); frozen at that moment, the
+/// guest would see both as one pause.
+const CALM: Duration = Duration::from_millis(5);
 /// How often the wait for the successor looks whether the guest still wants to be swapped.
 const GLANCE: Duration = Duration::from_millis(10);
 /// The longest a predecessor stays when it has nothing left to do.
@@ -277,6 +281,7 @@ fn prepare(
     log.format = adopted.format;
     log.add("adopt", Side::Successor, false, began.elapsed());
     log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
+    std::thread::sleep(CALM);
     Ok(())
 }
 
