@@ -7,6 +7,7 @@
 //!  (guest runs)                              (started by the daemon)
 //!      │ ── Offer + fds, Files + fds ──────────▶ │  adopt: map RAM, build an own VM, populate
 //!      │ ◀─────────────────────────── Adopted ── │
+//!      │ ── Ahead + fd, if it was rehearsed ───▶ │  load what stands until something else is written
 //!   drain                                        │
 //!   freeze ══════════════ blackout ═════════════ │
 //!   save, write the state memfd, seal it         │
@@ -119,6 +120,9 @@ pub struct Adopted {
     /// It knows of `Offer::hold`, and its host can do it.
     #[prost(bool, tag = "3")]
     pub hold: bool,
+    /// It takes a state ahead of the freeze ([`Body::Ahead`]).
+    #[prost(bool, tag = "4")]
+    pub ahead: bool,
 }
 
 /// The state lies in the memfd, sealed. Console viewers' sockets travel beside it.
@@ -169,7 +173,7 @@ pub struct Refused {
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Packet {
     /// What it says.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub body: Option<Body>,
 }
 
@@ -209,6 +213,10 @@ pub enum Body {
     /// See [`rehearsal::Rehearsed`].
     #[prost(message, tag = "11")]
     Rehearsed(rehearsal::Rehearsed),
+    /// A state that is not the last word, in the memfd beside it: what of it stands until something else is
+    /// written may be loaded while the guest runs on.
+    #[prost(message, tag = "12")]
+    Ahead(State),
 }
 
 /// Why the other side could not be heard or told.

@@ -103,11 +103,7 @@ impl Process {
         let mut machine = Machine::boot(spec, &ram, &mut images, plugs, &sender)?;
         machine.open_console(doors.console.try_clone()?, Vec::new())?;
         let owner = Owner::Held(Epoch::default());
-        let guest = Guest {
-            machine,
-            ownership: Ownership::create()?,
-            owner,
-        };
+        let guest = Guest::new(machine, Ownership::create()?, owner);
         let desk = Desk::new(spec.clone(), start.release, start.secret, 0, (&guest, dir))?;
         let dir = dir.display().to_string();
         let process = Self {

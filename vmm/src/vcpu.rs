@@ -15,6 +15,7 @@
 //! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
 
 pub mod error;
+pub mod load;
 pub mod msrs;
 pub mod placement;
 pub mod state;
@@ -41,7 +42,7 @@ use crate::memory::Memory;
 use error::VcpuError;
 use orders::{Answer, Gone, Order, SPIN, wait_for};
 use placement::Home;
-use state::{LoadedVcpu, Pause};
+use load::{LoadedVcpu, Pause};
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
 const HEAD_START: Duration = Duration::from_millis(1);
@@ -103,6 +104,18 @@ struct Wait {
     spin: Duration,
     /// Give up after this.
     patience: Duration,
+}
+
+/// Each vCPU that loads holds a sender until it has written to its TSC for the last time.
+#[derive(Debug)]
+pub struct TscsStand(Receiver<()>);
+
+impl TscsStand {
+    /// Waits until they have, or have failed, or the time is up. What it was shows in
+    /// [`VcpuSet::loaded`].
+    pub fn wait(self, patience: Duration) {
+        let _ = wait_for(&self.0, SPIN, Instant::now() + patience);
+    }
 }
 
 impl From<Gone> for VcpusError {
@@ -301,10 +314,37 @@ impl VcpuSet {
         self.tell(|_| Order::StandBy)
     }
 
-    /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
-    pub fn load(&self, sections: Vec<VcpuSection>, pause: Pause) -> Result<(), VcpusError> {
+    /// Loads ahead what stands of these sections until the last word is loaded.
+    pub fn load_ahead(
+        &self,
+        sections: Vec<VcpuSection>,
+        patience: Duration,
+    ) -> Result<(), VcpusError> {
         let mut sections = sections.into_iter();
-        self.tell(|_| Order::Load(Box::new(sections.next().unwrap_or_default()), pause))
+        self.tell(|_| Order::LoadAhead(Box::new(sections.next().unwrap_or_default())))?;
+        self.gather(
+            Wait {
+                what: "load a state ahead",
+                spin: Duration::ZERO,
+                patience,
+            },
+            |answer| match answer {
+                Answer::LoadedAhead(result) => Some(result),
+                _ => None,
+            },
+        )
+        .map(drop)
+    }
+
+    /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
+    pub fn load(&self, sections: Vec<VcpuSection>, pause: Pause) -> Result<TscsStand, VcpusError> {
+        let (sender, receiver) = channel();
+        let mut sections = sections.into_iter();
+        self.tell(|_| {
+            let section = Box::new(sections.next().unwrap_or_default());
+            Order::Load(section, pause, sender.clone())
+        })?;
+        Ok(TscsStand(receiver))
     }
 
     /// Waits till every vCPU has loaded.

@@ -20,7 +20,7 @@ use super::agree::{self, NoFormat};
 use super::lend::Borrowed;
 use super::measure::Evidence;
 use super::{
-    Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, out_of_turn,
+    Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, State, out_of_turn,
 };
 use crate::boot::cpuid;
 use crate::clock::page::Page;
@@ -190,6 +190,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         format,
         populated,
         hold: offer.hold,
+        ahead: true,
     };
     channel
         .send(Body::Adopted(adopted), &[])
@@ -234,6 +235,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let (len, viewers) = await_state(&mut prepared, channel)?;
     // From here to `enter` the guest stands still.
     let mut timing = Timing::start();
+    prepared.blank.stand_by()?;
     faults::reach(faults::Point::Load).map_err(AdoptError::Injected)?;
     let bytes = read_state(&prepared.state, len)?;
     let unclaimed = Unclaimed::decode(&bytes)?;
@@ -278,11 +280,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // The guest runs: now is the time for all that needs memory.
     drop(prepared.reserve);
     let owner = Owner::Taken(epoch);
-    let guest = Guest {
-        machine,
-        ownership: prepared.ownership,
-        owner,
-    };
+    let guest = Guest::new(machine, prepared.ownership, owner);
     settle_in(guest, prepared.offer, prepared.doors, viewers, evidence)
 }
 
@@ -335,6 +333,7 @@ fn await_state(
         match heard {
             // Opened after the offer; the state follows.
             Some((Body::Files(part), fds)) => prepared.files.add(part.names, fds),
+            Some((Body::Ahead(state), fds)) => load_ahead(prepared, state, fds),
             heard => break heard,
         }
     };
@@ -349,6 +348,24 @@ fn await_state(
             }
             _ => Err(AdoptError::Unsealed),
         },
+    }
+}
+
+/// Loads ahead what stands of a state that is not the last word. Nothing hangs on it: what fails here is
+/// loaded, or fails, when the last word is.
+fn load_ahead(prepared: &Prepared, state: State, fds: Vec<OwnedFd>) {
+    let loaded = || {
+        let Some(file) = fds.first() else {
+            return Ok(());
+        };
+        let unclaimed = Unclaimed::decode(&read_state(file, state.len)?)?;
+        if unclaimed.of().format != prepared.format {
+            return Ok(());
+        }
+        Ok::<_, AdoptError>(prepared.blank.load_ahead(unclaimed, OFFER_PATIENCE)?)
+    };
+    if let Err(error) = loaded() {
+        tracing::warn!(%error, "a state could not be loaded ahead of the freeze; all of it is loaded after");
     }
 }
 

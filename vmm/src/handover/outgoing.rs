@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::fs::SealFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::message::Handover;
@@ -36,6 +36,9 @@ const ENTRY_SHARE: u32 = 4;
 /// core that a vCPU was waiting for, for a slice of the scheduler (some 3 ms); frozen at that moment, the
 /// guest would see both as one pause.
 const CALM: Duration = Duration::from_millis(5);
+/// Bytes that a saved state has room for before the freeze: the machine's, and each vCPU's.
+const ROOM: u64 = 16 << 10;
+const ROOM_PER_VCPU: u64 = 12 << 10;
 /// How often the wait for the successor looks whether the guest still wants to be swapped.
 const GLANCE: Duration = Duration::from_millis(10);
 /// The longest a predecessor stays when it has nothing left to do.
@@ -281,8 +284,38 @@ fn prepare(
     log.format = adopted.format;
     log.add("adopt", Side::Successor, false, began.elapsed());
     log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
+    if adopted.ahead {
+        send_ahead(guest, adopted.format, channel)?;
+    }
+    make_room(&errand.state, guest.machine.vcpu_count());
     std::thread::sleep(CALM);
     Ok(())
+}
+
+/// What a rehearsal saw, for the successor to load ahead. Without one it loads all of it after the freeze.
+fn send_ahead(guest: &Guest, format: u32, channel: &Channel) -> Result<(), KeptReason> {
+    let Some(peeked) = guest.peeked.as_ref().filter(|peeked| peeked.format == format) else {
+        return Ok(());
+    };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create("stillpoint-ahead", flags).map_err(KeptReason::State)?;
+    write_sealed(&file, &peeked.bytes).map_err(KeptReason::State)?;
+    let state = State {
+        len: peeked.bytes.len() as u64,
+    };
+    channel
+        .send(Body::Ahead(state), &[file.as_fd()])
+        .map_err(|source| KeptReason::Channel {
+            what: "sending a state ahead",
+            source,
+        })
+}
+
+/// Has the kernel find the pages now that the saved state will be written to. Best effort: what is missing
+/// is found then.
+fn make_room(state: &OwnedFd, vcpus: usize) {
+    let room = ROOM + ROOM_PER_VCPU * vcpus as u64;
+    let _ = rustix::fs::fallocate(state, FallocateFlags::KEEP_SIZE, 0, room);
 }
 
 fn offer(

@@ -34,6 +34,17 @@ pub struct Guest {
     pub ownership: Ownership,
     /// What the word says while the guest is ours.
     pub owner: Owner,
+    /// Its state as the last rehearsal saw it, for a successor to load ahead.
+    pub peeked: Option<Peeked>,
+}
+
+/// A state that was saved while the guest was to run on: never the last word.
+#[derive(Debug)]
+pub struct Peeked {
+    /// Its format.
+    pub format: u32,
+    /// It.
+    pub bytes: Vec<u8>,
 }
 
 /// A guest standing still. Dropping it lets the guest run on.
@@ -75,6 +86,16 @@ pub struct GivenUp<'g> {
 }
 
 impl Guest {
+    /// A guest that is ours, by this word.
+    pub fn new(machine: Machine, ownership: Ownership, owner: Owner) -> Self {
+        Self {
+            machine,
+            ownership,
+            owner,
+            peeked: None,
+        }
+    }
+
     /// Whether the word still says that the guest is this process's.
     pub fn is_ours(&self) -> bool {
         self.ownership.read().is_ok_and(|now| now == self.owner)

@@ -133,6 +133,7 @@ impl Process {
             machine,
             ownership,
             owner,
+            peeked: _,
         } = self.guest;
         // The last of KVM goes with it.
         drop(machine);
@@ -162,11 +163,7 @@ impl Process {
         machine.release_cpus();
         self.desk.set_state(GuestState::Running);
         let process = Self {
-            guest: Guest {
-                machine,
-                ownership,
-                owner,
-            },
+            guest: Guest::new(machine, ownership, owner),
             doors: self.doors,
             desk: self.desk,
             events: around.events,

@@ -68,11 +68,7 @@ impl Process {
         let (mut machine, evidence) = build(&found, dir, &sender, began_tsc)?;
         machine.open_console(doors.console.try_clone()?, Vec::new())?;
         let label = found.record.label;
-        let guest = Guest {
-            machine,
-            ownership,
-            owner: Owner::Held(Epoch::default()),
-        };
+        let guest = Guest::new(machine, ownership, Owner::Held(Epoch::default()));
         let swaps = label.swaps + 1;
         let desk = Desk::new(
             found.spec,

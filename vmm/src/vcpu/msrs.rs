@@ -159,6 +159,53 @@ pub fn steal_time(fd: &VcpuFd) -> Result<Option<u64>, VcpuError> {
     Ok(read_one(fd, STEAL_TIME)?.filter(|msr| msr & 1 == 1))
 }
 
+/// Ranges of MSRs that are [still](is_still): SYSENTER, machine check, memory type ranges, bank controls,
+/// VMX capabilities, SYSCALL.
+const STILL_RANGES: [std::ops::Range<u32>; 7] = [
+    0x174..0x177,
+    0x179..0x17c,
+    0x200..0x210,
+    0x250..0x270,
+    BANK_CONTROLS,
+    0x480..0x492,
+    0xc000_0081..0xc000_0085,
+];
+
+/// Single ones, by their names in the kernel's asm/msr-index.h.
+const STILL: [u32; 24] = [
+    0x34,        // SMI_COUNT: there is no SMM
+    0x3a,        // IA32_FEAT_CTL
+    TSC_ADJUST,  // KVM keeps it beside the offset
+    0x48,        // IA32_SPEC_CTRL
+    0x8b,        // IA32_UCODE_REV
+    0xce,        // PLATFORM_INFO
+    0xfe,        // MTRRcap
+    0x10a,       // IA32_ARCH_CAPABILITIES
+    0x140,       // MISC_FEATURES_ENABLES
+    0x1a0,       // IA32_MISC_ENABLE
+    0x1d9,       // IA32_DEBUGCTLMSR
+    0x1db,       // IA32_LASTBRANCHFROMIP
+    0x1dc,       // IA32_LASTBRANCHTOIP
+    0x1dd,       // IA32_LASTINTFROMIP
+    0x1de,       // IA32_LASTINTTOIP
+    0x1fc,       // IA32_POWER_CTL
+    0x277,       // IA32_CR_PAT
+    0x2ff,       // MTRRdefType
+    0x345,       // IA32_PERF_CAPABILITIES
+    0xc000_0102, // KERNEL_GS_BASE
+    0xc000_0103, // TSC_AUX
+    0xc001_0117, // VM_HSAVE_PA
+    0xc001_011f, // AMD64_VIRT_SPEC_CTRL
+    0xc001_1029, // AMD64_DE_CFG
+];
+
+/// Whether KVM does nothing with such an MSR but keep it for the guest: what was written stays, and says the
+/// same whenever it is written. Any other may count, tick, or mean something beside its value, and is not
+/// loaded ahead.
+pub fn is_still(index: u32) -> bool {
+    STILL.contains(&index) || STILL_RANGES.iter().any(|range| range.contains(&index))
+}
+
 /// Writes MSRs. KVM stops at the first it refuses: a refusal of zero is passed over (another
 /// kernel's counters and the like), any other is an error that names the MSR.
 pub fn write(fd: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), VcpuError> {
@@ -236,18 +283,19 @@ impl Late {
     /// Loads them. KVM rewrites the guest's wall clock structure with each write of its MSR; what
     /// was there before is right to the bit, but for a pause that was held, so it is put back.
     pub fn load(self, fd: &VcpuFd, memory: &Memory, passed: Passed) -> Result<(), VcpuError> {
-        let held_ns = u64::try_from(passed.held.as_nanos()).unwrap_or(u64::MAX);
-        for (index, value) in self.0 {
-            if index == STEAL_TIME {
-                steal::carry(memory, value, passed.stolen, passed.waited);
-            }
-            let at = (index == WALL_CLOCK).then_some(GuestAddress(value & !1));
-            let before = at.and_then(|at| Some((at, WallClock::read(memory, at)?)));
-            write(fd, &[(index, value)])?;
-            if let Some((at, wall)) = before {
-                let right = wall.after_hold(held_ns);
-                right.write(memory, at).map_err(|_| VcpuError::WallClock)?;
-            }
+        let of = |wanted: u32| self.0.iter().find(|(index, _)| *index == wanted);
+        if let Some(&(_, account)) = of(STEAL_TIME) {
+            steal::carry(memory, account, passed.stolen, passed.waited);
+        }
+        let wall = of(WALL_CLOCK).and_then(|(_, value)| {
+            let at = GuestAddress(value & !1);
+            Some((at, WallClock::read(memory, at)?))
+        });
+        write(fd, &self.0)?;
+        if let Some((at, wall)) = wall {
+            let held_ns = u64::try_from(passed.held.as_nanos()).unwrap_or(u64::MAX);
+            let right = wall.after_hold(held_ns);
+            right.write(memory, at).map_err(|_| VcpuError::WallClock)?;
         }
         Ok(())
     }

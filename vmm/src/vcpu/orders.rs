@@ -1,14 +1,14 @@
 //! What is said between the machine thread and a vCPU's thread.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use stillpoint_state::sections::Vcpu as VcpuSection;
 
 use super::error::VcpuError;
 use super::placement::Home;
-use super::state::{LoadedVcpu, Pause};
+use super::load::{LoadedVcpu, Pause};
 use crate::bus::Bus;
 
 /// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a
@@ -28,8 +28,11 @@ pub(super) enum Order {
     Save { format: u32 },
     /// The next order comes at once: stay awake for it.
     StandBy,
-    /// Load everything that changes nothing outside this process.
-    Load(Box<VcpuSection>, Pause),
+    /// Load ahead what stands of it until the last word is loaded.
+    LoadAhead(Box<VcpuSection>),
+    /// Load everything that changes nothing outside this process. The sender, which is never used, is
+    /// dropped when no write to the TSC follows.
+    Load(Box<VcpuSection>, Pause, Sender<()>),
     /// This is a rehearsal: load the rest into a view of guest RAM, and run nothing.
     LoadRest,
     /// The guest is ours: load the rest and run, with exits going to this bus.
@@ -53,6 +56,7 @@ pub(super) enum Answer {
     Ready(Result<Home, VcpuError>),
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
+    LoadedAhead(Result<(), VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
     LoadedRest(Result<(), VcpuError>),
     Entering(Result<Entry, VcpuError>),

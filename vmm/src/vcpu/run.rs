@@ -14,7 +14,8 @@ use super::msrs::{self, Late, Passed};
 use super::orders::{Answer, Entry, Order, SPIN, wait_for};
 use super::placement::Home;
 use super::settle::{arm, disarm, settle, take_up_requests};
-use super::state::{self, Pause};
+use super::load::{Known, Pause};
+use super::state;
 use crate::bus::Bus;
 use crate::clock;
 use crate::clock::steal::{self, RunDelay};
@@ -41,6 +42,8 @@ pub(super) struct Runner {
     answers: Sender<(u8, Answer)>,
     /// MSRs this vCPU can be asked for.
     msrs: Vec<u32>,
+    /// What is known of it.
+    known: Known,
     /// MSRs to load once the guest is ours.
     late: Late,
     /// The pause that it was loaded after.
@@ -72,6 +75,7 @@ impl Runner {
             orders,
             answers,
             msrs: Vec::new(),
+            known: Known::default(),
             late,
             pause: Pause::default(),
             tsc_khz: 0,
@@ -115,6 +119,7 @@ impl Runner {
             false => take_up_requests(&mut self.fd)?,
         }
         self.msrs = msrs::readable(&self.fd)?;
+        self.known = Known::of(&self.fd);
         Ok(Home::spread(self.id))
     }
 
@@ -135,11 +140,17 @@ impl Runner {
             Order::Park => self.come_to_rest(),
             Order::StandBy => self.awake = true,
             Order::Save { format } => {
-                let saved = state::save(&mut self.fd, &mut self.msrs, format);
+                let khz = self.known.tsc_khz;
+                let saved = state::save(&mut self.fd, &mut self.msrs, format, khz);
                 self.answer(Answer::Saved(saved.map(Box::new)));
             }
-            Order::Load(section, pause) => {
-                let loaded = state::load(&mut self.fd, &section, pause);
+            Order::LoadAhead(section) => {
+                let loaded = self.known.load_ahead(&self.fd, &section);
+                self.answer(Answer::LoadedAhead(loaded));
+            }
+            Order::Load(section, pause, tsc_stands) => {
+                let known = &mut self.known;
+                let loaded = known.load(&mut self.fd, &section, pause, tsc_stands);
                 let loaded = loaded.map(|(loaded, late)| {
                     self.late = match self.id {
                         0 => late,

@@ -1,14 +1,18 @@
 //! What KVM itself makes of a vCPU that is saved and loaded: on `/dev/kvm`, without a guest.
 
+mod ahead;
+
 use std::time::Duration;
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use stillpoint_control::spec::MemorySpec;
+use stillpoint_state::sections::Vcpu as Section;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::msrs::{self, Passed};
+use super::msrs::{self, Late, Passed};
 use super::settle::{arm, settle};
-use super::state::{self, Pause};
+use super::load::{Known, LoadedVcpu, Pause};
+use super::state;
 use super::timer::{Lapic, Mode};
 use crate::boot::cpuid;
 use crate::clock::align::align;
@@ -69,10 +73,15 @@ impl Bare {
         Some(Self { vcpu, vm, ram, khz })
     }
 
-    fn save(&mut self) -> stillpoint_state::sections::Vcpu {
+    fn save(&mut self) -> Section {
         let mut list = msrs::readable(&self.vcpu).expect("MSRs");
-        let (section, _) = state::save(&mut self.vcpu, &mut list, 3).expect("save");
+        let (section, _) = state::save(&mut self.vcpu, &mut list, 3, self.khz).expect("save");
         section
+    }
+
+    fn load(&mut self, from: &Section, pause: Pause) -> (LoadedVcpu, Late) {
+        let mut known = Known::of(&self.vcpu);
+        known.load(&mut self.vcpu, from, pause, ()).expect("load")
     }
 
     fn msr(&self, index: u32) -> Option<u64> {
@@ -109,7 +118,7 @@ fn tsc_adjust_and_an_armed_deadline_survive() {
     alone(move || {
         let Some(mut new) = Bare::new() else { return };
         let pause = Pause::default();
-        let (loaded, _) = state::load(&mut new.vcpu, &section, pause).expect("load");
+        let (loaded, _) = new.load(&section, pause);
         for (index, value) in wanted {
             assert_eq!(new.msr(index), Some(value), "{index:#x}");
         }
@@ -147,7 +156,7 @@ fn a_periodic_timer_ticks_on_where_it_was() {
         for _ in 0..50 {
             let before = next_tick(&old.vcpu, old.khz);
             let section = old.save();
-            state::load(&mut new.vcpu, &section, Pause::default()).expect("load");
+            new.load(&section, Pause::default());
             let after = next_tick(&new.vcpu, new.khz);
             let by = (after + period * 1000 - before) % period;
             moved.push(by.min(period - by) * 1_000_000 / u64::from(old.khz));

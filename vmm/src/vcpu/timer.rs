@@ -138,6 +138,8 @@ pub struct SavedLapic {
     pub deadline: Option<u64>,
     /// Host TSC when they were read.
     pub host_tsc: u64,
+    /// Whether the vCPU was settled for it, which may have ended a halt.
+    pub settled: bool,
 }
 
 /// Saves local APIC and TSC deadline so that they belong together. The vCPU is parked, its kick
@@ -153,6 +155,7 @@ pub fn save(fd: &mut VcpuFd, deadline: Option<u64>) -> Result<SavedLapic, VcpuEr
             lapic,
             deadline,
             host_tsc,
+            settled: false,
         }),
     }
 }
@@ -163,6 +166,7 @@ fn save_one_shot(fd: &mut VcpuFd, lapic: Lapic, host_tsc: u64) -> Result<SavedLa
             lapic,
             deadline: None,
             host_tsc,
+            settled: false,
         });
     }
     gather_expired(fd)?;
@@ -172,6 +176,7 @@ fn save_one_shot(fd: &mut VcpuFd, lapic: Lapic, host_tsc: u64) -> Result<SavedLa
         lapic,
         deadline: None,
         host_tsc,
+        settled: true,
     })
 }
 
@@ -243,6 +248,7 @@ fn save_deadline(fd: &mut VcpuFd) -> Result<SavedLapic, VcpuError> {
                 lapic,
                 deadline: after,
                 host_tsc,
+                settled: true,
             });
         }
         before = after;

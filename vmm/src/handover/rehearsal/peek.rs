@@ -13,7 +13,7 @@ use super::super::lend::Lending;
 use super::super::{Adopted, Body, Channel, ChannelError, Files, Offer, State, out_of_turn};
 use super::{Rehearse, Rehearsed, compare, standins};
 use crate::boot::cpuid;
-use crate::machine::frozen::Guest;
+use crate::machine::frozen::{Guest, Peeked};
 use crate::machine::{FreezeError, Machine};
 use crate::memory::MemoryError;
 
@@ -122,6 +122,8 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
         if self.errand.peek {
             let before = self.peek(guest, &state)?;
             self.compare(&before)?;
+            let bytes = before;
+            guest.peeked = Some(Peeked { format, bytes });
         }
         self.told.stage = Stage::Done;
         Ok(())

@@ -121,6 +121,7 @@ fn build(channel: &mut Channel) -> Result<Built, StageError> {
         format,
         populated: 0,
         hold: offer.hold,
+        ahead: false,
     };
     channel
         .send(Body::Adopted(adopted), &[])

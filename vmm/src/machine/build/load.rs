@@ -23,7 +23,7 @@ use crate::faults::{self, Spoilt};
 use crate::handover::lend::Borrowed;
 use crate::machine::Machine;
 use crate::vcpu::msrs;
-use crate::vcpu::state::{LoadedVcpu, Pause};
+use crate::vcpu::load::{LoadedVcpu, Pause};
 use crate::{clock, irq};
 
 /// What loading showed.
@@ -56,8 +56,21 @@ impl Loaded {
 }
 
 impl Blank {
-    /// Loads saved state, with the files of devices that followed it: vCPUs in parallel on their own threads, everything else meanwhile, the
-    /// clock last (after every TSC write).
+    /// Wakes the vCPUs' threads for a load that comes at once.
+    pub fn stand_by(&self) -> Result<(), BuildError> {
+        Ok(self.vcpus.stand_by()?)
+    }
+
+    /// Loads ahead what stands, of a state that is not the last word, until that is loaded.
+    pub fn load_ahead(&self, mut state: Unclaimed, patience: Duration) -> Result<(), BuildError> {
+        let sections: Vec<Vcpu> = (0..self.vcpus.count())
+            .map(|id| state.take(&id.to_string()))
+            .collect::<Result<_, _>>()?;
+        Ok(self.vcpus.load_ahead(sections, patience)?)
+    }
+
+    /// Loads saved state, with the files of devices that followed it: vCPUs in parallel on their own
+    /// threads, everything else meanwhile; the clock as soon as every TSC write is done.
     pub fn load(
         mut self,
         mut state: Unclaimed,
@@ -69,7 +82,6 @@ impl Blank {
             let section = "vcpu";
             return Err(StateError::Value { section, problem }.into());
         }
-        self.vcpus.stand_by()?;
         let count = self.vcpus.count();
         let saved_clock: Clock = state.take("")?;
         let pause = pause_of(&saved_clock, &self.spec)?;
@@ -86,10 +98,10 @@ impl Blank {
         let tsc_offset_before = sections.first().and_then(|first| first.tsc_offset);
         let held = pause.held.cast_signed();
         self.tsc_offset = tsc_offset_before.map(|offset| offset.wrapping_sub(held));
-        self.vcpus.load(sections, pause)?;
+        let tscs = self.vcpus.load(sections, pause)?;
         irq::load(&self.vm, &state.take::<Irqchip>("")?)?;
         let viewers = self.buffer.load(&mut state)?;
-        let vcpus = self.vcpus.loaded(patience)?;
+        tscs.wait(patience);
         let clock =
             align::align(&self.vm, &saved_clock, pause.held).map_err(kvm("set the clock"))?;
         let (has_vmclock, ram) = (self.spec.clock.vmclock, Arc::clone(&self.ram));
@@ -112,6 +124,7 @@ impl Blank {
         #[cfg(feature = "later")]
         stillpoint_state::later::load(&mut state)?;
         state.finish()?;
+        let vcpus = machine.vcpus.loaded(patience)?;
         if faults::is_spoilt(Spoilt::State) {
             let at = probe_abi::REG_SCRATCH;
             machine.probe.write(at, &u64::MAX.to_le_bytes());

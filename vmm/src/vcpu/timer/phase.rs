@@ -106,6 +106,7 @@ pub(super) fn save(fd: &mut VcpuFd) -> Result<SavedLapic, VcpuError> {
                 lapic: now.lapic,
                 deadline: None,
                 host_tsc: now.middle(),
+                settled: true,
             });
         }
         if now.count() == 0 {
