@@ -13,6 +13,7 @@
 //! | [`handover`] | the protocol between predecessor and successor |
 //! | [`process`] | the machine thread's loop, and the control socket before it |
 //! | [`doors`] | sockets and files of a guest |
+//! | `warm` | memory at hand before it is needed |
 //! | [`doctor`] | what this host's KVM can and can't do |
 //!
 //! No async runtime, no HTTP. Raw addresses and `unsafe` live in `memory`, `raw`, `vcpu` and the
@@ -36,3 +37,4 @@ pub mod process;
 pub mod raw;
 pub mod release;
 pub mod vcpu;
+mod warm;

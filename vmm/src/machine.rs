@@ -319,9 +319,14 @@ impl Machine {
         policy: Policy,
         deadline: Instant,
     ) -> Result<Saved, FreezeError> {
+        self.vcpus.save(format)?;
         let mut saved = Saved::with_capacity(64 << 10);
+        for device in &self.devices {
+            device.save(&mut saved)?;
+        }
+        self.buffer.save(&self.viewers(), &mut saved)?;
         let patience = deadline.saturating_duration_since(Instant::now());
-        let vcpus = self.vcpus.save(format, patience)?;
+        let vcpus = self.vcpus.saved(patience)?;
         // The clock next to the vCPUs, so that their timers and it are of one moment.
         let clock = clock::save(&self.vm, self.tsc_khz, policy).map_err(FreezeError::Clock)?;
         saved.put("", &clock)?;
@@ -329,10 +334,6 @@ impl Machine {
             saved.put_version(&id.to_string(), section, *version)?;
         }
         saved.put("", &irq::save(&self.vm)?)?;
-        for device in &self.devices {
-            device.save(&mut saved)?;
-        }
-        self.buffer.save(&self.viewers(), &mut saved)?;
         #[cfg(feature = "later")]
         stillpoint_state::later::save(&mut saved, format)?;
         Ok(saved)

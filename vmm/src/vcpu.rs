@@ -40,9 +40,9 @@ use crate::bus::Bus;
 use crate::event::Event;
 use crate::memory::Memory;
 use error::VcpuError;
+use load::{LoadedVcpu, Pause};
 use orders::{Answer, Gone, Order, SPIN, wait_for};
 use placement::Home;
-use load::{LoadedVcpu, Pause};
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
 const HEAD_START: Duration = Duration::from_millis(1);
@@ -94,6 +94,8 @@ struct Thread {
 pub struct VcpuSet {
     threads: Vec<Thread>,
     answers: Receiver<(u8, Answer)>,
+    /// How long an answer is waited for awake.
+    spin: Duration,
 }
 
 /// How long answers are waited for.
@@ -108,13 +110,13 @@ struct Wait {
 
 /// Each vCPU that loads holds a sender until it has written to its TSC for the last time.
 #[derive(Debug)]
-pub struct TscsStand(Receiver<()>);
+pub struct TscsStand(Receiver<()>, Duration);
 
 impl TscsStand {
     /// Waits until they have, or have failed, or the time is up. What it was shows in
     /// [`VcpuSet::loaded`].
     pub fn wait(self, patience: Duration) {
-        let _ = wait_for(&self.0, SPIN, Instant::now() + patience);
+        let _ = wait_for(&self.0, self.1, Instant::now() + patience);
     }
 }
 
@@ -146,21 +148,31 @@ impl VcpuSet {
     /// Starts a thread for each, parked.
     pub fn start(fds: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, VcpusError> {
         let (answer, answers) = channel();
+        // Without a core to spare, who stays awake keeps somebody else from what is waited for.
+        let spin = match placement::has_spare_core(fds.len()) {
+            true => SPIN,
+            false => Duration::ZERO,
+        };
         let mut set = Self {
             threads: Vec::with_capacity(fds.len()),
             answers,
+            spin,
         };
         for (id, fd) in (0u8..).zip(fds) {
             let (orders, inbox) = channel();
-            let answer = answer.clone();
             let around = around.clone();
             let turns = Arc::new(AtomicU64::new(0));
-            let counter = Arc::clone(&turns);
+            let ends = run::Ends {
+                orders: inbox,
+                answers: answer.clone(),
+                turns: Arc::clone(&turns),
+                spin,
+            };
             let thread = std::thread::Builder::new().name(format!("vcpu{id}"));
             let handle = thread
                 .spawn(move || {
                     let events = around.events.clone();
-                    let runner = run::Runner::new(id, fd, around, inbox, answer, counter);
+                    let runner = run::Runner::new(id, fd, around, ends);
                     // A bug here must not cost the guest a processor in silence.
                     if catch_unwind(AssertUnwindSafe(|| runner.run())).is_err() {
                         let failure = Some("its thread panicked, which is a bug".to_owned());
@@ -262,7 +274,7 @@ impl VcpuSet {
         self.gather(
             Wait {
                 what: "park",
-                spin: SPIN,
+                spin: self.spin,
                 patience,
             },
             |answer| matches!(answer, Answer::Parked).then_some(Ok(())),
@@ -289,17 +301,17 @@ impl VcpuSet {
         self.entered(patience)
     }
 
-    /// Saves every vCPU, in order, with the section version for `format`.
-    pub fn save(
-        &self,
-        format: u32,
-        patience: Duration,
-    ) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
-        self.tell(|_| Order::Save { format })?;
+    /// Tells every vCPU to save itself for `format`; [`VcpuSet::saved`] waits for it.
+    pub fn save(&self, format: u32) -> Result<(), VcpusError> {
+        self.tell(|_| Order::Save { format })
+    }
+
+    /// What every vCPU saved, in order, with its section version.
+    pub fn saved(&self, patience: Duration) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
         self.gather(
             Wait {
                 what: "save their state",
-                spin: SPIN,
+                spin: self.spin,
                 patience,
             },
             |answer| match answer {
@@ -344,7 +356,7 @@ impl VcpuSet {
             let section = Box::new(sections.next().unwrap_or_default());
             Order::Load(section, pause, sender.clone())
         })?;
-        Ok(TscsStand(receiver))
+        Ok(TscsStand(receiver, self.spin))
     }
 
     /// Waits till every vCPU has loaded.
@@ -352,7 +364,7 @@ impl VcpuSet {
         self.gather(
             Wait {
                 what: "load their state",
-                spin: SPIN,
+                spin: self.spin,
                 patience,
             },
             |answer| match answer {
@@ -368,7 +380,7 @@ impl VcpuSet {
         self.gather(
             Wait {
                 what: "load the rest of their state",
-                spin: SPIN,
+                spin: self.spin,
                 patience,
             },
             |answer| match answer {

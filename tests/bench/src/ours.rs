@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
+use stillpoint_control::rehearsal::Verdict;
 use stillpoint_control::report::SwapReport;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::vm::{Recipe, Vm};
@@ -37,10 +39,14 @@ fn boot_untouched(scene: &Scene) -> anyhow::Result<Vm> {
     Ok(vm)
 }
 
-/// So many swaps.
-pub(crate) fn swaps(vm: &mut Vm, count: u32) -> anyhow::Result<Vec<Sample>> {
+/// So many swaps, each after a rehearsal or without one.
+pub(crate) fn swaps(vm: &mut Vm, count: u32, rehearsed: bool) -> anyhow::Result<Vec<Sample>> {
     (0..count)
         .map(|number| {
+            if rehearsed {
+                let told = vm.rehearse(Release::Current, true)?;
+                ensure!(told.verdict == Verdict::Passed, "{told:?}");
+            }
             pause(BETWEEN_MS + u64::from(number) * 7 % SPREAD_MS);
             vm.must_move(Release::Current).map(|report| sample(&report))
         })

@@ -116,17 +116,18 @@ fn middle(samples: &[Sample]) -> u64 {
     host.get(host.len() / 2).copied().unwrap_or(1_000_000)
 }
 
-/// Ours, nobody and the floor, in turns.
+/// Ours, nobody, ours without a rehearsal, and the floor, in turns.
 fn beside_floor(
     scene: Scene,
     options: &Options,
     until: Instant,
     tsc_khz: u64,
-) -> anyhow::Result<[Series; 3]> {
+) -> anyhow::Result<[Series; 4]> {
     let swaps = options.swaps;
     let batch = if options.quick { QUICK_BATCH } else { BATCH };
-    let mut all = [Who::Ours, Who::Floor, Who::NoSwap].map(|who| Series::new(scene, who));
-    let [own, bare, none] = &mut all;
+    let who = [Who::Ours, Who::Whole, Who::Floor, Who::NoSwap];
+    let mut all = who.map(|who| Series::new(scene, who));
+    let [own, whole, bare, none] = &mut all;
     let mut done = 0;
     for count in batches(swaps, batch) {
         if done > 0 && Instant::now() > until {
@@ -134,6 +135,7 @@ fn beside_floor(
         }
         progress(scene.title, done, swaps);
         small_batch(own, Some((none, tsc_khz)), count)?;
+        small_batch(whole, None, count)?;
         let taken = floor::swaps(&scene, count).context("a batch of the floor")?;
         bare.extend(taken);
         done += count;
@@ -151,7 +153,8 @@ fn small_batch(
     let scene = series.scene;
     let context = || format!("a batch of ours, {}", scene.title);
     let mut vm = ours::boot(&scene).with_context(context)?;
-    let samples = ours::swaps(&mut vm, count).with_context(context)?;
+    let rehearsed = series.who == Who::Ours;
+    let samples = ours::swaps(&mut vm, count, rehearsed).with_context(context)?;
     if let Some((none, tsc_khz)) = control {
         let window = middle(&samples);
         none.extend(control::windows(&vm, count, window, tsc_khz).with_context(context)?);
@@ -182,7 +185,8 @@ fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<Option<
         small_batch(&mut small, None, count)?;
         signal(&vm, Signal::CONT)?;
         ours::pause(WAKE_MS);
-        let samples = ours::swaps(&mut vm, count).context("a batch of the guest with 8 GiB")?;
+        let samples =
+            ours::swaps(&mut vm, count, true).context("a batch of the guest with 8 GiB")?;
         none.extend(control::windows(&vm, count, middle(&samples), tsc_khz)?);
         large.extend(samples);
         done += count;

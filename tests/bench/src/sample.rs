@@ -10,8 +10,10 @@ use crate::scene::Scene;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Who {
-    /// Stillpoint.
+    /// Stillpoint, as its daemon swaps: rehearsed, and what stands of the state loaded ahead.
     Ours,
+    /// Stillpoint without a rehearsal: all of the state is loaded after the freeze.
+    Whole,
     /// Bare KVM calls.
     Floor,
     /// Nobody.
@@ -23,6 +25,7 @@ impl Who {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ours => "Stillpoint",
+            Self::Whole => "not rehearsed",
             Self::Floor => "floor",
             Self::NoSwap => "no swap",
         }

@@ -191,7 +191,9 @@ fn handover_packets() -> Vec<Vec<u8>> {
             format: 3,
             populated: 1 << 20,
             hold: true,
+            ahead: true,
         }),
+        Body::Ahead(State { len: 30_000 }),
         Body::Files(Files {
             names: vec!["disk0/image".into(), "vsock/conn7".into()],
         }),

@@ -35,7 +35,7 @@ use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
-use crate::{clock, faults};
+use crate::{clock, faults, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
@@ -185,6 +185,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     reserve
         .try_reserve_exact(RESERVE)
         .map_err(|_| AdoptError::Reserve)?;
+    warm::up();
     faults::reach(faults::Point::Adopt).map_err(AdoptError::Injected)?;
     let adopted = Adopted {
         format,

@@ -26,6 +26,7 @@ use crate::faults;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
 use crate::machine::{FreezeError, Machine};
 use crate::vcpu::placement;
+use crate::warm;
 
 /// What follows give-up costs at least this much, however quick loading was.
 const LEAST_RESERVE: Duration = Duration::from_millis(1);
@@ -288,13 +289,18 @@ fn prepare(
         send_ahead(guest, adopted.format, channel)?;
     }
     make_room(&errand.state, guest.machine.vcpu_count());
+    warm::up();
     std::thread::sleep(CALM);
     Ok(())
 }
 
 /// What a rehearsal saw, for the successor to load ahead. Without one it loads all of it after the freeze.
 fn send_ahead(guest: &Guest, format: u32, channel: &Channel) -> Result<(), KeptReason> {
-    let Some(peeked) = guest.peeked.as_ref().filter(|peeked| peeked.format == format) else {
+    let Some(peeked) = guest
+        .peeked
+        .as_ref()
+        .filter(|peeked| peeked.format == format)
+    else {
         return Ok(());
     };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;

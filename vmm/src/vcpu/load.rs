@@ -206,7 +206,10 @@ impl Standing {
         let zeroed = self.msrs.iter().filter(|(index, _)| gone(*index));
         let differs = |msr: &&(u32, u64)| self.msrs.binary_search(msr).is_err();
         let changed = msrs.iter().filter(differs).copied();
-        zeroed.map(|&(index, _)| (index, 0)).chain(changed).collect()
+        zeroed
+            .map(|&(index, _)| (index, 0))
+            .chain(changed)
+            .collect()
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use stillpoint_state::sections::Vcpu as VcpuSection;
 
 use super::error::VcpuError;
-use super::placement::Home;
 use super::load::{LoadedVcpu, Pause};
+use super::placement::Home;
 use crate::bus::Bus;
 
 /// How long an answer, or the next order of a freeze, is spun for before the thread sleeps: a

@@ -55,6 +55,12 @@ impl Home {
     }
 }
 
+/// Whether this process may use more cores than so many vCPUs keep busy.
+pub(super) fn has_spare_core(vcpus: usize) -> bool {
+    let allowed = sched_getaffinity(None).map(|set| set.count() as usize);
+    allowed.is_ok_and(|cores| cores > vcpus)
+}
+
 /// Lets everything else run before the calling thread (SCHED_IDLE, and the least share for its
 /// session where the kernel groups by session). Lowering oneself needs no privilege. A session
 /// that others are in, the successor among them perhaps, is left as it is.

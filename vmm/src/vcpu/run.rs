@@ -10,17 +10,18 @@ use kvm_ioctls::VcpuFd;
 use super::Surroundings;
 use super::error::VcpuError;
 use super::exit::{self, Exit};
+use super::load::{Known, Pause};
 use super::msrs::{self, Late, Passed};
-use super::orders::{Answer, Entry, Order, SPIN, wait_for};
+use super::orders::{Answer, Entry, Order, wait_for};
 use super::placement::Home;
 use super::settle::{arm, disarm, settle, take_up_requests};
-use super::load::{Known, Pause};
 use super::state;
 use crate::bus::Bus;
 use crate::clock;
 use crate::clock::steal::{self, RunDelay};
 use crate::event::Event;
 use crate::faults::{self, Spoilt};
+use crate::warm;
 
 enum Phase {
     Parked,
@@ -53,19 +54,30 @@ pub(super) struct Runner {
     ended: bool,
     /// How often it came back from the guest.
     turns: Arc<AtomicU64>,
+    /// How long it stays awake for an order.
+    spin: Duration,
     /// Whether the next order is microseconds away, so that it pays to stay awake.
     awake: bool,
 }
 
+/// What connects a vCPU's thread with the machine thread.
+pub(super) struct Ends {
+    pub(super) orders: Receiver<Order>,
+    pub(super) answers: Sender<(u8, Answer)>,
+    /// How often it came back from the guest.
+    pub(super) turns: Arc<AtomicU64>,
+    /// How long to stay awake for an order that is microseconds away.
+    pub(super) spin: Duration,
+}
+
 impl Runner {
-    pub(super) fn new(
-        id: u8,
-        fd: VcpuFd,
-        around: Surroundings,
-        orders: Receiver<Order>,
-        answers: Sender<(u8, Answer)>,
-        turns: Arc<AtomicU64>,
-    ) -> Self {
+    pub(super) fn new(id: u8, fd: VcpuFd, around: Surroundings, ends: Ends) -> Self {
+        let Ends {
+            orders,
+            answers,
+            turns,
+            spin,
+        } = ends;
         let (bus, late) = (Arc::default(), Late::default());
         Self {
             id,
@@ -82,6 +94,7 @@ impl Runner {
             run_delay: RunDelay::default(),
             ended: false,
             turns,
+            spin,
             awake: false,
         }
     }
@@ -120,12 +133,13 @@ impl Runner {
         }
         self.msrs = msrs::readable(&self.fd)?;
         self.known = Known::of(&self.fd);
+        warm::up();
         Ok(Home::spread(self.id))
     }
 
     fn parked(&mut self) -> Phase {
         let spin = if std::mem::take(&mut self.awake) {
-            SPIN
+            self.spin
         } else {
             Duration::ZERO
         };

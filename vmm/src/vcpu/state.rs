@@ -115,4 +115,3 @@ fn save_xsave(fd: &VcpuFd) -> Result<Vec<u8>, VcpuError> {
         .take(size)
         .collect())
 }
-

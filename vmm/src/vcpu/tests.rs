@@ -9,9 +9,9 @@ use stillpoint_control::spec::MemorySpec;
 use stillpoint_state::sections::Vcpu as Section;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::load::{Known, LoadedVcpu, Pause};
 use super::msrs::{self, Late, Passed};
 use super::settle::{arm, settle};
-use super::load::{Known, LoadedVcpu, Pause};
 use super::state;
 use super::timer::{Lapic, Mode};
 use crate::boot::cpuid;

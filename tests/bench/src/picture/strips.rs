@@ -173,6 +173,7 @@ fn strip(svg: &mut Svg, axis: &Axis, series: &Series, y: f64) {
     };
     let class = match series.who {
         Who::Ours => "dot ours",
+        Who::Whole => "dot whole",
         Who::Floor => "dot floor",
         Who::NoSwap => "dot none",
     };

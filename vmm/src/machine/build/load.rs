@@ -22,8 +22,8 @@ use crate::devices::vmclock::VmClock;
 use crate::faults::{self, Spoilt};
 use crate::handover::lend::Borrowed;
 use crate::machine::Machine;
-use crate::vcpu::msrs;
 use crate::vcpu::load::{LoadedVcpu, Pause};
+use crate::vcpu::msrs;
 use crate::{clock, irq};
 
 /// What loading showed.

@@ -89,7 +89,10 @@ fn differing(a: &Section, b: &Section) -> String {
         ("MP state ", a.mp_state != b.mp_state),
         ("APIC ", a.lapic != b.lapic),
         ("MSRs ", a.msrs().ok() != b.msrs().ok()),
-        ("TSC ", (a.tsc_offset, a.tsc_khz) != (b.tsc_offset, b.tsc_khz)),
+        (
+            "TSC ",
+            (a.tsc_offset, a.tsc_khz) != (b.tsc_offset, b.tsc_khz),
+        ),
     ];
     let differ = parts.into_iter().filter(|(_, differ)| *differ);
     differ.map(|(part, _)| part).collect()
@@ -139,7 +142,9 @@ fn what_stands_is_what_was_written_and_nothing_else() {
         known.load_ahead(&ahead.vcpu, &section).expect("ahead");
         msrs::write(&ahead.vcpu, &[(0x174, 0x77)]).expect("behind its back");
         let pause = Pause::default();
-        known.load(&mut ahead.vcpu, &section, pause, ()).expect("load");
+        known
+            .load(&mut ahead.vcpu, &section, pause, ())
+            .expect("load");
         whole.load(&section, pause);
         assert_eq!(differing(&held(&mut whole), &held(&mut ahead)), "MSRs ");
 
@@ -149,7 +154,9 @@ fn what_stands_is_what_was_written_and_nothing_else() {
         known
             .load_ahead(&ahead.vcpu, &broken)
             .expect_err("no debug registers");
-        known.load(&mut ahead.vcpu, &section, pause, ()).expect("load");
+        known
+            .load(&mut ahead.vcpu, &section, pause, ())
+            .expect("load");
         assert_eq!(differing(&held(&mut whole), &held(&mut ahead)), "");
     });
 }
