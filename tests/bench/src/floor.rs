@@ -44,7 +44,7 @@ pub(crate) fn swaps(scene: &Scene, count: u32) -> anyhow::Result<Vec<Sample>> {
         .args(["--vcpus", &scene.vcpus.to_string()])
         .args(["--ram-mib", &scene.memory_mib.to_string()])
         .args(["--touch-mib", &WORK_MIB.to_string()])
-        .args(["--append", &scene.touch()])
+        .args(["--append", &scene.words()])
         .args(["--swaps", &count.to_string()])
         .arg("--out")
         .arg(out.path())

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | [`scene`] | what is measured: the machines |
 //! | [`run`] | the order of it all |
-//! | [`ours`], [`floor`], [`control`] | a batch of swaps of ours, of the floor, and of none |
+//! | [`ours`], [`floor`], [`qemu`], [`control`] | a batch of swaps of ours, of the floor, of QEMU, and of none |
 //! | [`sample`] | what a batch gives |
 //! | [`stats`] | quantiles, and how sure a ratio is |
 //! | [`verdict`] | ratios and targets |
@@ -23,6 +23,7 @@ mod floor;
 mod ours;
 mod output;
 mod picture;
+mod qemu;
 mod run;
 mod sample;
 mod scene;
@@ -46,9 +47,9 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     big_swaps: u32,
     /// Time for all of it: on a busy machine there are fewer swaps, and the output says so.
-    #[arg(long, default_value_t = 320, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// A small run, under half a minute, without the machine with 8 GiB.
+    /// A small run, about a minute, without the machine with 8 GiB.
     #[arg(long)]
     quick: bool,
     /// Prints the report as JSON instead of tables.
@@ -61,7 +62,7 @@ fn main() -> ExitCode {
     if options.quick {
         options.swaps = options.swaps.min(10);
         options.big_swaps = 0;
-        options.seconds = options.seconds.min(25);
+        options.seconds = options.seconds.min(60);
     }
     if let Some(reason) = ground::no_kvm() {
         eprintln!("bench: nothing to measure on: {reason}");

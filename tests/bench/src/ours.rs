@@ -32,7 +32,7 @@ pub(crate) fn boot_until(scene: &Scene, until: Instant) -> anyhow::Result<Option
 }
 
 fn boot_untouched(scene: &Scene) -> anyhow::Result<Vm> {
-    let mut recipe = Recipe::pulse(scene.vcpus, &format!("ram={WORK_MIB}M {}", scene.touch()));
+    let mut recipe = Recipe::pulse(scene.vcpus, &format!("ram={WORK_MIB}M {}", scene.words()));
     recipe.memory_mib = scene.memory_mib;
     let vm = Vm::boot(&recipe)?;
     vm.pulse.wait_online(scene.vcpus.into())?;

@@ -8,7 +8,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use stillpoint_tests::vm::Vm;
 
 use crate::sample::{Sample, Series, Who};
-use crate::scene::{BASE, LARGE, PAIR, SMALL, Scene};
+use crate::qemu::Peer;
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
 use crate::{Options, control, environment, floor, ours};
 
 /// Swaps before the other side has its turn.
@@ -27,6 +28,8 @@ const ROOM_MIB: u64 = 2048;
 pub(crate) struct Measured {
     /// Every series, in order.
     pub(crate) series: Vec<Series>,
+    /// The QEMU that was measured beside us.
+    pub(crate) qemu: Option<String>,
     /// What was left out, and why.
     pub(crate) left_out: Vec<String>,
     /// How long it all took.
@@ -49,14 +52,25 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     let until = |share: f64| began + Duration::from_secs(options.seconds).mul_f64(share);
     let tsc_khz = environment::tsc_khz();
     let shares = match no_room(options) {
-        Some(_) => [0.5, 1.0],
-        None => [0.33, 0.63],
+        Some(_) => [0.4, 0.75, 1.0],
+        None => [0.3, 0.55, 0.75],
     };
+    let qemu = match Peer::find() {
+        Ok(qemu) => Some(qemu),
+        Err(reason) => {
+            measured.left_out.push(format!("QEMU: {reason}"));
+            None
+        }
+    };
+    measured.qemu = qemu.as_ref().map(Peer::version);
     for (scene, share) in [BASE, PAIR].into_iter().zip(shares) {
-        let series = beside_floor(scene, options, until(share), tsc_khz)?;
+        let series = beside_others(scene, options, until(share), tsc_khz, qemu.as_ref())?;
         note_short(&mut measured, &series[0], options.swaps);
         measured.series.extend(series);
     }
+    let series = vcpus(options, until(shares[2]), tsc_khz)?;
+    note_short(&mut measured, &series[0], options.swaps);
+    measured.series.extend(series);
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
         None => match two_sizes(options.big_swaps, until(1.0), tsc_khz)? {
@@ -116,18 +130,18 @@ fn middle(samples: &[Sample]) -> u64 {
     host.get(host.len() / 2).copied().unwrap_or(1_000_000)
 }
 
-/// Ours, nobody, ours without a rehearsal, and the floor, in turns.
-fn beside_floor(
+/// Ours, nobody, ours without a rehearsal, the floor and QEMU, in turns.
+fn beside_others(
     scene: Scene,
     options: &Options,
     until: Instant,
     tsc_khz: u64,
-) -> anyhow::Result<[Series; 4]> {
+    qemu: Option<&Peer>,
+) -> anyhow::Result<Vec<Series>> {
     let swaps = options.swaps;
     let batch = if options.quick { QUICK_BATCH } else { BATCH };
-    let who = [Who::Ours, Who::Whole, Who::Floor, Who::NoSwap];
-    let mut all = who.map(|who| Series::new(scene, who));
-    let [own, whole, bare, none] = &mut all;
+    let mut all = Who::ALL.map(|who| Series::new(scene, who));
+    let [own, whole, bare, moved, stopped, none] = &mut all;
     let mut done = 0;
     for count in batches(swaps, batch) {
         if done > 0 && Instant::now() > until {
@@ -138,10 +152,35 @@ fn beside_floor(
         small_batch(whole, None, count)?;
         let taken = floor::swaps(&scene, count).context("a batch of the floor")?;
         bare.extend(taken);
+        if let Some(qemu) = qemu {
+            let mut guest = qemu.boot(&scene, tsc_khz).context("a guest in QEMU")?;
+            moved.extend(qemu.transfers(&mut guest, count).context("QEMU cpr")?);
+            stopped.extend(guest.stops(count).context("QEMU stop and cont")?);
+            guest.is_whole()?;
+        }
         done += count;
     }
     progress(scene.title, done, done);
-    Ok(all)
+    Ok(all.into_iter().filter(|s| !s.samples.is_empty()).collect())
+}
+
+/// Ours with one vCPU and with more than there are cores, in turns; each with windows of no swap.
+fn vcpus(options: &Options, until: Instant, tsc_khz: u64) -> anyhow::Result<Vec<Series>> {
+    let mut all = MANY.map(|scene| [Who::Ours, Who::NoSwap].map(|who| Series::new(scene, who)));
+    let batch = if options.quick { QUICK_BATCH } else { BATCH };
+    let mut done = 0;
+    for count in batches(options.swaps, batch) {
+        if done > 0 && Instant::now() > until {
+            break;
+        }
+        progress("1 to 8 vCPUs", done, options.swaps);
+        for [own, none] in &mut all {
+            small_batch(own, Some((none, tsc_khz)), count)?;
+        }
+        done += count;
+    }
+    progress("1 to 8 vCPUs", done, done);
+    Ok(all.into_iter().flatten().collect())
 }
 
 /// A fresh guest, a batch of swaps, and the same number of windows without.

@@ -16,17 +16,33 @@ pub(crate) enum Who {
     Whole,
     /// Bare KVM calls.
     Floor,
+    /// QEMU, to a new process that takes its RAM over.
+    Qemu,
+    /// QEMU, stopped and continued in place.
+    QemuStop,
     /// Nobody.
     NoSwap,
 }
 
 impl Who {
+    /// In the order in which they are shown.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Ours,
+        Self::Whole,
+        Self::Floor,
+        Self::Qemu,
+        Self::QemuStop,
+        Self::NoSwap,
+    ];
+
     /// For people.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Ours => "Stillpoint",
             Self::Whole => "not rehearsed",
             Self::Floor => "floor",
+            Self::Qemu => "QEMU cpr",
+            Self::QemuStop => "QEMU stop",
             Self::NoSwap => "no swap",
         }
     }

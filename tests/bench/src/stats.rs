@@ -61,22 +61,35 @@ pub(crate) struct Ratio {
     pub(crate) high: f64,
 }
 
+/// p99 over the median of one sample.
+pub(crate) fn tail(values: &[u64]) -> Option<Ratio> {
+    let of = |values: &[u64]| {
+        let sorted = sorted(values);
+        let median = quantile(&sorted, 0.5)?;
+        (median > 0.0).then_some(quantile(&sorted, 0.99)? / median)
+    };
+    bootstrap(of(values)?, |dice| of(&dice.resample(values)))
+}
+
+fn bootstrap(value: f64, mut again: impl FnMut(&mut Dice) -> Option<f64>) -> Option<Ratio> {
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    let mut seen: Vec<f64> = (0..RESAMPLES).filter_map(|_| again(&mut dice)).collect();
+    seen.sort_by(f64::total_cmp);
+    Some(Ratio {
+        value,
+        low: quantile(&seen, 0.025)?,
+        high: quantile(&seen, 0.975)?,
+    })
+}
+
 /// The ratio of the `q` quantiles of two samples.
 pub(crate) fn ratio(over: &[u64], under: &[u64], q: f64) -> Option<Ratio> {
     let of = |over: &[u64], under: &[u64]| {
         let under = quantile(&sorted(under), q)?;
         (under > 0.0).then_some(quantile(&sorted(over), q)? / under)
     };
-    let value = of(over, under)?;
-    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
-    let mut seen: Vec<f64> = (0..RESAMPLES)
-        .filter_map(|_| of(&dice.resample(over), &dice.resample(under)))
-        .collect();
-    seen.sort_by(f64::total_cmp);
-    Some(Ratio {
-        value,
-        low: quantile(&seen, 0.025)?,
-        high: quantile(&seen, 0.975)?,
+    bootstrap(of(over, under)?, |dice| {
+        of(&dice.resample(over), &dice.resample(under))
     })
 }
 

@@ -19,7 +19,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(to, "\nHow long the guest stood still, ms (worst vCPU)\n")?;
     writeln!(
         to,
-        "  {:<18} {:<11} {:>4} {:>8} {:>8} {:>8} {:>8} {:>10}",
+        "  {:<18} {:<13} {:>4} {:>8} {:>8} {:>8} {:>8} {:>10}",
         "machine", "", "n", "median", "p90", "p99", "worst", "host's p50"
     )?;
     let mut last = "";
@@ -36,12 +36,13 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             ..
         } = row.guest;
         let who = row.who.name();
-        write!(to, "  {title:<18} {who:<11} {n:>4} ")?;
+        write!(to, "  {title:<18} {who:<13} {n:>4} ")?;
         for value in [p50, p90, p99, max] {
             write!(to, "{:>8} ", gap(value))?;
         }
         match row.who {
-            Who::NoSwap => writeln!(to, "{:>10}", "")?,
+            // Of QEMU we know only when it said that it stopped.
+            Who::NoSwap | Who::Qemu | Who::QemuStop => writeln!(to, "{:>10}", "")?,
             _ => writeln!(to, "{:>10.2}", row.host.p50)?,
         }
         if row.unseen > 0 {
@@ -59,7 +60,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     for interval in &report.intervals {
         let (title, ratio) = (interval.title, interval.ratio);
         let (value, low, high) = (ratio.value, ratio.low, ratio.high);
-        writeln!(to, "  {title:<37} {value:>6.2}  [{low:.2} .. {high:.2}]")?;
+        writeln!(to, "  {title:<40} {value:>6.2}  [{low:.2} .. {high:.2}]")?;
     }
     writeln!(to, "\nTargets\n")?;
     for target in &report.targets {
@@ -88,6 +89,14 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         .noise
         .iter()
         .try_for_each(|noise| noise_line(to, noise))?;
+    for control in &report.controls {
+        let so = match control.concludes {
+            true => "",
+            false => ": more than a tenth of a swap's, so nothing is concluded",
+        };
+        let none = gap(control.no_swap_p50);
+        writeln!(to, "  {:<18} median {none}{so}", control.scene)?;
+    }
     writeln!(to)?;
     for line in &report.left_out {
         writeln!(to, "  left out: {line}")?;
@@ -105,7 +114,12 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     )?;
     writeln!(
         to,
-        "  nothing pinned by the bench; every page of guest RAM touched before; {:.0} s",
+        "  nothing pinned by the bench; every page of guest RAM touched before; {}{:.0} s",
+        report
+            .qemu
+            .as_ref()
+            .map(|qemu| format!("{qemu}; "))
+            .unwrap_or_default(),
         report.took_s
     )
 }

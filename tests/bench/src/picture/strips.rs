@@ -3,7 +3,7 @@
 use super::svg::{Anchor, Svg};
 use crate::run::Measured;
 use crate::sample::{Series, Who};
-use crate::scene::{BASE, LARGE, PAIR, SMALL, Scene};
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
 use crate::stats::{Ratio, Summary, summary};
 use crate::verdict::Report;
 
@@ -18,9 +18,10 @@ const BAND: f64 = 24.0;
 const LEAST: f64 = 0.1;
 /// Steps of the axis within a decade.
 const STEPS: [f64; 3] = [1.0, 2.0, 5.0];
-const GROUPS: [(&str, &[Scene]); 3] = [
+const GROUPS: [(&str, &[Scene]); 4] = [
     ("1 vCPU, 256 MiB", &[BASE]),
     ("2 vCPUs, 256 MiB", &[PAIR]),
+    ("Resting vCPUs, in turns", &MANY),
     ("1 vCPU, 256 MiB and 8 GiB, in turns", &[SMALL, LARGE]),
 ];
 
@@ -84,9 +85,11 @@ fn heading(svg: &mut Svg, report: &Report) {
     svg.text(28.0, 60.0, "soft", Anchor::Start, &about);
     let mut x = 28.0;
     for (class, text, width) in [
-        ("ours", "Stillpoint, one dot a swap", 196.0),
+        ("ours", "Stillpoint", 92.0),
+        ("whole", "not rehearsed", 112.0),
         ("floor", "floor: bare KVM calls", 164.0),
-        ("none", "no swap: as long a window", 196.0),
+        ("qemu", "QEMU", 64.0),
+        ("none", "no swap: as long a window", 188.0),
     ] {
         svg.dot(class, (x + 5.0, 84.0), 5.0, text);
         svg.text(x + 16.0, 88.5, "small", Anchor::Start, text);
@@ -131,8 +134,7 @@ fn groups(svg: &mut Svg, axis: &Axis, measured: &Measured) -> f64 {
     let mut y = TOP;
     for (title, scenes) in GROUPS {
         let of = |scene: &Scene| {
-            let kinds = [Who::Ours, Who::Floor, Who::NoSwap];
-            kinds.map(|who| measured.get(scene, who))
+            Who::ALL.map(|who| measured.get(scene, who))
         };
         let series: Vec<&Series> = scenes.iter().flat_map(of).flatten().collect();
         if series.is_empty() {
@@ -143,9 +145,8 @@ fn groups(svg: &mut Svg, axis: &Axis, measured: &Measured) -> f64 {
         for one in series {
             let label = match (scenes.len(), one.who) {
                 (1, who) => who.name().to_owned(),
-                (_, Who::NoSwap) => "no swap, 8 GiB".to_owned(),
-                (_, _) if one.scene.id == LARGE.id => "8 GiB".to_owned(),
-                _ => "256 MiB".to_owned(),
+                (_, Who::NoSwap) => format!("no swap, {}", one.scene.short()),
+                _ => one.scene.short(),
             };
             svg.text(LEFT - 14.0, y + 17.0, "", Anchor::End, &label);
             strip(svg, axis, one, y);
@@ -175,6 +176,7 @@ fn strip(svg: &mut Svg, axis: &Axis, series: &Series, y: f64) {
         Who::Ours => "dot ours",
         Who::Whole => "dot whole",
         Who::Floor => "dot floor",
+        Who::Qemu | Who::QemuStop => "dot qemu",
         Who::NoSwap => "dot none",
     };
     for (index, value) in values.iter().enumerate() {

@@ -20,7 +20,7 @@ text.on, text.ondark { font-size: 12px; font-weight: 600; }
 
 /// Selector, property, colour on a light page, on a dark one. No CSS variables: not every viewer
 /// knows them. One that knows no media queries shows the light ones.
-const COLOURS: [(&str, &str, &str, &str); 20] = [
+const COLOURS: [(&str, &str, &str, &str); 22] = [
     ("text", "fill", "#1f2430", "#e8ebf1"),
     ("text.soft", "fill", "#5b6475", "#a2abba"),
     ("text.on", "fill", "#ffffff", "#ffffff"),
@@ -30,6 +30,8 @@ const COLOURS: [(&str, &str, &str, &str); 20] = [
     (".mark, .thin", "stroke", "#1f2430", "#f4f6fa"),
     (".box", "stroke", "#1f2430", "#f4f6fa"),
     (".ours", "fill", "#2563eb", "#6ea8fe"),
+    (".whole", "fill", "#7c3aed", "#b794f6"),
+    (".qemu", "fill", "#0f9d6b", "#4ad6a3"),
     (".floor", "fill", "#d9730d", "#ffab57"),
     (".none", "fill", "#8a93a3", "#7d8798"),
     (".p0", "fill", "#1e3a8a", "#2f56bd"),
