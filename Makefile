@@ -58,6 +58,11 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
 
+.PHONY: bench-page
+bench-page: ## put the last bench's table and pictures into docs/blackout
+	cp -f target/bench/blackout.md docs/blackout/measured.md
+	cp -f target/bench/blackout.svg target/bench/phases.svg docs/blackout/
+
 .PHONY: etcd
 etcd: ## the shared store's suite on three members of etcd, killed in turn
 	$(CARGO) test --quiet --locked -p stillpoint --test shared_store -- --ignored

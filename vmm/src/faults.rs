@@ -73,6 +73,8 @@ pub enum Spoilt {
     Queue,
     /// A register of a device is another after it was loaded (`spoil=state`).
     State,
+    /// A successor's page tables are left to be filled by faults (`spoil=populate`).
+    Populate,
     /// Saved state is refused (`spoil=load`): what such a release does only after the freeze, and a
     /// rehearsal before it.
     Load,
@@ -157,6 +159,7 @@ mod imp {
                 "vcpu" => Spoilt::Vcpu,
                 "queue" => Spoilt::Queue,
                 "state" => Spoilt::State,
+                "populate" => Spoilt::Populate,
                 "load" => Spoilt::Load,
                 _ => return Err(bad()),
             };

@@ -7,7 +7,7 @@ use stillpoint_guest_abi::pulse::Timers;
 
 use crate::pages::{self, field, field32};
 use crate::serial::{self, say};
-use crate::{apic, gaps, modes, options, tsc, vcpu};
+use crate::{apic, gaps, modes, options, touch, tsc, vcpu};
 
 /// The line being received.
 pub(crate) struct Console {
@@ -59,6 +59,10 @@ fn run(line: &str) {
         ("forget", ..) => {
             (0..options::get().cpus).for_each(gaps::forget);
             say!("forgotten");
+        }
+        ("touch", ..) => {
+            touch::again();
+            say!("touching");
         }
         ("mode", Some(vcpu), Some(mode)) => {
             modes::want(vcpu, mode);

@@ -4,6 +4,7 @@
 //! pattern. Afterwards the guest works on the pattern alone: much RAM held, little in use.
 
 use core::cell::UnsafeCell;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::Ordering::Relaxed;
 
 use crate::bootinfo::BootInfo;
@@ -23,6 +24,14 @@ struct Plan(UnsafeCell<[(u64, u64); RANGES]>);
 unsafe impl Sync for Plan {}
 
 static PLAN: Plan = Plan(UnsafeCell::new([(0, 0); RANGES]));
+
+/// All of it is to be touched once more.
+static AGAIN: AtomicBool = AtomicBool::new(false);
+
+/// Has vCPU 0 touch everything once more, from the beginning: after a swap, to see what that costs.
+pub(crate) fn again() {
+    AGAIN.store(true, Relaxed);
+}
 
 /// Chooses the ranges: `touch=` bytes of RAM, the pattern among them, as far as there is RAM.
 pub(crate) fn plan(info: &BootInfo) {
@@ -59,11 +68,23 @@ pub(crate) struct Touch {
 impl Touch {
     /// At the beginning for vCPU 0; nothing to do for the others.
     pub(crate) fn new(vcpu: usize) -> Self {
-        // SAFETY: no one writes after bring-up.
-        let ranges: &[(u64, u64)] = unsafe { &*PLAN.0.get() };
-        let ranges = if vcpu == 0 { ranges } else { &[] };
+        let ranges = if vcpu == 0 { Self::planned() } else { &[] };
         let at = ranges.first().map_or(0, |range| range.0);
         Self { ranges, at }
+    }
+
+    fn planned() -> &'static [(u64, u64)] {
+        // SAFETY: no one writes after bring-up.
+        unsafe { &*PLAN.0.get() }
+    }
+
+    /// Begins once more, if that was asked of vCPU 0.
+    pub(crate) fn begin_again(&mut self) {
+        if AGAIN.swap(false, Relaxed) {
+            let globals = pages::globals();
+            field!(globals.touched).store(0, Relaxed);
+            *self = Self::new(0);
+        }
     }
 
     /// Touches the next few pages; looks at the TSC after each, since it may take a fault.

@@ -274,6 +274,7 @@ impl Vcpu {
         if now >= self.console_at {
             self.console_at = now + tsc::cycles(CONSOLE_US);
             if self.console.poll() {
+                self.touch.begin_again();
                 self.gaps.resume(tsc::read());
             }
         }

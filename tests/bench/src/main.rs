@@ -11,15 +11,18 @@
 //! | [`scene`] | what is measured: the machines |
 //! | [`run`] | the order of it all |
 //! | [`ours`], [`floor`], [`qemu`], [`control`] | a batch of swaps of ours, of the floor, of QEMU, and of none |
+//! | [`brownout`] | what a guest loses after a swap |
 //! | [`sample`] | what a batch gives |
 //! | [`stats`] | quantiles, and how sure a ratio is |
 //! | [`verdict`] | ratios and targets |
 //! | [`environment`] | the machine it ran on |
-//! | [`output`], [`table`], [`picture`] | files, terminal, SVG |
+//! | [`output`], [`table`], [`markdown`], [`picture`] | files, terminal, documentation, SVG |
 
+mod brownout;
 mod control;
 mod environment;
 mod floor;
+mod markdown;
 mod ours;
 mod output;
 mod picture;
@@ -52,6 +55,9 @@ pub(crate) struct Options {
     /// A small run, about a minute, without the machine with 8 GiB.
     #[arg(long)]
     quick: bool,
+    /// Only this machine, of those that all are measured on (1vcpu-256m or 2vcpu-256m), and nothing else.
+    #[arg(long, value_parser = [scene::BASE.id, scene::PAIR.id])]
+    only: Option<String>,
     /// Prints the report as JSON instead of tables.
     #[arg(long)]
     json: bool,

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use stillpoint_tests::releases;
 
+use crate::markdown;
 use crate::picture;
 use crate::run::Measured;
 use crate::verdict::Report;
@@ -36,7 +37,14 @@ pub(crate) fn write(report: &Report, measured: &Measured) -> anyhow::Result<File
     put(&dir, "report.json", &serde_json::to_string_pretty(report)?)?;
     put(&dir, "blackout.svg", &picture::blackout(report, measured))?;
     put(&dir, "phases.svg", &picture::phases(report))?;
-    let names = vec!["report.json", "blackout.svg", "phases.svg", "samples/"];
+    put(&dir, "blackout.md", &markdown::render(report))?;
+    let names = vec![
+        "report.json",
+        "blackout.md",
+        "blackout.svg",
+        "phases.svg",
+        "samples/",
+    ];
     Ok(Files { dir, names })
 }
 

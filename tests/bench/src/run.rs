@@ -7,11 +7,14 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
 use stillpoint_tests::vm::Vm;
 
-use crate::sample::{Sample, Series, Who};
+use crate::brownout::Brownout;
 use crate::qemu::Peer;
+use crate::sample::{Sample, Series, Who};
 use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
 use crate::{Options, control, environment, floor, ours};
 
+/// Swaps of each kind after which all of a guest's RAM is written.
+const BROWNOUTS: u32 = 8;
 /// Swaps before the other side has its turn.
 const BATCH: u32 = 10;
 /// The same in a quick run.
@@ -30,6 +33,8 @@ pub(crate) struct Measured {
     pub(crate) series: Vec<Series>,
     /// The QEMU that was measured beside us.
     pub(crate) qemu: Option<String>,
+    /// After swaps.
+    pub(crate) brownout: Brownout,
     /// What was left out, and why.
     pub(crate) left_out: Vec<String>,
     /// How long it all took.
@@ -64,10 +69,22 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     };
     measured.qemu = qemu.as_ref().map(Peer::version);
     for (scene, share) in [BASE, PAIR].into_iter().zip(shares) {
+        if options.only.as_ref().is_some_and(|only| only != scene.id) {
+            continue;
+        }
         let series = beside_others(scene, options, until(share), tsc_khz, qemu.as_ref())?;
         note_short(&mut measured, &series[0], options.swaps);
         measured.series.extend(series);
     }
+    if options.only.is_some() {
+        measured.left_out.push("everything else (--only)".into());
+        measured.took = began.elapsed();
+        return Ok(measured);
+    }
+    progress("writing 1 GiB after swaps", 0, 1);
+    let brownouts = if options.quick { 2 } else { BROWNOUTS };
+    measured.brownout = Brownout::measure(brownouts).context("brownouts")?;
+    progress("writing 1 GiB after swaps", 1, 1);
     let series = vcpus(options, until(shares[2]), tsc_khz)?;
     note_short(&mut measured, &series[0], options.swaps);
     measured.series.extend(series);

@@ -81,6 +81,14 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         )?;
     }
     phases(to, report)?;
+    if let [Some(populated), Some(faulted), Some(steady)] = &report.brownout {
+        writeln!(
+            to,
+            "\nA write pass over 1 GiB right after a swap takes {:.0} ms longer (n = {}; left to faults: {:.0} ms) than \
+             the same again, {:.0} ms",
+            populated.p50, populated.n, faulted.p50, steady.p50
+        )?;
+    }
     writeln!(
         to,
         "\nNoise: the longest gap in as long a window without a swap, ms\n"

@@ -20,6 +20,8 @@ const LEAST_QEMU: f64 = 4.0;
 const MOST_BY_SIZE: f64 = 0.10;
 /// With eight vCPUs it may be so many times that of one.
 const MOST_BY_VCPUS: f64 = 4.0;
+/// A write pass over 1 GiB right after a swap may take so much longer, s.
+const MOST_BROWNOUT_S: f64 = 0.3;
 /// And p99 so many times its own median.
 const MOST_TAIL: f64 = 3.0;
 
@@ -42,6 +44,9 @@ pub(crate) struct Report {
     pub(crate) qemu: Option<String>,
     /// Every series, summed up, ms.
     pub(crate) series: Vec<Row>,
+    /// A pass of writes over 1 GiB right after a swap, less the same pass again, ms: page tables filled before the
+    /// freeze, left to faults, and what a pass takes.
+    pub(crate) brownout: [Option<Summary>; 3],
     /// Where our time goes.
     pub(crate) phases: Vec<Phases>,
     /// What was left out, and why.
@@ -202,6 +207,15 @@ fn measures(measured: &Measured) -> Vec<Measure> {
             vs(&BASE, Who::QemuStop, Who::Ours, 0.5),
         ),
         (
+            "brownout_populated_vs_not",
+            "1 GiB after a swap: populated over not",
+            over(
+                Some(measured.brownout.populated.clone()),
+                Some(measured.brownout.faulted.clone()),
+                0.5,
+            ),
+        ),
+        (
             "vcpu8_vs_vcpu1_p50",
             "8 resting vCPUs: median over that of 1",
             over(guest(eight, Who::Ours), guest(one, Who::Ours), 0.5),
@@ -271,15 +285,26 @@ fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
     let bounds = bounds
         .into_iter()
         .filter_map(|(name, title, least, most)| target(title, of(name), least, most));
-    bounds.chain(tails).collect()
+    let pass = stats::summary(&measured.brownout.populated);
+    let pass = pass.map(|pass| Ratio {
+        value: pass.p50 / 1e3,
+        low: pass.min / 1e3,
+        high: pass.max / 1e3,
+    });
+    let brownout = target(
+        "1 GiB written after a swap: at most 0.3 s more",
+        pass,
+        0.0,
+        MOST_BROWNOUT_S,
+    );
+    bounds.chain(tails).chain(brownout).collect()
 }
 
 /// Makes it.
 pub(crate) fn report(measured: &Measured, environment: Facts) -> Report {
     let ratios = measures(measured);
-    let interval = |&(name, title, ratio): &Measure| {
-        ratio.map(|ratio| Interval { name, title, ratio })
-    };
+    let interval =
+        |&(name, title, ratio): &Measure| ratio.map(|ratio| Interval { name, title, ratio });
     Report {
         ratios: ratios
             .iter()
@@ -294,6 +319,11 @@ pub(crate) fn report(measured: &Measured, environment: Facts) -> Report {
             .collect(),
         controls: MANY.iter().filter_map(|s| resting(measured, s)).collect(),
         series: measured.series.iter().filter_map(row).collect(),
+        brownout: [
+            stats::summary(&measured.brownout.populated),
+            stats::summary(&measured.brownout.faulted),
+            stats::summary(&measured.brownout.steady),
+        ],
         phases: measured.series.iter().filter_map(phases).collect(),
         left_out: measured.left_out.clone(),
         took_s: measured.took.as_secs_f64(),

@@ -29,13 +29,14 @@ use crate::console;
 use crate::devices::virtio::backend;
 use crate::doors::Doors;
 use crate::event::Event;
+use crate::faults::{self, Spoilt};
 use crate::machine::build::{Blank, BuildError, Loaded as LoadedMachine};
 use crate::machine::frozen::Guest;
 use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
-use crate::{clock, faults, warm};
+use crate::{clock, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
@@ -178,7 +179,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     let plugs = plugs.map_err(BuildError::from)?;
     let blank = Blank::new(&spec, &ram, events, plugs, promise, |_| Ok(()))?;
     timing.mark("build");
-    let populated = ram.populate(|| true);
+    let populated = ram.populate(|| !faults::is_spoilt(Spoilt::Populate));
     timing.mark("populate");
     let ownership = Ownership::map(ownership)?;
     let mut reserve = Vec::new();

@@ -133,9 +133,7 @@ fn grid(svg: &mut Svg, axis: &Axis, bottom: f64) {
 fn groups(svg: &mut Svg, axis: &Axis, measured: &Measured) -> f64 {
     let mut y = TOP;
     for (title, scenes) in GROUPS {
-        let of = |scene: &Scene| {
-            Who::ALL.map(|who| measured.get(scene, who))
-        };
+        let of = |scene: &Scene| Who::ALL.map(|who| measured.get(scene, who));
         let series: Vec<&Series> = scenes.iter().flat_map(of).flatten().collect();
         if series.is_empty() {
             continue;

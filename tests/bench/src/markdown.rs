@@ -1,0 +1,97 @@
+//! The report as Markdown, for the documentation to include.
+
+use std::fmt::Write;
+
+use crate::sample::Who;
+use crate::verdict::Report;
+
+/// What a page that includes it says first.
+const HEAD: &str = "<!-- Written by `make bench`; what it says was measured in one run. -->\n";
+
+/// All of it.
+pub(crate) fn render(report: &Report) -> String {
+    let mut text = String::from(HEAD);
+    // Writing to a string does not fail.
+    let _ = write_all(&mut text, report);
+    text
+}
+
+fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
+    let facts = &report.environment;
+    writeln!(
+        to,
+        "\n{} cores, {}, kernel {}, {}, TSC {:.3} MHz. Load {:.1} before and {:.1} after. {}\n",
+        facts.cores,
+        facts.cpu,
+        facts.kernel,
+        facts.kvm,
+        facts.tsc_khz as f64 / 1e3,
+        facts.load_before,
+        facts.load_after,
+        report.qemu.as_deref().unwrap_or("No QEMU."),
+    )?;
+    writeln!(
+        to,
+        "| machine | who | n | median, ms | p90 | p99 | worst |\n|---|---|--:|--:|--:|--:|--:|"
+    )?;
+    for row in &report.series {
+        let guest = &row.guest;
+        let shown = |ms: f64| match ms {
+            small if small < 0.1 => "<0.1".to_owned(),
+            ms => format!("{ms:.2}"),
+        };
+        writeln!(
+            to,
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            row.scene.title,
+            who(row.who),
+            guest.n,
+            shown(guest.p50),
+            shown(guest.p90),
+            shown(guest.p99),
+            shown(guest.max),
+        )?;
+    }
+    writeln!(to, "\n| ratio | value | 95 % |\n|---|--:|---|")?;
+    for interval in &report.intervals {
+        let ratio = interval.ratio;
+        writeln!(
+            to,
+            "| {} | {:.2} | {:.2} to {:.2} |",
+            interval.title, ratio.value, ratio.low, ratio.high
+        )?;
+    }
+    writeln!(to, "\n| target | | value |\n|---|---|--:|")?;
+    for target in &report.targets {
+        let word = match (target.met, target.sure) {
+            (true, true) => "met",
+            (true, false) => "met, but noise could turn it",
+            (false, true) => "missed",
+            (false, false) => "missed, but noise could turn it",
+        };
+        writeln!(to, "| {} | {word} | {:.2} |", target.title, target.value)?;
+    }
+    if let [Some(populated), Some(faulted), Some(steady)] = &report.brownout {
+        writeln!(
+            to,
+            "\nA write pass over 1 GiB right after a swap takes {:.0} ms longer than the same pass again, {:.0} ms; where the \
+             new process's page tables are left to be filled by faults, {:.0} ms longer (medians of {} swaps each).",
+            populated.p50, steady.p50, faulted.p50, populated.n
+        )?;
+    }
+    for line in &report.left_out {
+        writeln!(to, "\nLeft out: {line}.")?;
+    }
+    Ok(())
+}
+
+fn who(who: Who) -> &'static str {
+    match who {
+        Who::Ours => "**Stillpoint**",
+        Who::Whole => "Stillpoint, not rehearsed",
+        Who::Floor => "floor: bare KVM calls",
+        Who::Qemu => "QEMU cpr-transfer",
+        Who::QemuStop => "QEMU stop; cont",
+        Who::NoSwap => "no swap, as long a window",
+    }
+}
