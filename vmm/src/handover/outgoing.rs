@@ -168,7 +168,11 @@ pub fn hand_over(
     if let Some(phase) = log.phases.first() {
         progress(phase);
     }
-    let result = prepared.and_then(|()| blackout(guest, errand, channel, &mut log, &mut ended));
+    let result = prepared.and_then(|()| {
+        // Whoever hears of the progress is at work for a moment, too.
+        calm_down(guest, errand);
+        blackout(guest, errand, channel, &mut log, &mut ended)
+    });
     match result {
         Ok(()) => {
             let mut report = report(guest, errand, &log, Outcome::Moved, None);
@@ -288,10 +292,14 @@ fn prepare(
     if adopted.ahead {
         send_ahead(guest, adopted.format, channel)?;
     }
+    Ok(())
+}
+
+/// What makes the freeze shorter, right before it: memory at hand, and nobody at work for us.
+fn calm_down(guest: &Guest, errand: &Errand) {
     make_room(&errand.state, guest.machine.vcpu_count());
     warm::up();
     std::thread::sleep(CALM);
-    Ok(())
 }
 
 /// What a rehearsal saw, for the successor to load ahead. Without one it loads all of it after the freeze.
