@@ -90,8 +90,8 @@ pub struct Outcome {
 impl Outcome {
     /// What its console said, if the command succeeded; otherwise an error with what failed.
     pub fn succeeded(&self) -> anyhow::Result<String> {
-        let console = std::fs::read_to_string(&self.log)
-            .with_context(|| self.log.display().to_string())?;
+        let console =
+            std::fs::read_to_string(&self.log).with_context(|| self.log.display().to_string())?;
         if self.status != 0 {
             bail!(
                 "status {} of the command on the emulated host; its console is in {}:\n{}",

@@ -204,7 +204,7 @@ pub struct HistoryStep {
     /// When.
     #[serde(rename = "at_unix_ns")]
     pub at: Moment,
-    /// Who: the driver on a host, or a hand.
+    /// Who: the driver on a host, or a person and the host whose daemon they asked.
     pub by: String,
     /// What, and why.
     pub lines: Vec<String>,

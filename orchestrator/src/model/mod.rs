@@ -1,6 +1,7 @@
 //! Nouns. No I/O, no clock.
 
 mod amount;
+mod audit;
 mod event;
 mod fleet;
 mod host_swap;
@@ -20,6 +21,7 @@ mod vm;
 mod window;
 
 pub use amount::{Amount, NoAmount};
+pub use audit::{AuditEntry, Outcome};
 pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
