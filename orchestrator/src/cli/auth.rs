@@ -28,9 +28,9 @@ pub(super) struct Args {
 enum Act {
     /// Makes a CA: whoever has its key may do all on every host, so keep its directory where that is meant.
     Init {
-        /// What it is called in certificates.
-        #[arg(long, default_value = "Stillpoint CA")]
-        name: String,
+        /// What it is called in certificates [Stillpoint CA, and some random letters].
+        #[arg(long)]
+        name: Option<String>,
         /// How long it lasts [10 years].
         #[arg(long, value_name = "TIME", value_parser = lifetime)]
         lifetime: Option<Duration>,
@@ -120,7 +120,11 @@ fn now() -> u64 {
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let ca = Ca::at(args.dir.unwrap_or_else(default_dir));
     match args.act {
-        Act::Init { name, lifetime } => init(desk, &ca, &name, lifetime.unwrap_or(CA_LASTS))?,
+        Act::Init { name, lifetime } => {
+            // Two CAs of one name can't be told apart by who reads a certificate.
+            let name = name.unwrap_or_else(|| format!("Stillpoint CA {:08x}", fastrand::u32(..)));
+            init(desk, &ca, &name, lifetime.unwrap_or(CA_LASTS))?;
+        }
         Act::Daemon {
             name,
             dns,

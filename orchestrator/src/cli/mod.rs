@@ -57,7 +57,7 @@ pub struct Args {
     #[arg(long, global = true, value_name = "DIR", env = "STILLPOINT_RUN_DIR")]
     run_dir: Option<PathBuf>,
     #[command(flatten)]
-    remote: remote::Args,
+    remote: remote::RemoteArgs,
     #[command(subcommand)]
     verb: Verb,
 }

@@ -21,15 +21,9 @@ use crate::model::{Code, Problem};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct RemoteArgs {
     /// The daemon of another machine: https://NAME:PORT, by the name in its certificate.
-    #[arg(
-        long,
-        global = true,
-        value_name = "URL",
-        env = "STILLPOINT_REMOTE",
-        conflicts_with = "socket"
-    )]
+    #[arg(long, global = true, value_name = "URL", env = "STILLPOINT_REMOTE")]
     remote: Option<String>,
     /// This user's certificate for it, as PEM [client.pem in /etc/stillpoint or ~/.config/stillpoint].
     #[arg(
@@ -68,7 +62,7 @@ fn bad(message: impl Into<String>) -> Problem {
     Problem::new(Code::BadRequest, message)
 }
 
-impl Args {
+impl RemoteArgs {
     /// The other machine, if one was asked for.
     pub(super) fn remote(&self) -> Result<Option<Remote>, Problem> {
         let Some(url) = &self.remote else {
@@ -210,7 +204,7 @@ impl Remote {
                         "the certificate of the daemon at {url} is not valid yet: is the clock of one of the two machines wrong?"
                     )
                 }
-                CertificateError::UnknownIssuer => format!(
+                CertificateError::UnknownIssuer | CertificateError::BadSignature => format!(
                     "the certificate of the daemon at {url} is not of the CA in {ca}: it is another daemon, or --remote-ca \
                      names another CA"
                 ),
@@ -229,7 +223,7 @@ impl Remote {
                 AlertDescription::CertificateRevoked => {
                     format!("the daemon at {url} refuses the certificate {own}: it was revoked")
                 }
-                AlertDescription::UnknownCA => format!(
+                AlertDescription::UnknownCA | AlertDescription::DecryptError => format!(
                     "the daemon at {url} refuses the certificate {own}: it is not of the CA that the daemon trusts (--tls-ca)"
                 ),
                 other => format!("the daemon at {url} refuses the certificate {own}: {other:?}"),
