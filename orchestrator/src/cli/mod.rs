@@ -204,7 +204,7 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Host(args) => host::run(desk, args).await,
         Verb::Adopt(args) => adopt::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
-        Verb::Page => page::run(desk),
+        Verb::Page => page::run(desk).await,
         Verb::Auth(args) => auth::run(desk, args).await,
         Verb::Audit(args) => audit::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
