@@ -28,10 +28,11 @@ use crate::auth::files::TlsFiles;
 use crate::auth::peer::Rules;
 use crate::execute::{self, Host};
 use crate::fleet::publish::Publisher;
-use crate::fleet::{Fleet, Stands, driver};
+use crate::fleet::record::Claim;
+use crate::fleet::{self, Fleet, Stands, driver};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::model::{HostName, nonce_of};
+use crate::model::{HostName, Moment, nonce_of};
 use crate::orders;
 use crate::reconcile;
 use crate::store::Store;
@@ -244,6 +245,25 @@ async fn fleet(config: &Config, store: &Store) -> anyhow::Result<Fleet> {
         shared,
         me,
         stands: config.stands.clone(),
+        claim: claim(config, store).await?,
+        named: fleet::name::Named::default(),
+        clocks: fleet::clocks::Clocks::default(),
+    })
+}
+
+/// Which daemon this is. Copies of a disk have one store's identity; no two machines have one boot's.
+async fn claim(config: &Config, store: &Store) -> anyhow::Result<Claim> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let boot = boot.context("read which start of the kernel this is")?;
+    let state_dir = config.state_dir.display().to_string();
+    Ok(Claim {
+        daemon: format!("{} {} {state_dir}", store.identity().await?, boot.trim()),
+        machine: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+        state_dir,
+        since: Moment(0),
     })
 }
 

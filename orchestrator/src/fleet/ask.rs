@@ -262,6 +262,7 @@ fn have_release(look: &Look, new: &NewRollout, wanted: &[Place]) -> Result<(), P
 impl Fleet {
     /// All that is so now.
     pub async fn look(&self) -> Result<Look, Problem> {
+        self.is_us()?;
         Ok(Look::of(&self.shared.list(LIVE).await?))
     }
 
@@ -311,6 +312,7 @@ impl Fleet {
 
     /// A rollout.
     pub async fn rollout(&self, id: &RolloutId) -> Result<Versioned<RolloutRecord>, Problem> {
+        self.is_us()?;
         let entry = self.shared.get(&keys::rollout(id)).await?;
         let entry = entry.ok_or_else(|| {
             let message =

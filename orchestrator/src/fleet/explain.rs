@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::clocks::Skew;
 use super::driver::hear;
 use super::look::{Look, Place};
 use super::record::{DriverCard, RolloutId, RolloutRecord};
@@ -95,6 +96,9 @@ pub struct HostView {
     /// Since when, nanoseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since_unix_ns: Option<u64>,
+    /// Whether its clock disagrees with the driver's, and by how much at least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Skew>,
     /// Why it is to be left alone, if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cordon: Option<String>,
@@ -219,6 +223,7 @@ impl Fleet {
             HostView {
                 alive: look.is_alive(name),
                 since_unix_ns: host.alive.as_ref().map(|alive| alive.since.0),
+                clock: look.skew(name),
                 cordon: host.cordon.as_ref().map(|cordon| cordon.reason.clone()),
                 zone: card.map_or_else(String::new, |card| card.zone.clone()),
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::clocks::Skew;
 use crate::model::{Domain, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState};
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
@@ -38,6 +39,31 @@ pub struct HostCard {
 pub struct Alive {
     /// Since when.
     pub since: Moment,
+    /// What time it was by its clock when this was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Moment>,
+}
+
+/// Whose a name is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Which daemon: the same for those that follow each other on one store of one machine that wasn't started anew.
+    pub daemon: String,
+    /// What its machine is called.
+    pub machine: String,
+    /// Where its store is.
+    pub state_dir: String,
+    /// Since when.
+    pub since: Moment,
+}
+
+/// Hosts whose clocks disagree with the driver's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClocksRecord {
+    /// Whose clock they were held against.
+    pub driver: HostName,
+    /// By how much, at least.
+    pub off: std::collections::BTreeMap<HostName, Skew>,
 }
 
 /// That a host is to be left alone.

@@ -154,6 +154,8 @@ pub struct HostSeen {
     pub since: Moment,
     /// Its operator wants it left alone.
     pub cordoned: bool,
+    /// Its clock is not known to agree with that of whoever plans.
+    pub clock_off: bool,
     /// Which of the rollout's releases it has.
     pub releases: Releases,
 }

@@ -26,7 +26,10 @@ fn look() -> Look {
         releases: vec!["good".into(), "next".into()],
         daemon: "0".into(),
     });
-    of_host.alive = Some(Alive { since: Moment(1) });
+    of_host.alive = Some(Alive {
+        since: Moment(1),
+        clock: None,
+    });
     for name in ["a", "b"] {
         let card = VmCard {
             set: Some("s".into()),
@@ -131,7 +134,10 @@ fn a_host_that_is_not_heard_keeps_its_guests_from_being_taken_for_removed() {
     let waits = step(&look, &planned, NOW, &host("h"), 5).expect("a step");
     assert_eq!(waits.changes, [], "{:?}", waits.lines);
     // Once it is heard and has no such guests they are gone, and nothing is left to be done.
-    look.hosts.entry(host("h")).or_default().alive = Some(Alive { since: Moment(1) });
+    look.hosts.entry(host("h")).or_default().alive = Some(Alive {
+        since: Moment(1),
+        clock: None,
+    });
     let gone = step(&look, &planned, NOW, &host("h"), 5).expect("a step");
     assert_eq!(after(&gone).record.state, State::Finished);
 }
