@@ -70,6 +70,8 @@ pub struct Config {
     pub listen: Option<(SocketAddr, TlsFiles)>,
     /// Which local users may do what.
     pub rules: Rules,
+    /// Where commands lie that rollouts may ask as gates.
+    pub gate_dir: PathBuf,
     /// The host's carve-out, if it has one.
     pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
@@ -173,7 +175,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(door) = door {
         machines::serve(door, desk.clone())?;
     }
-    let mut belonging = vec![tokio::spawn(driver::drive(desk.fleet.clone()))];
+    let mut belonging = vec![tokio::spawn(driver::drive(
+        desk.fleet.clone(),
+        config.gate_dir.clone(),
+    ))];
     belonging.extend([publishing, tokio::spawn(orders::obey(desk.clone()))]);
     let fleet = desk.fleet.clone();
     let router = api::router(desk);

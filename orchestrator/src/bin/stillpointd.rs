@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;
 use orchestrator::auth::Role;
+use orchestrator::auth::ca::config_dir;
 use orchestrator::auth::files::TlsFiles;
 use orchestrator::auth::peer;
 use orchestrator::daemon::{self, Config};
@@ -49,6 +50,9 @@ struct Args {
     /// `stillpoint page` prints the address that lets in; figures are told to whoever can connect [served nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
     web: Option<std::net::SocketAddr>,
+    /// Commands that rollouts may ask as gates [/etc/stillpoint/gates; others: ~/.config/stillpoint/gates].
+    #[arg(long, value_name = "DIR")]
+    gate_dir: Option<PathBuf>,
     /// What whoever has the address of the pages may do: read, or operate, which is to approve and cancel pauses.
     #[arg(long, value_name = "ROLE", value_parser = web_role, default_value = "operate", requires = "web")]
     web_role: Role,
@@ -212,6 +216,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             fault_domain: args.fault_domain,
         },
         etcd: args.shared.etcd()?,
+        gate_dir: args.gate_dir.unwrap_or_else(|| config_dir().join("gates")),
         web: args.web,
         web_role: args.web_role,
         listen: args.listen.files(),

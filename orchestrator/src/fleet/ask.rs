@@ -118,6 +118,7 @@ pub fn lay_out(
         stages: layout.stages,
         state: State::Running,
         reason: None,
+        gates: Vec::new(),
         forgiven: 0,
         units: units.collect(),
         steps: 0,

@@ -6,11 +6,11 @@ use utoipa::ToSchema;
 use super::clocks::Skew;
 use super::driver::hear;
 use super::look::{Look, Place};
-use super::record::{DriverCard, RolloutId, RolloutRecord};
+use super::record::{DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
-use crate::model::{HostName, Moment, Problem, VmName};
+use crate::model::{GateSaid, HostName, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
-use crate::plan::rollout::{Cause, State, Waits, plan};
+use crate::plan::rollout::{Cause, State, Waits, Why, plan};
 
 /// A rollout in a list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -133,7 +133,10 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
         UnitWhy {
             host: named.host.clone(),
             vm: named.vm.clone(),
-            why: why.sentence(&tables.fleet, unit, now),
+            why: match why {
+                Why::Gate(gate) => gate_said(&record, named, gate),
+                why => why.sentence(&tables.fleet, unit, now),
+            },
             waits_for: match why.cause() {
                 Cause::None => "nothing",
                 Cause::Own => "rollout",
@@ -151,6 +154,15 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
         rollout: record,
         driver: None,
     }
+}
+
+/// What a unit waits for, where it is a gate.
+fn gate_said(record: &RolloutRecord, unit: &UnitRecord, gate: u32) -> String {
+    let said = usize::try_from(gate)
+        .ok()
+        .and_then(|at| record.gates.get(at));
+    let words = said.map_or_else(|| "a gate is being asked".into(), GateSaid::words);
+    format!("VM {} waits: {words}", unit.vm)
 }
 
 /// A rollout in a list.

@@ -197,7 +197,7 @@ impl Look {
             hosts: vec![HostSeen::default(); tables.fleet.hosts.len()].into(),
             vms: vec![VmSeen::default(); tables.fleet.vms.len()].into(),
             units: rollout.units.iter().map(|unit| unit.progress()).collect(),
-            gates: Vec::new(),
+            gates: rollout.gates.iter().map(|said| said.verdict).collect(),
             breaches: Vec::new(),
         };
         for (name, &ix) in &tables.hosts {

@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::clocks::Skew;
-use crate::model::{Domain, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState};
+use crate::model::{
+    Domain, GateSaid, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
+};
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
 
@@ -204,6 +206,9 @@ pub struct RolloutRecord {
     /// Why, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What its gates said last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateSaid>,
     /// How many failures were forgiven by resuming it.
     #[serde(default)]
     pub forgiven: u32,

@@ -9,9 +9,11 @@
 //! It keeps nothing from one look to the next, so whoever takes over goes on where the records are. Must
 //! never: order a swap that the rollout's record doesn't say is begun, or write without its guard.
 
+mod gates;
 mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::look::Look;
@@ -23,6 +25,7 @@ use crate::execute::unix_ns;
 use crate::model::{HostName, Moment};
 use crate::store::shared::{Change, Committed, Expect, Guard, Keep, Lease, SharedError};
 
+use gates::Gates;
 pub(in crate::fleet) use step::hear;
 pub(crate) use step::reason;
 pub use step::{Step, step};
@@ -31,13 +34,15 @@ pub use step::{Step, step};
 pub const LEASE: Duration = Duration::from_secs(5);
 /// How long a driver whose clock is wrong stands for no election.
 const REST: Duration = Duration::from_secs(60);
+/// Between two looks while gates are asked.
+const ASKING: Duration = Duration::from_millis(200);
 /// Between two looks when nothing is heard.
 const TICK: Duration = Duration::from_secs(1);
 /// Two looks are at least this far apart: changes come in swarms.
 const BREATH: Duration = Duration::from_millis(50);
 
 /// Stands for election again and again, and drives while elected.
-pub async fn drive(fleet: Fleet) {
+pub async fn drive(fleet: Fleet, gate_dir: PathBuf) {
     let mut told = BTreeSet::new();
     let mut rests: Option<Instant> = None;
     loop {
@@ -52,7 +57,8 @@ pub async fn drive(fleet: Fleet) {
         match elected {
             Ok(Some(term)) => {
                 tracing::info!(epoch = term.guard.created, "drives the fleet's rollouts");
-                match term.serve(&fleet, &mut told).await {
+                let mut gates = Gates::new(gate_dir.clone(), fleet.me.clone());
+                match term.serve(&fleet, &mut told, &mut gates).await {
                     Ok(End::Over) => {}
                     Ok(End::WrongClock) => {
                         tracing::error!(
@@ -114,7 +120,12 @@ async fn elected(fleet: &Fleet) -> Result<Option<Term>, SharedError> {
 
 impl Term {
     /// Drives until the lease is over or the store can't be used.
-    async fn serve(&self, fleet: &Fleet, told: &mut BTreeSet<String>) -> Result<End, SharedError> {
+    async fn serve(
+        &self,
+        fleet: &Fleet,
+        told: &mut BTreeSet<String>,
+        gates: &mut Gates,
+    ) -> Result<End, SharedError> {
         let keep = self.keep(fleet);
         tokio::pin!(keep);
         loop {
@@ -122,7 +133,7 @@ impl Term {
             changes.mark_unchanged();
             let looked = tokio::select! {
                 ended = &mut keep => return ended.map(|()| End::Over),
-                looked = self.look(fleet, told) => looked,
+                looked = self.look(fleet, told, gates) => looked,
             };
             let wait = match looked {
                 Ok(Some(wait)) => wait,
@@ -162,6 +173,7 @@ impl Term {
         &self,
         fleet: &Fleet,
         told: &mut BTreeSet<String>,
+        gates: &mut Gates,
     ) -> Result<Option<Duration>, SharedError> {
         let begun = Instant::now();
         let mut look = Look::of(&fleet.shared.list(LIVE).await?);
@@ -180,7 +192,8 @@ impl Term {
         for rollout in look.open() {
             let now = Moment(unix_ns());
             let epoch = self.guard.created;
-            let Some(step) = step(&look, rollout, now, &fleet.me, epoch) else {
+            let said = gates.say(&rollout.record, now).await;
+            let Some(step) = step(&look, rollout, now, &fleet.me, epoch, &said) else {
                 continue;
             };
             for line in &step.lines {
@@ -194,7 +207,13 @@ impl Term {
             }
             // Refused: a hand was quicker, or this driver is none any more. The next look shows.
             fleet.shared.commit(step.changes, Some(&self.guard)).await?;
+            if step.moved {
+                gates.forget(&rollout.record.id);
+            }
             wait = BREATH;
+        }
+        if gates.is_asking() {
+            wait = wait.min(ASKING);
         }
         Ok(Some(wait))
     }

@@ -160,16 +160,7 @@ pub struct HostSeen {
     pub releases: Releases,
 }
 
-/// What a gate of the whole rollout says: a command, or a query of a monitoring system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gate {
-    /// Go on.
-    Pass,
-    /// Something is bad.
-    Fail,
-    /// It gave no answer: no evidence of anything, so nothing begins and nothing is judged.
-    Mute,
-}
+pub use crate::model::Gate;
 
 impl Phase {
     /// The words for it.
