@@ -59,8 +59,9 @@ bench: releases ## measure the blackout beside the floor (BENCH="--quick" for le
 	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
 
 .PHONY: etcd
-etcd: ## the shared store's suite on three members of etcd, killed in turn
+etcd: ## the shared store's suite on three members of etcd, killed in turn; a rollout through storms (SEED=n; needs root)
 	$(CARGO) test --quiet --locked -p stillpoint --test shared_store -- --ignored
+	$(if $(SEED),STILLPOINT_SEED=$(SEED)) $(CARGO) test --quiet --locked -p stillpoint --test storms -- --ignored --nocapture
 
 .PHONY: simulate
 simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation

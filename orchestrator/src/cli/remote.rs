@@ -241,13 +241,10 @@ fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rus
         if let Some(found) = error.downcast_ref::<rustls::Error>() {
             return Some(found);
         }
-        let inside = error
-            .downcast_ref::<std::io::Error>()
-            .and_then(std::io::Error::get_ref);
-        if let Some(inside) = inside {
-            if let Some(found) = inside.downcast_ref::<rustls::Error>() {
-                return Some(found);
-            }
+        let inside = error.downcast_ref::<std::io::Error>();
+        let inside = inside.and_then(std::io::Error::get_ref);
+        if let Some(found) = inside.and_then(|inside| inside.downcast_ref()) {
+            return Some(found);
         }
         next = error.source();
     }

@@ -10,6 +10,7 @@
 //! never: order a swap that the rollout's record doesn't say is begun, or write without its guard.
 
 mod gates;
+mod prune;
 mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -210,6 +211,10 @@ impl Term {
             if step.moved {
                 gates.forget(&rollout.record.id);
             }
+            wait = BREATH;
+        }
+        if let Some(id) = prune::prune(fleet, &look, &self.guard).await? {
+            tracing::info!(rollout = %id, "pruned: it is over, and {} others ended after it", prune::KEPT);
             wait = BREATH;
         }
         if gates.is_asking() {

@@ -56,6 +56,21 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Waiting,
+        Self::Begun,
+        Self::Watched,
+        Self::Done,
+        Self::Failed,
+        Self::Spoilt,
+        Self::BackBegun,
+        Self::BackWaiting,
+        Self::BackWatched,
+        Self::Back,
+        Self::Stuck,
+    ];
+
     /// Whether a swap is under way, or has just been made: the unit's guests count as away.
     pub fn is_in_flight(self) -> bool {
         matches!(
