@@ -154,7 +154,9 @@ impl Page {
             self.line(&bucket, &[("le", &bound.to_string())], within);
         }
         self.line(&bucket, &[("le", "+Inf")], values.len());
-        self.line(&format!("{name}_sum"), &[], values.iter().sum::<f64>());
+        // The sum of nothing is -0.
+        let sum = values.iter().sum::<f64>() + 0.0;
+        self.line(&format!("{name}_sum"), &[], sum);
         self.line(&format!("{name}_count"), &[], values.len());
     }
 
