@@ -114,7 +114,7 @@ struct SharedArgs {
 #[derive(Debug, clap::Args)]
 struct ListenArgs {
     /// Where other machines are served, API and pages, by TLS with certificates on both sides, such as 10.0.0.1:7443
-    /// [nowhere].
+    /// [served nowhere].
     #[arg(long, value_name = "ADDRESS:PORT", requires_all = ["tls_cert", "tls_key", "tls_ca"])]
     listen: Option<std::net::SocketAddr>,
     /// This daemon's certificate for that, as PEM.
