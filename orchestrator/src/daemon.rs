@@ -1,6 +1,8 @@
 //! Puts the parts together: directories, lock, store, VMs, API; and ends without any guest
 //! noticing.
 
+mod machines;
+
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -16,17 +18,21 @@ use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
 use crate::agent::carve_out::CarveOut;
-use crate::agent::places::private_dir;
+use crate::agent::places::{private_dir, run_dir};
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
 use crate::agent::{custody, kexec};
 use crate::api::{self, Desk, NewRelease};
+use crate::auth::Role;
+use crate::auth::files::TlsFiles;
+use crate::auth::peer::Rules;
 use crate::execute::{self, Host};
 use crate::fleet::publish::Publisher;
-use crate::fleet::{Fleet, Stands, driver};
+use crate::fleet::record::Claim;
+use crate::fleet::{self, Fleet, Stands, driver};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::model::{HostName, nonce_of};
+use crate::model::{HostName, Moment, nonce_of};
 use crate::orders;
 use crate::reconcile;
 use crate::store::Store;
@@ -58,6 +64,14 @@ pub struct Config {
     pub etcd: Option<EtcdConfig>,
     /// Where pages and figures are served by TCP; nowhere when absent.
     pub web: Option<SocketAddr>,
+    /// What whoever has the pages' key may do.
+    pub web_role: Role,
+    /// Where other machines are served, and by which certificates; nowhere when absent.
+    pub listen: Option<(SocketAddr, TlsFiles)>,
+    /// Which local users may do what.
+    pub rules: Rules,
+    /// Where commands lie that rollouts may ask as gates.
+    pub gate_dir: PathBuf,
     /// The host's carve-out, if it has one.
     pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
@@ -93,7 +107,7 @@ pub fn socket_in(run_dir: &Path) -> PathBuf {
 /// Runs until it is told to end. Guests go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
-    private_dir(&config.run_dir)?;
+    run_dir(&config.run_dir, config.rules.lets_others_in())?;
     private_dir(&config.state_dir)?;
     private_dir(&config.run_dir.join("vms"))?;
     let _lock = lock(&config.run_dir)?;
@@ -108,6 +122,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             Some(vm) => tracing::warn!(%vm, "{}", line.text),
             None => tracing::info!("{}", line.text),
         }
+    }
+    match store.cut_off_audit().await? {
+        0 => {}
+        many => tracing::warn!(
+            "{many} requests had no answer when the daemon before this one ended; `stillpoint audit ls` names them"
+        ),
     }
     let (events, _) = broadcast::channel(EVENTS);
     let notices = Notices::open(&store, events.clone()).await?;
@@ -129,7 +149,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
-    let listener = listen(&config.socket)?;
+    let listener = listen(&config.socket, &config.rules)?;
+    let door = match &config.listen {
+        Some((at, files)) => Some(machines::open(*at, files.clone()).await?),
+        None => None,
+    };
     let waker = reconcile::start(host.clone()).await?;
     for swap in host.store.host_swaps().await? {
         if !swap.state.is_over() {
@@ -146,14 +170,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     // An earlier daemon's key lets nobody in.
     let _ = std::fs::remove_file(door::path(&config.run_dir));
     if let Some(at) = config.web {
-        serve_web(at, &config.run_dir, desk.clone()).await?;
+        serve_web(at, &config, desk.clone()).await?;
     }
-    let mut belonging = vec![tokio::spawn(driver::drive(desk.fleet.clone()))];
+    if let Some(door) = door {
+        machines::serve(door, desk.clone())?;
+    }
+    let mut belonging = vec![tokio::spawn(driver::drive(
+        desk.fleet.clone(),
+        config.gate_dir.clone(),
+    ))];
     belonging.extend([publishing, tokio::spawn(orders::obey(desk.clone()))]);
     let fleet = desk.fleet.clone();
     let router = api::router(desk);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
-    let serving = api::serve(listener, router, async move {
+    let serving = api::serve(listener, router, config.rules.clone(), async move {
         let _ = ended.await;
     });
     let mut serving = tokio::spawn(serving);
@@ -185,17 +215,18 @@ async fn leave(fleet: &Fleet, belonging: &[tokio::task::JoinHandle<()>]) {
 }
 
 /// Pages, to those who know the key, and figures.
-async fn serve_web(at: SocketAddr, run_dir: &Path, desk: Desk) -> anyhow::Result<()> {
+async fn serve_web(at: SocketAddr, config: &Config, desk: Desk) -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(at).await;
     let listener = listener
         .with_context(|| format!("cannot listen at {at} for --web; give another address"))?;
     let at = listener.local_addr()?;
     let key = door::Key::new().context("make the key of the pages")?;
-    key.write(run_dir, at)
+    key.write(&config.run_dir, at)
         .context("write the address of the pages")?;
     tracing::info!(%at, "serves pages, to who has the address that `stillpoint page` prints, and figures at /metrics");
+    let role = config.web_role;
     tokio::spawn(async move {
-        if let Err(error) = web::serve(listener, desk, key, std::future::pending()).await {
+        if let Err(error) = web::serve(listener, desk, key, role, std::future::pending()).await {
             tracing::warn!("pages are served no more: {error}");
         }
     });
@@ -219,6 +250,25 @@ async fn fleet(config: &Config, store: &Store) -> anyhow::Result<Fleet> {
         shared,
         me,
         stands: config.stands.clone(),
+        claim: claim(config, store).await?,
+        named: fleet::name::Named::default(),
+        clocks: fleet::clocks::Clocks::default(),
+    })
+}
+
+/// Which daemon this is. Copies of a disk have one store's identity; no two machines have one boot's.
+async fn claim(config: &Config, store: &Store) -> anyhow::Result<Claim> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let boot = boot.context("read which start of the kernel this is")?;
+    let state_dir = config.state_dir.display().to_string();
+    Ok(Claim {
+        daemon: format!("{} {} {state_dir}", store.identity().await?, boot.trim()),
+        machine: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
+        state_dir,
+        since: Moment(0),
     })
 }
 
@@ -283,7 +333,7 @@ fn lock(run_dir: &Path) -> anyhow::Result<File> {
 }
 
 /// Binds the API's socket. A file that is there is of a daemon that is gone: we hold the lock.
-fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+fn listen(path: &Path, rules: &Rules) -> anyhow::Result<UnixListener> {
     use std::os::unix::fs::FileTypeExt;
     if let Ok(found) = std::fs::symlink_metadata(path) {
         if !found.file_type().is_socket() {
@@ -304,8 +354,10 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     }
     let listener =
         UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-        .with_context(|| format!("cannot close {} to others", path.display()))?;
+    // Where others may have a role each caller is asked for theirs, and told what is missing.
+    let mode = if rules.lets_others_in() { 0o666 } else { 0o600 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .with_context(|| format!("cannot set who may use {}", path.display()))?;
     Ok(listener)
 }
 

@@ -21,6 +21,7 @@
 //! | [`reconcile`] | per VM: look, plan, execute, record |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
+//! | [`auth`] | who calls, in which role: uids, certificates, and a small CA |
 //! | [`web`] | pages for a browser, to be looked at |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
 //! | [`doctor`] | what this host can and can't do |
@@ -31,6 +32,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod auth;
 pub mod cli;
 pub mod daemon;
 pub mod doctor;

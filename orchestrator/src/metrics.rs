@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use crate::fleet::explain::HostView;
 use crate::fleet::record::RolloutRecord;
-use crate::model::{SwapState, VmState};
+use crate::model::{HOST, KVM, SwapState, VMM, VmState};
+use crate::plan::rollout::seen::Phase;
 
 /// Upper bounds of blackouts and brownouts, in seconds.
 const TIMES: [f64; 12] = [
@@ -17,6 +18,24 @@ const TIMES: [f64; 12] = [
 ];
 /// Upper bounds of clock errors, in seconds.
 const ERRORS: [f64; 8] = [10e-9, 25e-9, 50e-9, 100e-9, 1e-6, 10e-6, 100e-6, 1e-3];
+
+/// How swaps end.
+const OUTCOMES: [SwapState; 4] = [
+    SwapState::Moved,
+    SwapState::Kept,
+    SwapState::Resumed,
+    SwapState::Crashed,
+];
+/// What guests are.
+const GUESTS: [VmState; 7] = [
+    VmState::Starting,
+    VmState::Running,
+    VmState::Swapping,
+    VmState::Stopped,
+    VmState::Crashed,
+    VmState::Failed,
+    VmState::Lost,
+];
 
 /// A swap that is over, as far as it is counted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,7 +103,13 @@ impl Page {
     fn swaps(&mut self, swaps: &[SwapFigures]) {
         let name = "stillpoint_swaps_total";
         self.head(name, "counter", "Swaps that are over, by how they ended.");
+        // All from the start, at 0: what appears with its first event has no increase to be alerted of.
         let mut counts: BTreeMap<(&str, String), u64> = BTreeMap::new();
+        for component in [VMM, KVM, HOST] {
+            for outcome in OUTCOMES {
+                counts.insert((component, outcome.to_string()), 0);
+            }
+        }
         for swap in swaps {
             let key = (swap.component.as_str(), swap.state.to_string());
             *counts.entry(key).or_default() += 1;
@@ -129,7 +154,9 @@ impl Page {
             self.line(&bucket, &[("le", &bound.to_string())], within);
         }
         self.line(&bucket, &[("le", "+Inf")], values.len());
-        self.line(&format!("{name}_sum"), &[], values.iter().sum::<f64>());
+        // The sum of nothing is -0.
+        let sum = values.iter().sum::<f64>() + 0.0;
+        self.line(&format!("{name}_sum"), &[], sum);
         self.line(&format!("{name}_count"), &[], values.len());
     }
 
@@ -137,6 +164,7 @@ impl Page {
         let name = "stillpoint_guests";
         self.head(name, "gauge", "Guests of this host, by what they are.");
         let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+        counts.extend(GUESTS.map(|state| (state.to_string(), 0)));
         for state in &figures.guests {
             *counts.entry(state.to_string()).or_default() += 1;
         }
@@ -200,6 +228,7 @@ impl Page {
         self.head(name, "gauge", "Guests of a rollout, by how far they are.");
         for rollout in rollouts {
             let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+            counts.extend(Phase::ALL.map(|phase| (phase.words(), 0)));
             for unit in &rollout.units {
                 *counts.entry(unit.phase.words()).or_default() += 1;
             }
@@ -256,6 +285,27 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }
+    }
+
+    /// A counter that appears with its first event shows no increase, and its alert stays silent.
+    #[test]
+    fn all_samples_are_there_at_zero_from_the_start() {
+        let text = text(&Figures::default());
+        let mut lines = text.lines();
+        for line in [
+            r#"stillpoint_swaps_total{component="vmm",outcome="crashed"} 0"#,
+            r#"stillpoint_swaps_total{component="host",outcome="resumed"} 0"#,
+            r#"stillpoint_swaps_total{component="kvm",outcome="kept"} 0"#,
+            r#"stillpoint_guests{state="crashed"} 0"#,
+            "stillpoint_guests_unwell 0",
+            "stillpoint_drives 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
+        }
+        assert!(
+            lines.all(|line| line.starts_with('#') || line.ends_with(" 0")),
+            "{text}"
+        );
     }
 
     /// A figure that was renamed would leave an alert that never fires.

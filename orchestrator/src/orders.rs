@@ -22,7 +22,7 @@ use crate::fleet::{ANSWERS, ORDERS};
 use crate::model::{Code, Problem, SwapId, SwapRecord, SwapState, VMM, VmName, VmState};
 use crate::plan::rollout::evidence::is_settled;
 use crate::store::StoreError;
-use crate::store::shared::{Change, Expect};
+use crate::store::shared::{Change, Committed, Expect};
 
 /// Between two looks when nothing is heard.
 const TICK: Duration = Duration::from_secs(1);
@@ -66,6 +66,10 @@ struct Obedient {
 impl Obedient {
     async fn look(&mut self, desk: &Desk) -> Result<(), Problem> {
         let fleet = &desk.fleet;
+        // Orders under a name that is another's are not for this host.
+        let Some(guard) = fleet.name_guard() else {
+            return Ok(());
+        };
         let prefix = format!("{ORDERS}{}/", fleet.me);
         let snapshot = fleet.shared.list(&prefix).await?;
         let look = Look::of(&snapshot);
@@ -86,8 +90,9 @@ impl Obedient {
             let value = serde_json::to_vec(&answer);
             let value = value.map_err(|e| Problem::new(Code::Failed, e.to_string()))?;
             let change = Change::put(key.clone(), Expect::Anything, value);
-            fleet.shared.commit(vec![change], None).await?;
-            self.said.insert(key, answer);
+            if let Committed::Done(_) = fleet.shared.commit(vec![change], Some(&guard)).await? {
+                self.said.insert(key, answer);
+            }
         }
         self.said.retain(|key, _| standing.contains(key));
         Ok(())

@@ -58,6 +58,24 @@ const QUICK: [&str; 16] = [
     "1",
 ];
 
+fn json(value: &impl serde::Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("JSON")
+}
+
+/// The store, as another daemon has it.
+fn shared(cluster: &Cluster) -> orchestrator::store::shared::Shared {
+    use orchestrator::store::shared::Shared;
+    use orchestrator::store::shared::etcd::{Endpoint, Etcd, EtcdConfig, PREFIX};
+    let config = EtcdConfig {
+        endpoints: Endpoint::list(&cluster.url()).expect("members"),
+        prefix: PREFIX.into(),
+        ca: None,
+        identity: None,
+        user: None,
+    };
+    Shared::Etcd(Etcd::open(config).expect("open"))
+}
+
 fn start(daemon: &Daemon, to: &str) -> String {
     let mut args = vec!["rollout", "start", "--detach", "--to", to];
     args.extend(QUICK);
@@ -219,22 +237,191 @@ fn a_daemon_that_ends_in_order_hands_over_and_a_host_that_is_no_more_is_forgotte
     assert_eq!(code, "not_found");
 }
 
+/// The second of two that call their hosts alike looks after its guests, and touches nothing of the fleet.
+#[test]
+fn two_daemons_of_one_name_are_told_apart_and_the_later_one_is_refused() {
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let url = cluster.url();
+    let named = |name| Daemon::start_with(&["--store", &url, "--host-name", name]);
+    let mut first = named("h0");
+    first.add("good", None);
+    first.add("next", None);
+    first.run_with("web", "good", &["--set", "web"]).good();
+    until("it is heard", || {
+        hosts(&first).iter().any(|host| host["alive"] == true)
+    });
+    let second = named("h0");
+    second.add("good", None);
+    until("it is refused", || {
+        second.log().contains("another daemon has the name `h0`")
+    });
+    for args in [
+        &["host", "ls"][..],
+        &["rollout", "ls"],
+        &["rollout", "start", "--detach", "--to", "good"],
+        &["explain", "web"],
+        &["host", "cordon", "h0", "--reason", "x"],
+    ] {
+        let args: Vec<&str> = match args {
+            ["explain", vm] => vec!["rollout", "explain", vm],
+            args => args.to_vec(),
+        };
+        let (code, message) = second.ask(&args).bad();
+        assert_eq!(code, "name_taken", "{args:?}: {message}");
+        assert!(
+            message.contains("--host-name") && message.contains("state directory"),
+            "{message}"
+        );
+    }
+    // Its own guests are its own; a seat in the fleet it has none to give.
+    second.run("own", "good").good();
+    let (code, _) = second.run_with("seated", "good", &["--set", "web"]).bad();
+    assert_eq!(code, "name_taken");
+    let seen = hosts(&first);
+    assert_eq!((seen.len(), &seen[0]["guests"]), (1, &1.into()), "{seen:?}");
+    let id = start(&first, "next");
+    until("the first one's rollout is finished", || {
+        is_over(&first, &id, "finished")
+    });
+    assert_eq!(second.show("own")["release"], "good");
+
+    // Once the name is free it is theirs, and the first one's is what is refused.
+    assert!(first.terminate().success());
+    until("the second has the name", || second.ask(&["host", "ls"]).ok);
+    first.spawn();
+    until("the first is refused", || {
+        first.log().contains("another daemon has the name `h0`")
+    });
+    assert_eq!(
+        first.show("web")["release"],
+        "next",
+        "and looks after its guests"
+    );
+}
+
+/// A host whose clock is an hour off is named, and left alone; those whose clocks agree go on.
 #[tokio::test(flavor = "multi_thread")]
-async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing() {
-    use orchestrator::fleet::{DRIVER, HOSTS, ORDERS, ROLLOUTS, VMS};
-    use orchestrator::store::shared::etcd::{Endpoint, Etcd, EtcdConfig, PREFIX};
-    use orchestrator::store::shared::{Change, Expect, Shared};
+async fn a_host_whose_clock_disagrees_is_named_and_left_alone() {
+    use orchestrator::fleet::record::{Alive, HostCard, VmCard};
+    use orchestrator::fleet::{ALIVE, HOSTS, VMS};
+    use orchestrator::model::{Moment, VmState};
+    use orchestrator::plan::rollout::seen::Health;
+    use orchestrator::store::shared::{Change, Expect};
 
     let server = needs_etcd!();
     let cluster = Cluster::start(&server, 1);
-    let config = EtcdConfig {
-        endpoints: Endpoint::list(&cluster.url()).expect("members"),
-        prefix: PREFIX.into(),
-        ca: None,
-        identity: None,
-        user: None,
+    let shared = shared(&cluster);
+    let put = async |key: &str, value: Vec<u8>| {
+        let change = Change::put(key, Expect::Anything, value);
+        shared.commit(vec![change], None).await.expect("commit");
     };
-    let shared = Shared::Etcd(Etcd::open(config).expect("open"));
+    let now = || {
+        u64::try_from(
+            std::time::SystemTime::UNIX_EPOCH
+                .elapsed()
+                .expect("after 1970")
+                .as_nanos(),
+        )
+    };
+    let alive = |ahead_s: i64| Alive {
+        since: Moment(1),
+        clock: now()
+            .ok()
+            .and_then(|now| now.checked_add_signed(ahead_s * 1_000_000_000))
+            .map(Moment),
+    };
+    let card = HostCard {
+        zone: "zone-0".into(),
+        fault_domain: "rack-9".into(),
+        releases: vec!["good".into(), "next".into()],
+        daemon: "0".into(),
+    };
+    put(&format!("{HOSTS}h9"), json(&card)).await;
+    let guest = VmCard {
+        set: None,
+        domain: 0,
+        state: VmState::Running,
+        release: "good".into(),
+        health: Health::Well,
+        ailment: None,
+        since: Moment(1),
+        swap: None,
+        busy: false,
+    };
+    put(&format!("{VMS}h9/far"), json(&guest)).await;
+    put(&format!("{ALIVE}h9"), json(&alive(3600))).await;
+
+    let url = cluster.url();
+    let daemon = Daemon::start_with(&["--store", &url, "--host-name", "h0"]);
+    daemon.add("good", None);
+    daemon.add("next", None);
+    daemon.run("near", "good").good();
+    let skew = || {
+        hosts(&daemon)
+            .iter()
+            .find(|host| host["name"] == "h9")
+            .expect("h9")["clock"]
+            .clone()
+    };
+    until("it is named", || {
+        skew()["ahead_s"]
+            .as_u64()
+            .is_some_and(|s| (3590..=3600).contains(&s))
+    });
+    assert!(
+        daemon.log().contains("its clock is at least"),
+        "{}",
+        daemon.log()
+    );
+    assert!(
+        hosts(&daemon)
+            .iter()
+            .all(|host| host["name"] == "h9" || host["clock"].is_null())
+    );
+
+    let mut args = vec!["rollout", "start", "--detach", "--to", "next"];
+    args.extend(QUICK);
+    let view = daemon.ask(&args).good();
+    let id = view["rollout"]["id"].as_str().expect("an id").to_owned();
+    until("the other is done", || {
+        daemon.show("near")["release"] == "next"
+    });
+    let explained = || daemon.ask(&["rollout", "explain", "far"]).good()["why"].to_string();
+    until("it says why the other isn't", || {
+        explained().contains("the clock of host h9 doesn't agree with the driver's")
+    });
+    let orders = shared
+        .list(orchestrator::fleet::ORDERS)
+        .await
+        .expect("orders")
+        .entries;
+    assert!(
+        orders.iter().all(|order| !order.key.contains("h9")),
+        "{orders:?}"
+    );
+
+    // Behind is found by what is written anew; right again is right.
+    put(&format!("{ALIVE}h9"), json(&alive(-3600))).await;
+    until("it is named", || {
+        skew()["behind_s"]
+            .as_u64()
+            .is_some_and(|s| (3500..=3600).contains(&s))
+    });
+    assert!(!is_over(&daemon, &id, "finished"));
+    put(&format!("{ALIVE}h9"), json(&alive(0))).await;
+    until("it is right again", || skew().is_null());
+    until("it is ordered", || explained().contains("is being swapped"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing() {
+    use orchestrator::fleet::{DRIVER, HOSTS, ORDERS, ROLLOUTS, VMS};
+    use orchestrator::store::shared::{Change, Expect};
+
+    let server = needs_etcd!();
+    let cluster = Cluster::start(&server, 1);
+    let shared = shared(&cluster);
     let put = async |key: &str, value: String| {
         let change = Change::put(key, Expect::Anything, value.into_bytes());
         shared.commit(vec![change], None).await.expect("commit");
@@ -242,6 +429,7 @@ async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing()
     put(&format!("{ROLLOUTS}of-nobody"), "{\"id\":".into()).await;
     put(&format!("{HOSTS}of nobody"), "?".into()).await;
     put(&format!("{VMS}h9/of-nobody"), "[]".into()).await;
+    put(&format!("{ORDERS}h0/web"), "{\"id\": 7}".into()).await;
 
     let url = cluster.url();
     let daemon = Daemon::start_with(&["--store", &url, "--host-name", "h0"]);
@@ -250,8 +438,16 @@ async fn orders_of_a_driver_that_was_replaced_and_records_of_nobody_do_nothing()
     daemon.run("web", "good").good();
     until("what can't be read is named", || {
         let log = daemon.log();
-        log.contains("rollouts/of-nobody") && log.contains("hosts/of nobody")
+        let orders = log.contains("an order is not carried out") && log.contains("orders/h0/web");
+        log.contains("rollouts/of-nobody") && log.contains("hosts/of nobody") && orders
     });
+    let (code, message) = daemon.ask(&["rollout", "show", "of-nobody"]).bad();
+    assert_eq!(code, "store_failed");
+    assert!(
+        message.contains("can't be read") && message.contains("Remove it"),
+        "{message}"
+    );
+    assert_eq!(daemon.show("web")["release"], "good");
     let id = start(&daemon, "next");
     until("it is finished all the same", || {
         is_over(&daemon, &id, "finished")

@@ -427,6 +427,81 @@ fn administer(cluster: &Cluster, path: &str, body: &str) {
     assert!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
 }
 
+/// Certificates of the kind that `stillpoint auth` issues, and what is said of those that have expired.
+#[tokio::test]
+async fn etcd_by_certificates_of_our_own_ca_of_which_expired_ones_are_named() {
+    use orchestrator::auth::ca::{CA_LASTS, Ca, Kind, Wanted};
+    let server = needs_etcd!();
+    let dir = tempfile::tempdir().expect("dir");
+    let ca = Ca::at(dir.path().join("ca"));
+    ca.init("etcd's CA", CA_LASTS).expect("a CA");
+    let now = || {
+        std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .expect("after 1970")
+            .as_secs()
+    };
+    let issue = |name: &str, lasts: u64| {
+        let wanted = Wanted {
+            name: name.into(),
+            kind: Kind::Daemon,
+            role: None,
+            dns: Vec::new(),
+            addresses: vec!["127.0.0.1".parse().expect("an address")],
+            lasts: Duration::from_secs(lasts),
+        };
+        ca.issue(&wanted, now()).expect("issued")
+    };
+    let (late, good) = (issue("late", 1), issue("good", 3600));
+    let start = |server_paper: &orchestrator::auth::ca::Issued| {
+        let text = |path: &std::path::Path| path.display().to_string();
+        let more = [
+            "--cert-file".into(),
+            text(&server_paper.certificate),
+            "--key-file".into(),
+            text(&server_paper.key),
+            "--client-cert-auth".into(),
+            "--trusted-ca-file".into(),
+            text(&server_paper.ca),
+        ];
+        Cluster::start_with(&server, 1, true, &more)
+    };
+    while now() <= late.entry.until_unix_s {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let member = start(&good);
+    let with = |cluster: &Cluster, paper: &orchestrator::auth::ca::Issued| EtcdConfig {
+        ca: Some(ca.certificate()),
+        identity: Some((paper.certificate.clone(), paper.key.clone())),
+        ..etcd(cluster)
+    };
+    let shared = open(with(&member, &good));
+    records_change_by_compare_and_put_only(&shared).await;
+    let problem = open(with(&member, &late))
+        .list("")
+        .await
+        .expect_err("ours is over");
+    let problem = problem.to_string();
+    assert!(
+        problem.contains("this daemon's own certificate for etcd"),
+        "{problem}"
+    );
+    assert!(
+        problem.contains("issued/late.pem, has expired"),
+        "{problem}"
+    );
+    let member = start(&late);
+    let problem = open(with(&member, &good))
+        .list("")
+        .await
+        .expect_err("theirs is over");
+    let problem = problem.to_string();
+    assert!(
+        problem.contains("its certificate has expired; renew it at that member"),
+        "{problem}"
+    );
+}
+
 #[tokio::test]
 async fn etcd_with_a_user_that_may_touch_the_fleets_keys_alone() {
     use base64::Engine;

@@ -63,8 +63,31 @@ pub fn private_dir(path: &Path) -> Result<(), DirError> {
     check_private(path)
 }
 
+/// Makes the run directory. Others may pass through it to the API's socket, if they are let in there at all; what else
+/// lies in it is closed to them by its own mode.
+pub fn run_dir(path: &Path, others_pass: bool) -> Result<(), DirError> {
+    use std::os::unix::fs::PermissionsExt;
+    let io = |source| DirError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mut builder = std::fs::DirBuilder::new();
+    builder
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(io)?;
+    check(path, 0o066)?;
+    let mode = if others_pass { 0o711 } else { 0o700 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(io)
+}
+
 /// Whether a directory is ours alone.
 pub fn check_private(path: &Path) -> Result<(), DirError> {
+    check(path, 0o077)
+}
+
+fn check(path: &Path, closed: u32) -> Result<(), DirError> {
     let io = |source| DirError::Io {
         path: path.to_owned(),
         source,
@@ -75,7 +98,7 @@ pub fn check_private(path: &Path) -> Result<(), DirError> {
         "is not a directory".to_owned()
     } else if found.uid() != uid {
         format!("belongs to uid {}", found.uid())
-    } else if found.mode() & 0o077 != 0 {
+    } else if found.mode() & closed != 0 {
         format!("has mode {:04o}", found.mode() & 0o7777)
     } else {
         return Ok(());

@@ -4,7 +4,9 @@
 //! `{"code": ..., "message": ...}` with the status that [`crate::model::Code`] names.
 
 mod admission;
+mod audit;
 mod events;
+pub(crate) mod gate;
 mod host;
 mod journal;
 mod kernel;
@@ -12,6 +14,7 @@ mod metrics;
 mod pauses;
 mod refusal;
 mod releases;
+pub mod roles;
 mod rollouts;
 mod serve;
 mod swaps;
@@ -28,6 +31,7 @@ use crate::fleet::publish::Publisher;
 use crate::model::Event;
 use crate::reconcile::Waker;
 
+pub use audit::Known;
 pub use host::{NewHostSwap, NewKvm};
 pub use kernel::{CarveOutView, CarvedGuest, NewKernelSwap};
 pub use metrics::metrics_router;
@@ -35,7 +39,7 @@ pub use pauses::Cancel;
 pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
 pub use rollouts::{Explained, NewAct, NewCordon};
-pub use serve::serve;
+pub use serve::{serve, serve_machines};
 pub use swaps::{NewCheck, NewSwap};
 pub use vms::{NewVm, VmView};
 
@@ -57,7 +61,8 @@ pub struct Desk {
     info(
         title = "stillpointd",
         description = "Guests of one host: started, watched, and swapped under their feet. \
-                       Over a Unix socket; callers are the daemon's own uid, or root."
+                       Over a Unix socket, whose callers the kernel names, and by TLS with certificates on \
+                       both sides. `x-role` of an operation is the role that its callers need."
     ),
     // Events come as a stream, which OpenAPI can't say; their schema is here all the same.
     components(schemas(Event))
@@ -100,27 +105,61 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(rollouts::cordon, rollouts::uncordon))
         .routes(routes!(metrics::metrics))
         .routes(routes!(journal::list))
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::whoami))
         .routes(routes!(events::stream))
         .routes(routes!(doctor))
 }
 
 /// The OpenAPI document, as it is committed.
 pub fn openapi_json() -> Result<String, serde_json::Error> {
-    let (_, document) = routes().split_for_parts();
+    let (_, document) = described();
     let mut text = serde_json::to_string_pretty(&document)?;
     text.push('\n');
     Ok(text)
 }
 
-/// All routes.
+/// The routes, and the document with the role that each needs.
+fn described() -> (Router<Desk>, utoipa::openapi::OpenApi) {
+    let (router, mut document) = routes().split_for_parts();
+    for (path, item) in &mut document.paths.paths {
+        let operations = [
+            ("GET", &mut item.get),
+            ("PUT", &mut item.put),
+            ("POST", &mut item.post),
+            ("DELETE", &mut item.delete),
+        ];
+        for (method, operation) in operations {
+            let found = roles::ROLES
+                .iter()
+                .find(|(m, p, _)| (*m, *p) == (method, path.as_str()));
+            if let (Some(operation), Some((_, _, role))) = (operation, found) {
+                let extension = utoipa::openapi::extensions::Extensions::builder();
+                let extension = extension.add("x-role", role.word()).build();
+                operation.extensions = Some(extension);
+            }
+        }
+    }
+    (router, document)
+}
+
+/// All routes, each for those who have its role. Whoever serves them says who calls.
 pub fn router(desk: Desk) -> Router {
-    let (router, document) = routes().split_for_parts();
+    router_and(desk, Router::new())
+}
+
+/// The same, with further ones beside them.
+pub fn router_and(desk: Desk, more: Router) -> Router {
+    let (router, document) = described();
     let document = axum::Json(document);
+    let store = desk.host.store.clone();
     router
         .route("/openapi.json", axum::routing::get(async move || document))
         .fallback(refusal::no_such_path)
         .method_not_allowed_fallback(refusal::no_such_method)
         .with_state(desk)
+        .merge(more)
+        .layer(axum::middleware::from_fn_with_state(store, gate::pass))
 }
 
 /// What this host can and can't do.

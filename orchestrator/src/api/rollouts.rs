@@ -1,12 +1,13 @@
 //! `/v1/rollouts`, `/v1/hosts`: the fleet, as any of its daemons tells it.
 
-use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::Desk;
+use super::gate::By;
 use super::refusal::{Body, Refusal};
 use super::swaps::new_id;
 use crate::execute::unix_ns;
@@ -76,6 +77,7 @@ pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<RolloutSum
 )]
 pub(super) async fn start(
     State(desk): State<Desk>,
+    Extension(By(by)): Extension<By>,
     Body(new): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<RolloutView>), Refusal> {
     if !new.allow_downgrade {
@@ -84,7 +86,7 @@ pub(super) async fn start(
     // What was done on this host a moment ago, such as a release that was added, counts.
     desk.publisher.catch_up().await;
     let id = RolloutId(new_id()?.0);
-    let record = desk.fleet.start(&new, id, now()).await?;
+    let record = desk.fleet.start(&new, id, &by, now()).await?;
     let look = desk.fleet.look().await?;
     let view = explain::view(&look, &record, now());
     let status = match new.dry_run {
@@ -114,10 +116,11 @@ pub(super) async fn show(
 pub(super) async fn act(
     State(desk): State<Desk>,
     Path(id): Path<String>,
+    Extension(By(by)): Extension<By>,
     Body(new): Body<NewAct>,
 ) -> Result<Json<RolloutView>, Refusal> {
     let id = RolloutId(id);
-    desk.fleet.act(&id, new.act, now()).await?;
+    desk.fleet.act(&id, new.act, &by, now()).await?;
     Ok(Json(desk.viewed(&id).await?))
 }
 

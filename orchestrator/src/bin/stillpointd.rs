@@ -7,6 +7,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;
+use orchestrator::auth::Role;
+use orchestrator::auth::ca::config_dir;
+use orchestrator::auth::files::TlsFiles;
+use orchestrator::auth::peer;
 use orchestrator::daemon::{self, Config};
 use orchestrator::fleet::Stands;
 use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
@@ -46,6 +50,21 @@ struct Args {
     /// `stillpoint page` prints the address that lets in; figures are told to whoever can connect [served nowhere].
     #[arg(long, value_name = "ADDRESS:PORT")]
     web: Option<std::net::SocketAddr>,
+    /// Commands that rollouts may ask as gates [/etc/stillpoint/gates; others: ~/.config/stillpoint/gates].
+    #[arg(long, value_name = "DIR")]
+    gate_dir: Option<PathBuf>,
+    /// What whoever has the address of the pages may do: read, or operate, which is to approve and cancel pauses.
+    #[arg(long, value_name = "ROLE", value_parser = web_role, default_value = "operate", requires = "web")]
+    web_role: Role,
+    /// The group whose members may operate by the API's socket, by name or number. Without either group only the
+    /// daemon's own user and root may use it.
+    #[arg(long, value_name = "GROUP", value_parser = peer::group)]
+    operate_group: Option<u32>,
+    /// The group whose members may look by it.
+    #[arg(long, value_name = "GROUP", value_parser = peer::group)]
+    read_group: Option<u32>,
+    #[command(flatten)]
+    listen: ListenArgs,
     /// Logs as JSON, one object a line.
     #[arg(long)]
     json_logs: bool,
@@ -89,6 +108,47 @@ struct SharedArgs {
     /// What the fleet's keys in etcd begin with: fleets that share an etcd have one each.
     #[arg(long, value_name = "PREFIX", default_value = PREFIX)]
     store_prefix: String,
+}
+
+/// The door for other machines.
+#[derive(Debug, clap::Args)]
+struct ListenArgs {
+    /// Where other machines are served, API and pages, by TLS with certificates on both sides, such as 10.0.0.1:7443
+    /// [served nowhere].
+    #[arg(long, value_name = "ADDRESS:PORT", requires_all = ["tls_cert", "tls_key", "tls_ca"])]
+    listen: Option<std::net::SocketAddr>,
+    /// This daemon's certificate for that, as PEM.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, as PEM.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_key: Option<PathBuf>,
+    /// The CA whose clients are let in, each with the role that its certificate says, as PEM.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_ca: Option<PathBuf>,
+    /// Certificates of that CA that were revoked, as PEM. All four files are read anew when they change.
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    tls_revoked: Option<PathBuf>,
+}
+
+impl ListenArgs {
+    fn files(self) -> Option<(std::net::SocketAddr, TlsFiles)> {
+        let files = TlsFiles {
+            certificate: self.tls_cert?,
+            key: self.tls_key?,
+            ca: self.tls_ca?,
+            revoked: self.tls_revoked,
+        };
+        Some((self.listen?, files))
+    }
+}
+
+/// Pages have nothing for admins to do.
+fn web_role(text: &str) -> Result<Role, String> {
+    match Role::of_word(text) {
+        Some(role @ (Role::Read | Role::Operate)) => Ok(role),
+        _ => Err("write read or operate".into()),
+    }
 }
 
 impl SharedArgs {
@@ -156,7 +216,14 @@ fn run(args: Args) -> anyhow::Result<()> {
             fault_domain: args.fault_domain,
         },
         etcd: args.shared.etcd()?,
+        gate_dir: args.gate_dir.unwrap_or_else(|| config_dir().join("gates")),
         web: args.web,
+        web_role: args.web_role,
+        listen: args.listen.files(),
+        rules: peer::Rules {
+            operate: args.operate_group,
+            read: args.read_group,
+        },
         state_dir: std::path::absolute(args.state_dir.unwrap_or_else(daemon::default_state_dir))?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -28,6 +28,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    desk.must_be_local("the console")?;
     let name = super::path_part(&args.name)?;
     let vm: VmView = desk.api.get(&format!("/v1/vms/{name}")).await?;
     if !vm.state.is_active() {

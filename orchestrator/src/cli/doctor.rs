@@ -20,15 +20,11 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
-    let state_dir = args.state_dir.unwrap_or_else(daemon::default_state_dir);
-    let vms: Result<Vec<VmView>, Problem> = desk.api.get("/v1/vms").await;
-    let surroundings = Surroundings {
-        run_dir: desk.run_dir.clone(),
-        daemon: vms.map(drop).map_err(|problem| problem.message),
-        vmm: args.vmm.or_else(beside).or_else(|| newest(&state_dir)),
-        state_dir,
+    let found = match desk.api.remote() {
+        // What its daemon sees of another machine.
+        Some(_) => desk.api.get("/v1/doctor").await?,
+        None => here(desk, args).await,
     };
-    let found = doctor::of_host(&surroundings).await;
     if desk.json {
         say_json(&found)?;
     } else {
@@ -40,6 +36,18 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+async fn here(desk: &Desk, args: Args) -> Vec<Check> {
+    let state_dir = args.state_dir.unwrap_or_else(daemon::default_state_dir);
+    let vms: Result<Vec<VmView>, Problem> = desk.api.get("/v1/vms").await;
+    let surroundings = Surroundings {
+        run_dir: desk.run_dir.clone(),
+        daemon: vms.map(drop).map_err(|problem| problem.message),
+        vmm: args.vmm.or_else(beside).or_else(|| newest(&state_dir)),
+        state_dir,
+    };
+    doctor::of_host(&surroundings).await
 }
 
 fn beside() -> Option<PathBuf> {

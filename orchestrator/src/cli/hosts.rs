@@ -82,6 +82,11 @@ fn row(host: &HostView) -> Vec<String> {
     if host.drives {
         notes.push("drives rollouts".into());
     }
+    if let Some(skew) = host.clock {
+        notes.push(format!(
+            "its clock is {skew} of the driver's: nothing is begun there"
+        ));
+    }
     if let Some(reason) = &host.cordon {
         notes.push(format!("cordoned: {reason}"));
     }

@@ -1,6 +1,6 @@
-//! A client of the daemon's API over its Unix socket: one connection per request.
+//! A client of the daemon's API, over its Unix socket or by TLS: one connection per request.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -11,12 +11,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::remote::Remote;
 use crate::model::{Code, Event, Problem};
 
-/// The API at a socket.
+/// The API at a socket of this host, or of another machine.
 #[derive(Clone, Debug)]
-pub(super) struct Api {
-    socket: PathBuf,
+pub(super) enum Api {
+    Socket(PathBuf),
+    Machine(Remote),
 }
 
 fn broken(error: impl std::fmt::Display) -> Problem {
@@ -25,8 +27,12 @@ fn broken(error: impl std::fmt::Display) -> Problem {
 }
 
 impl Api {
-    pub(super) fn new(socket: PathBuf) -> Self {
-        Self { socket }
+    /// The machine, if it is another.
+    pub(super) fn remote(&self) -> Option<&Remote> {
+        match self {
+            Self::Socket(_) => None,
+            Self::Machine(remote) => Some(remote),
+        }
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
@@ -75,28 +81,32 @@ impl Api {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Response<Incoming>, Problem> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|e| {
-            let message = format!(
-                "no daemon answers at {} ({e}); start it (`stillpointd &`, or `systemctl start \
-                 stillpointd`), or say where it is with --socket",
-                self.socket.display()
-            );
-            Problem::new(Code::NoDaemon, message)
-        })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(broken)?;
-        tokio::spawn(connection);
+        let mut sender = match self {
+            Self::Machine(remote) => remote.connect().await?,
+            Self::Socket(socket) => {
+                let stream = UnixStream::connect(socket).await;
+                let stream = stream.map_err(|e| unreachable(socket, &e))?;
+                let made = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+                let (sender, connection) = made.map_err(broken)?;
+                tokio::spawn(connection);
+                sender
+            }
+        };
         let bytes = body.map(serde_json::to_vec).transpose();
         let bytes = bytes.map_err(|e| Problem::new(Code::BadRequest, e.to_string()))?;
         let request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, "stillpointd")
+            .header(HOST, self.remote().map_or("stillpointd", Remote::name))
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(bytes.unwrap_or_default())))
             .map_err(|e| Problem::new(Code::BadRequest, e.to_string()))?;
-        sender.send_request(request).await.map_err(broken)
+        let sent = sender.send_request(request).await;
+        sent.map_err(|error| match self {
+            Self::Socket(_) => broken(error),
+            // A daemon refuses a certificate after its own part of the handshake.
+            Self::Machine(remote) => remote.explain(&error),
+        })
     }
 
     /// Everything that happens from now on.
@@ -107,6 +117,21 @@ impl Api {
             text: String::new(),
         })
     }
+}
+
+fn unreachable(socket: &Path, error: &std::io::Error) -> Problem {
+    let at = socket.display();
+    let message = match error.kind() {
+        std::io::ErrorKind::PermissionDenied => format!(
+            "this user may not use the daemon's socket {at}: the daemon's user and root may, and members of the groups \
+             of `stillpointd --operate-group` and `--read-group`"
+        ),
+        _ => format!(
+            "no daemon answers at {at} ({error}); start it (`stillpointd &`, or `systemctl start stillpointd`), or say \
+             where it is with --socket, or --remote for one of another machine"
+        ),
+    };
+    Problem::new(Code::NoDaemon, message)
 }
 
 /// The body of an answer, or the problem it tells of.

@@ -25,6 +25,7 @@ pub(super) struct Args {
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
+    desk.must_be_local("reading logs")?;
     let name = super::path_part(&args.name)?;
     let vm: VmView = desk.api.get(&format!("/v1/vms/{name}")).await?;
     let path = if args.console {

@@ -4,6 +4,8 @@
 //! was asked for is so, and non-zero when it is not.
 
 mod adopt;
+mod audit;
+mod auth;
 mod completions;
 mod console;
 mod doctor;
@@ -21,6 +23,7 @@ mod page;
 mod prepare;
 mod progress;
 mod release;
+mod remote;
 mod report;
 mod rm;
 mod rollout;
@@ -53,6 +56,8 @@ pub struct Args {
     /// The daemon's run directory [root: /run/stillpoint; others: $XDG_RUNTIME_DIR/stillpoint].
     #[arg(long, global = true, value_name = "DIR", env = "STILLPOINT_RUN_DIR")]
     run_dir: Option<PathBuf>,
+    #[command(flatten)]
+    remote: remote::RemoteArgs,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -83,6 +88,10 @@ enum Verb {
     Events(events::Args),
     /// Prints the address of the daemon's page, with the key that lets in.
     Page,
+    /// Makes and shows certificates for daemons and for those who call them from other machines: a small CA.
+    Auth(auth::Args),
+    /// Shows who asked the daemon for changes, and what came of it.
+    Audit(audit::Args),
     /// Shows what a swap did, phase by phase.
     Report(report::Args),
     /// Shows what was asked of the daemon and what came of it, line by line.
@@ -107,6 +116,20 @@ struct Desk {
     json: bool,
     api: http::Api,
     run_dir: PathBuf,
+}
+
+impl Desk {
+    /// What reaches past the API, into files and sockets of the host, works on the host alone.
+    fn must_be_local(&self, what: &str) -> Result<(), Problem> {
+        let Some(remote) = self.api.remote() else {
+            return Ok(());
+        };
+        let message = format!(
+            "{what} works on the host itself only: log in on {}, and leave --remote away",
+            remote.name()
+        );
+        Err(Problem::new(Code::BadRequest, message))
+    }
 }
 
 /// Runs the command.
@@ -153,7 +176,10 @@ fn run(args: Args) -> Result<ExitCode, Problem> {
     let socket = args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir));
     let desk = Desk {
         json: args.json,
-        api: http::Api::new(socket),
+        api: match args.remote.remote()? {
+            Some(remote) => http::Api::Machine(remote),
+            None => http::Api::Socket(socket),
+        },
         run_dir,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -178,7 +204,9 @@ async fn dispatch(desk: &Desk, verb: Verb) -> Result<ExitCode, Problem> {
         Verb::Host(args) => host::run(desk, args).await,
         Verb::Adopt(args) => adopt::run(desk, args).await,
         Verb::Events(args) => events::run(desk, args).await,
-        Verb::Page => page::run(desk),
+        Verb::Page => page::run(desk).await,
+        Verb::Auth(args) => auth::run(desk, args).await,
+        Verb::Audit(args) => audit::run(desk, args).await,
         Verb::Report(args) => report::run(desk, args).await,
         Verb::History(args) => history::run(desk, args).await,
         Verb::Doctor(args) => doctor::run(desk, args).await,

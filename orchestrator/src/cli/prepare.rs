@@ -57,6 +57,7 @@ struct Told {
 
 /// `stillpoint host prepare`
 pub(super) fn run(desk: &Desk, args: &Args) -> Result<ExitCode, Problem> {
+    desk.must_be_local("preparing a host")?;
     let checks = checks(&args.root);
     let files = match args.carve_out {
         Some(size) => files(&args.root, size)?,

@@ -118,6 +118,7 @@ pub fn lay_out(
         stages: layout.stages,
         state: State::Running,
         reason: None,
+        gates: Vec::new(),
         forgiven: 0,
         units: units.collect(),
         steps: 0,
@@ -262,14 +263,16 @@ fn have_release(look: &Look, new: &NewRollout, wanted: &[Place]) -> Result<(), P
 impl Fleet {
     /// All that is so now.
     pub async fn look(&self) -> Result<Look, Problem> {
+        self.is_us()?;
         Ok(Look::of(&self.shared.list(LIVE).await?))
     }
 
-    /// Starts a rollout, unless it is a dry run; what it is laid out as.
+    /// Starts a rollout in the name of whom `by` says, unless it is a dry run; what it is laid out as.
     pub async fn start(
         &self,
         new: &NewRollout,
         id: RolloutId,
+        by: &str,
         now: Moment,
     ) -> Result<RolloutRecord, Problem> {
         for _ in 0..TRIES {
@@ -286,7 +289,7 @@ impl Fleet {
             let changes = vec![
                 Change::put(OPEN, expect, written(&record.id)),
                 Change::put(keys::rollout(&id), Expect::Absent, written(&record)),
-                self.by_hand(&record, line, now),
+                self.by_hand(&record, line, by, now),
             ];
             if let Committed::Done(_) = self.shared.commit(changes, None).await? {
                 return Ok(record);
@@ -298,10 +301,10 @@ impl Fleet {
         ))
     }
 
-    fn by_hand(&self, record: &RolloutRecord, line: String, now: Moment) -> Change {
+    fn by_hand(&self, record: &RolloutRecord, line: String, by: &str, now: Moment) -> Change {
         let history = HistoryStep {
             at: now,
-            by: format!("a hand, on {}", self.me),
+            by: format!("{by}, on {}", self.me),
             lines: vec![line],
         };
         let key = keys::step(&record.id, record.steps);
@@ -310,6 +313,7 @@ impl Fleet {
 
     /// A rollout.
     pub async fn rollout(&self, id: &RolloutId) -> Result<Versioned<RolloutRecord>, Problem> {
+        self.is_us()?;
         let entry = self.shared.get(&keys::rollout(id)).await?;
         let entry = entry.ok_or_else(|| {
             let message =
@@ -322,11 +326,12 @@ impl Fleet {
         })
     }
 
-    /// Does something to a rollout.
+    /// Does something to a rollout, in the name of whom `by` says.
     pub async fn act(
         &self,
         id: &RolloutId,
         act: Act,
+        by: &str,
         now: Moment,
     ) -> Result<RolloutRecord, Problem> {
         for _ in 0..TRIES {
@@ -344,7 +349,7 @@ impl Fleet {
                     Expect::Version(version),
                     written(&record),
                 ),
-                self.by_hand(&record, line, now),
+                self.by_hand(&record, line, by, now),
             ];
             if let Committed::Done(_) = self.shared.commit(changes, None).await? {
                 return Ok(record);

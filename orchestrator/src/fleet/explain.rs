@@ -3,13 +3,14 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::clocks::Skew;
 use super::driver::hear;
 use super::look::{Look, Place};
-use super::record::{DriverCard, RolloutId, RolloutRecord};
+use super::record::{DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
-use crate::model::{HostName, Moment, Problem, VmName};
+use crate::model::{GateSaid, HostName, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
-use crate::plan::rollout::{Cause, State, Waits, plan};
+use crate::plan::rollout::{Cause, State, Waits, Why, plan};
 
 /// A rollout in a list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -95,6 +96,9 @@ pub struct HostView {
     /// Since when, nanoseconds since the Unix epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since_unix_ns: Option<u64>,
+    /// Whether its clock disagrees with the driver's, and by how much at least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Skew>,
     /// Why it is to be left alone, if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cordon: Option<String>,
@@ -129,7 +133,10 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
         UnitWhy {
             host: named.host.clone(),
             vm: named.vm.clone(),
-            why: why.sentence(&tables.fleet, unit, now),
+            why: match why {
+                Why::Gate(gate) => gate_said(&record, named, gate),
+                why => why.sentence(&tables.fleet, unit, now),
+            },
             waits_for: match why.cause() {
                 Cause::None => "nothing",
                 Cause::Own => "rollout",
@@ -147,6 +154,15 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
         rollout: record,
         driver: None,
     }
+}
+
+/// What a unit waits for, where it is a gate.
+fn gate_said(record: &RolloutRecord, unit: &UnitRecord, gate: u32) -> String {
+    let said = usize::try_from(gate)
+        .ok()
+        .and_then(|at| record.gates.get(at));
+    let words = said.map_or_else(|| "a gate is being asked".into(), GateSaid::words);
+    format!("VM {} waits: {words}", unit.vm)
 }
 
 /// A rollout in a list.
@@ -219,6 +235,7 @@ impl Fleet {
             HostView {
                 alive: look.is_alive(name),
                 since_unix_ns: host.alive.as_ref().map(|alive| alive.since.0),
+                clock: look.skew(name),
                 cordon: host.cordon.as_ref().map(|cordon| cordon.reason.clone()),
                 zone: card.map_or_else(String::new, |card| card.zone.clone()),
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),

@@ -10,6 +10,10 @@ pub const LIVE: &str = "live/";
 pub const HOSTS: &str = "live/hosts/";
 /// Hosts whose daemons are heard.
 pub const ALIVE: &str = "live/alive/";
+/// Whose a name is.
+pub const CLAIMS: &str = "claims/";
+/// Hosts whose clocks disagree with the driver's.
+pub const CLOCKS: &str = "live/clocks";
 /// Hosts that are to be left alone.
 pub const CORDONS: &str = "live/cordons/";
 /// What hosts say of their guests.

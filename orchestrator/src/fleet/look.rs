@@ -3,12 +3,15 @@
 //! What can't be read is passed over and named: a host without a card isn't up, a guest without one isn't
 //! known to be well, and a rollout that can't be read doesn't move.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::de::DeserializeOwned;
 
-use super::record::{Alive, Answer, Cordon, Far, HostCard, Order, RolloutRecord, VmCard};
-use super::{ALIVE, ANSWERS, CORDONS, HOSTS, ORDERS, ROLLOUTS, VMS, read};
+use super::clocks::Skew;
+use super::record::{
+    Alive, Answer, ClocksRecord, Cordon, Far, HostCard, Order, RolloutRecord, VmCard,
+};
+use super::{ALIVE, ANSWERS, CLOCKS, CORDONS, HOSTS, ORDERS, ROLLOUTS, VMS, read};
 use crate::model::{DomainCount, HostName, Moment, Rung, VmName};
 use crate::plan::rollout::evidence;
 use crate::plan::rollout::fleet::{Column, Fleet, Host, Ix, Vm};
@@ -36,6 +39,8 @@ pub struct HostLook {
     pub card: Option<HostCard>,
     /// That it is heard.
     pub alive: Option<Alive>,
+    /// The version of that record.
+    pub alive_version: u64,
     /// That it is to be left alone.
     pub cordon: Option<Cordon>,
 }
@@ -53,6 +58,10 @@ pub struct Look {
     pub orders: BTreeMap<Place, Order>,
     /// Answers.
     pub answers: BTreeMap<Place, Answer>,
+    /// Hosts whose clocks disagree with the driver's.
+    pub clocks: Option<ClocksRecord>,
+    /// Hosts whose clocks could not be compared with the driver's yet; known to the driver alone.
+    pub uncompared: BTreeSet<HostName>,
     /// What could not be read.
     pub malformed: Vec<String>,
     /// Which store it is.
@@ -79,7 +88,12 @@ impl Look {
         if let Some(host) = key.strip_prefix(HOSTS) {
             self.host(entry, host)?.card = Some(read(entry)?);
         } else if let Some(host) = key.strip_prefix(ALIVE) {
-            self.host(entry, host)?.alive = Some(read(entry)?);
+            let alive = read(entry)?;
+            let of = self.host(entry, host)?;
+            of.alive = Some(alive);
+            of.alive_version = entry.version;
+        } else if key == CLOCKS {
+            self.clocks = Some(read(entry)?);
         } else if let Some(host) = key.strip_prefix(CORDONS) {
             self.host(entry, host)?.cordon = Some(read(entry)?);
         } else if let Some(at) = key.strip_prefix(VMS) {
@@ -105,6 +119,11 @@ impl Look {
     pub fn is_alive(&self, host: &HostName) -> bool {
         let look = self.hosts.get(host);
         look.is_some_and(|look| look.alive.is_some() && look.card.is_some())
+    }
+
+    /// By how much a host's clock disagrees with the driver's, at least.
+    pub fn skew(&self, host: &HostName) -> Option<Skew> {
+        self.clocks.as_ref()?.off.get(host).copied()
     }
 
     /// The rollouts that aren't over.
@@ -178,7 +197,7 @@ impl Look {
             hosts: vec![HostSeen::default(); tables.fleet.hosts.len()].into(),
             vms: vec![VmSeen::default(); tables.fleet.vms.len()].into(),
             units: rollout.units.iter().map(|unit| unit.progress()).collect(),
-            gates: Vec::new(),
+            gates: rollout.gates.iter().map(|said| said.verdict).collect(),
             breaches: Vec::new(),
         };
         for (name, &ix) in &tables.hosts {
@@ -226,6 +245,8 @@ impl Look {
             up: self.is_alive(name),
             since: host.alive.as_ref().map_or(Moment(0), |alive| alive.since),
             cordoned: host.cordon.is_some(),
+            clock_off: self.skew(name).is_some()
+                || (!rollout.policy.windows.is_empty() && self.uncompared.contains(name)),
             releases: match has {
                 true => Releases::default().with(Rung::Vmm),
                 false => Releases::default(),

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::clocks::TELL;
 use super::look::Versioned;
+use super::name::Holder;
 use super::record::{Alive, Cordon, DriverCard, RolloutRecord};
-use super::{ALIVE, ANSWERS, CORDONS, DRIVER, Fleet, HOSTS, ORDERS, VMS, keys, written};
+use super::{ALIVE, ANSWERS, CLAIMS, CORDONS, DRIVER, Fleet, HOSTS, ORDERS, VMS, keys, written};
 use crate::execute::unix_ns;
 use crate::model::{Code, HostName, Moment, Problem};
 use crate::store::shared::{Change, Committed, Expect, Keep, Lease, SharedError};
@@ -15,45 +17,56 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// A host's seat among those that are heard.
 #[derive(Debug)]
 pub(super) struct Heard {
-    lease: Option<Lease>,
+    holder: Holder,
     since: Moment,
-    kept: tokio::time::Instant,
+    /// The lease that it hangs on, and when it was said last.
+    told: Option<(Lease, tokio::time::Instant)>,
 }
 
 impl Heard {
     pub(super) fn new() -> Self {
         Self {
-            lease: None,
+            holder: Holder::new(),
             since: Moment(unix_ns()),
-            kept: tokio::time::Instant::now(),
+            told: None,
         }
     }
 
-    /// Says that this host is here, as often as is needed.
-    pub(super) async fn say(&mut self, fleet: &Fleet) -> Result<(), SharedError> {
-        if let Some(lease) = self.lease {
-            if self.kept.elapsed() < LEASE / 4 {
-                return Ok(());
-            }
-            if fleet.shared.keep(lease).await? {
-                self.kept = tokio::time::Instant::now();
-                return Ok(());
-            }
+    /// Keeps the name, or claims it; whether it is ours.
+    pub(super) async fn claim(&mut self, fleet: &Fleet) -> Result<bool, SharedError> {
+        let lease = self.holder.hold(fleet).await?;
+        if self.told.is_some_and(|(told, _)| Some(told) != lease) {
             // It was over for a while, and this host not heard.
-            self.lease = None;
+            self.told = None;
             self.since = Moment(unix_ns());
         }
-        let lease = fleet.shared.lease(LEASE).await?;
-        let alive = Alive { since: self.since };
+        Ok(lease.is_some())
+    }
+
+    /// Says that this host is here, and what time it is, as often as is needed. After [`Self::claim`].
+    pub(super) async fn say(&mut self, fleet: &Fleet) -> Result<(), SharedError> {
+        let Some(lease) = self.holder.hold(fleet).await? else {
+            return Ok(());
+        };
+        if self
+            .told
+            .is_some_and(|(told, at)| told == lease && at.elapsed() < TELL)
+        {
+            return Ok(());
+        }
+        let alive = Alive {
+            since: self.since,
+            clock: Some(Moment(unix_ns())),
+        };
         let change = Change::keep(
             keys::of_host(ALIVE, &fleet.me),
             Expect::Anything,
             written(&alive),
             Keep::With(lease),
         );
-        if let Committed::Done(_) = fleet.shared.commit(vec![change], None).await? {
-            self.lease = Some(lease);
-            self.kept = tokio::time::Instant::now();
+        let guard = fleet.name_guard();
+        if let Committed::Done(_) = fleet.shared.commit(vec![change], guard.as_ref()).await? {
+            self.told = Some((lease, tokio::time::Instant::now()));
         }
         Ok(())
     }
@@ -62,6 +75,7 @@ impl Heard {
 impl Fleet {
     /// Has a host left alone, for that reason, or not any more.
     pub async fn cordon(&self, host: &str, reason: Option<String>) -> Result<(), Problem> {
+        self.is_us()?;
         let unknown = || {
             let message = format!("no host `{host}`; `stillpoint host ls` shows those there are");
             Problem::new(Code::NotFound, message)
@@ -125,20 +139,30 @@ impl Fleet {
 
     /// Leaves in order: whoever is to drive next need not wait for a lease to end.
     pub async fn leave(&self) -> Result<(), SharedError> {
-        let alive = keys::of_host(ALIVE, &self.me);
-        let mut gone = vec![Change::remove(alive, Expect::Anything)];
+        // What is said under a name that is another's is theirs to take back.
+        let Some(guard) = self.name_guard() else {
+            return Ok(());
+        };
+        let gone = [CLAIMS, ALIVE].map(|area| keys::of_host(area, &self.me));
+        let mut gone = gone
+            .map(|key| Change::remove(key, Expect::Anything))
+            .to_vec();
         if let Some(entry) = self.shared.get(DRIVER).await? {
             let card: DriverCard = super::read(&entry)?;
             if card.host == self.me {
                 gone.push(Change::remove(DRIVER, Expect::Version(entry.version)));
             }
         }
-        self.shared.commit(gone, None).await?;
+        self.shared.commit(gone, Some(&guard)).await?;
         Ok(())
     }
 
     /// Why this host is to be left alone, if it is.
     pub async fn cordoned(&self) -> Result<Option<Cordon>, SharedError> {
+        if self.is_us().is_err() {
+            // The other's host is cordoned, or not.
+            return Ok(None);
+        }
         let entry = self.shared.get(&keys::of_host(CORDONS, &self.me)).await?;
         entry.as_ref().map(super::read).transpose()
     }

@@ -11,7 +11,9 @@
 //! | key | what | written by |
 //! |---|---|---|
 //! | `hosts/HOST`, `vms/HOST/VM` | what a host says of itself and its guests | that host's daemon |
-//! | `alive/HOST` | that its daemon is heard; hangs on a lease | that host's daemon |
+//! | `claims/HOST` | which daemon has that name; hangs on a lease, and guards all that the host's daemon writes | that host's daemon |
+//! | `alive/HOST` | that its daemon is heard, and its clock; hangs on the same lease | that host's daemon |
+//! | `clocks` | hosts whose clocks disagree with the driver's | the driver |
 //! | `cordons/HOST` | that an operator wants it left alone | whoever is asked |
 //! | `sets/SET` | who sits in which update domain | whoever starts a guest |
 //! | `driver` | who drives; hangs on a lease. When it was made is the driver's *epoch* | whoever is elected |
@@ -31,17 +33,20 @@
 //! an epoch below the highest that it acted on. Must never: be needed by a running guest.
 
 pub mod ask;
+pub mod clocks;
 pub mod driver;
 pub mod explain;
 mod keys;
 pub mod look;
 pub mod member;
+pub mod name;
 pub mod publish;
 pub mod record;
 pub mod seats;
 
 pub use keys::{
-    ALIVE, ANSWERS, CORDONS, DRIVER, HISTORY, HOSTS, LIVE, OPEN, ORDERS, ROLLOUTS, SETS, VMS,
+    ALIVE, ANSWERS, CLAIMS, CLOCKS, CORDONS, DRIVER, HISTORY, HOSTS, LIVE, OPEN, ORDERS, ROLLOUTS,
+    SETS, VMS,
 };
 
 use serde::Serialize;
@@ -59,6 +64,12 @@ pub struct Fleet {
     pub me: HostName,
     /// Where it stands.
     pub stands: Stands,
+    /// Which daemon it is, for others that call their hosts by the same name.
+    pub claim: record::Claim,
+    /// Whether the name is ours.
+    pub named: name::Named,
+    /// Whether hosts agree on the time, as far as this daemon has looked.
+    pub clocks: clocks::Clocks,
 }
 
 /// Where a host stands.
@@ -91,4 +102,27 @@ pub(crate) fn read<T: DeserializeOwned>(entry: &Entry) -> Result<T, SharedError>
         key: entry.key.clone(),
         problem: e.to_string(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Moment;
+
+    /// A place in a fleet, of a daemon that is called so.
+    pub(in crate::fleet) fn fleet(shared: &Shared, host: &str, daemon: &str) -> Fleet {
+        Fleet {
+            shared: shared.clone(),
+            me: HostName::try_from(host.to_owned()).expect("name"),
+            stands: Stands::default(),
+            claim: record::Claim {
+                daemon: daemon.into(),
+                machine: format!("{daemon}-machine"),
+                state_dir: "/var/lib/stillpoint".into(),
+                since: Moment(0),
+            },
+            named: name::Named::default(),
+            clocks: clocks::Clocks::default(),
+        }
+    }
 }

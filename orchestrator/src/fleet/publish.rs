@@ -18,7 +18,7 @@ use crate::model::{
 };
 use crate::plan::rollout::seen::Health;
 use crate::store::StoreError;
-use crate::store::shared::{Change, Expect, Keep, SharedError};
+use crate::store::shared::{Change, Committed, Expect, Keep, SharedError};
 
 /// Between two looks when nothing is heard.
 const TICK: Duration = Duration::from_secs(1);
@@ -98,6 +98,11 @@ async fn say(
     is_known: &mut bool,
     heard: &mut Heard,
 ) -> Result<(), SharedError> {
+    if !heard.claim(fleet).await? {
+        *is_known = false;
+        return Ok(());
+    }
+    let guard = fleet.name_guard();
     if !*is_known {
         // What a daemon before this one said, also of guests that are gone.
         said.clear();
@@ -117,7 +122,12 @@ async fn say(
     let gone = gone.map(|key| Change::remove(key.clone(), Expect::Anything));
     let changes: Vec<Change> = put.chain(gone).collect();
     for batch in changes.chunks(BATCH) {
-        fleet.shared.commit(batch.to_vec(), None).await?;
+        let done = fleet.shared.commit(batch.to_vec(), guard.as_ref()).await?;
+        if done == Committed::Refused {
+            // The name is another's by now.
+            *is_known = false;
+            return Ok(());
+        }
     }
     *said = now;
     heard.say(fleet).await

@@ -4,7 +4,10 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::model::{Domain, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState};
+use super::clocks::Skew;
+use crate::model::{
+    Domain, GateSaid, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
+};
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
 
@@ -38,6 +41,31 @@ pub struct HostCard {
 pub struct Alive {
     /// Since when.
     pub since: Moment,
+    /// What time it was by its clock when this was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Moment>,
+}
+
+/// Whose a name is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// Which daemon: the same for those that follow each other on one store of one machine that wasn't started anew.
+    pub daemon: String,
+    /// What its machine is called.
+    pub machine: String,
+    /// Where its store is.
+    pub state_dir: String,
+    /// Since when.
+    pub since: Moment,
+}
+
+/// Hosts whose clocks disagree with the driver's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClocksRecord {
+    /// Whose clock they were held against.
+    pub driver: HostName,
+    /// By how much, at least.
+    pub off: std::collections::BTreeMap<HostName, Skew>,
 }
 
 /// That a host is to be left alone.
@@ -178,6 +206,9 @@ pub struct RolloutRecord {
     /// Why, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What its gates said last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateSaid>,
     /// How many failures were forgiven by resuming it.
     #[serde(default)]
     pub forgiven: u32,
@@ -204,7 +235,7 @@ pub struct HistoryStep {
     /// When.
     #[serde(rename = "at_unix_ns")]
     pub at: Moment,
-    /// Who: the driver on a host, or a hand.
+    /// Who: the driver on a host, or a person and the host whose daemon they asked.
     pub by: String,
     /// What, and why.
     pub lines: Vec<String>,

@@ -86,6 +86,7 @@ impl Fleet {
         set: &str,
         mut change: impl FnMut(&mut Option<SetRecord>) -> Result<(), Problem>,
     ) -> Result<(), Problem> {
+        self.is_us()?;
         let key = format!("{SETS}{set}");
         for _ in 0..TRIES {
             let entry = self.shared.get(&key).await?;
@@ -135,16 +136,10 @@ fn domain(number: u16) -> Result<Domain, Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::Stands;
-    use crate::model::HostName;
     use crate::store::shared::{Memory, Shared};
 
     fn fleet() -> Fleet {
-        Fleet {
-            shared: Shared::Memory(Memory::default()),
-            me: HostName::try_from("h1".to_owned()).expect("name"),
-            stands: Stands::default(),
-        }
+        crate::fleet::tests::fleet(&Shared::Memory(Memory::default()), "h1", "one")
     }
 
     fn vm(name: &str) -> VmName {

@@ -1,8 +1,10 @@
 //! Nouns. No I/O, no clock.
 
 mod amount;
+mod audit;
 mod event;
 mod fleet;
+mod gate;
 mod host_swap;
 mod journal;
 mod kernel;
@@ -20,8 +22,12 @@ mod vm;
 mod window;
 
 pub use amount::{Amount, NoAmount};
+pub use audit::{AuditEntry, Outcome};
 pub use event::Event;
 pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
+pub use gate::{
+    Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES, prometheus_place,
+};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
 pub use kernel::{

@@ -7,6 +7,7 @@ use stillpoint_control::nanos;
 use utoipa::ToSchema;
 
 use super::amount::Amount;
+use super::gate::{GateError, GateSpec};
 use super::window::Window;
 
 /// The first VMs or hosts of a rollout, watched for a while before others follow.
@@ -126,6 +127,9 @@ pub struct Policy {
     /// What a swap's report may show at the worst.
     #[serde(default)]
     pub limits: Limits,
+    /// What is asked before each step and after it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gates: Vec<GateSpec>,
     /// When swaps may begin; at any time if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(value_type = Vec<String>)]
@@ -157,6 +161,7 @@ impl Default for Policy {
             failures: Amount::Count(0),
             roll_back: true,
             limits: Limits::default(),
+            gates: Vec::new(),
             windows: Vec::new(),
         }
     }
@@ -225,6 +230,9 @@ pub enum PolicyError {
         /// What it must hold.
         deadline: Duration,
     },
+    /// A gate that could never pass.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// Too many stages to count.
     #[error("{0} stages are too many; 250 are the most")]
     Stages(usize),
@@ -282,6 +290,7 @@ impl Policy {
                 deadline: self.deadline,
             });
         }
+        GateSpec::check(&self.gates)?;
         match self.windows.iter().find(|w| w.lasts() < self.deadline) {
             None => Ok(()),
             Some(window) => Err(PolicyError::WindowTooShort {

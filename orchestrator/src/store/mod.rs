@@ -5,6 +5,7 @@
 //! returned `Ok` the change is on disk. A file that is locked, damaged or not ours is refused at
 //! the start and left as it is. Must never: be written while a guest stands still.
 
+mod audit;
 #[cfg(feature = "fault-injection")]
 pub mod disk;
 mod epoch;
@@ -27,6 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::model::{Code, Problem};
 
+pub use audit::{Asking, Came};
 pub use host_swaps::Busy;
 pub use open::OpenError;
 pub use vms::Observed;

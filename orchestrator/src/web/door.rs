@@ -7,14 +7,17 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use axum::extract::{Request, State};
+use axum::extract::{ConnectInfo, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use maud::html;
+
+use crate::auth::{Caller, Role};
 
 const COOKIE: &str = "stillpoint";
 
@@ -44,7 +47,7 @@ impl Key {
     }
 
     /// Writes the address with the key to where `stillpoint page` finds it.
-    pub fn write(&self, run_dir: &Path, at: std::net::SocketAddr) -> std::io::Result<()> {
+    pub fn write(&self, run_dir: &Path, at: SocketAddr) -> std::io::Result<()> {
         let path = path(run_dir);
         let _ = std::fs::remove_file(&path);
         let mut file = File::options()
@@ -79,8 +82,35 @@ impl Key {
     }
 }
 
+/// What the door goes by.
+#[derive(Clone, Debug)]
+pub(super) struct Porter {
+    pub(super) key: Key,
+    /// What whoever knows it may do.
+    pub(super) role: Role,
+}
+
+/// What needs no key: how pages look.
+const OPEN: [&str; 2] = ["/style.css", "/live.js"];
+
 /// Lets in who knows the key; takes it from the address into a cookie.
-pub(super) async fn check(State(key): State<Key>, request: Request, next: Next) -> Response {
+pub(super) async fn check(
+    State(Porter { key, role }): State<Porter>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let known = Caller {
+        who: "the page's key".into(),
+        from: from.to_string(),
+        role: Some(role),
+        remedy: "the daemon gives its page another with `stillpointd --web-role`".into(),
+        shown: None,
+    };
+    if OPEN.contains(&request.uri().path()) {
+        request.extensions_mut().insert(known);
+        return next.run(request).await;
+    }
     let query = request.uri().query().unwrap_or_default();
     let said = query.split('&').find_map(|pair| pair.strip_prefix("key="));
     if said.is_some_and(|said| key.is(said)) {
@@ -92,6 +122,7 @@ pub(super) async fn check(State(key): State<Key>, request: Request, next: Next) 
         return (StatusCode::SEE_OTHER, headers).into_response();
     }
     if key.is_in(request.headers()) {
+        request.extensions_mut().insert(known);
         return next.run(request).await;
     }
     let main = html! {

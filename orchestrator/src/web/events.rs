@@ -1,15 +1,16 @@
 //! What guests have been told of, and an operator's word on it.
 
-use axum::Form;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{Redirect, Response};
+use axum::{Extension, Form};
 use maud::{Markup, html};
 use serde::Deserialize;
 
 use super::shell::{Is, state};
 use super::{Site, Trouble, page};
 use crate::api::Refusal;
+use crate::auth::{Caller, Role};
 use crate::cli::format::{ago, time, until};
 use crate::metadata::board::Board;
 use crate::model::{Approver, EventId, Notice, Pause, PauseState};
@@ -25,7 +26,12 @@ pub(super) struct Said {
     reason: String,
 }
 
-pub(super) async fn show(State(site): State<Site>) -> Result<Response, Trouble> {
+pub(super) async fn show(
+    State(site): State<Site>,
+    Extension(caller): Extension<Caller>,
+) -> Result<Response, Trouble> {
+    // Forms that would be refused are not shown.
+    let acting = (caller.role >= Some(Role::Operate)).then_some(&site);
     let all = |board: &Board| -> Vec<Pause> { board.all().into_iter().cloned().collect() };
     let pauses = site.desk.host.notices.read(all).await;
     let (open, over): (Vec<_>, Vec<_>) = pauses.iter().partition(|pause| pause.state.is_open());
@@ -34,30 +40,30 @@ pub(super) async fn show(State(site): State<Site>) -> Result<Response, Trouble> 
         @if open.is_empty() {
             p { "No pause is to come." }
         } @else {
-            (table(&open, Some(&site)))
+            (table(&open, true, acting))
         }
         @if !over.is_empty() {
             h2 { "Over" }
-            (table(&over.into_iter().rev().take(LAST).collect::<Vec<_>>(), None))
+            (table(&over.into_iter().rev().take(LAST).collect::<Vec<_>>(), false, None))
         }
     };
     Ok(page("Events", "/events", main))
 }
 
-fn table(pauses: &[&Pause], site: Option<&Site>) -> Markup {
+fn table(pauses: &[&Pause], is_open: bool, site: Option<&Site>) -> Markup {
     html! { div.wide { table {
         thead { tr {
-            th { "Guests" } th { "State" } th { @if site.is_some() { "Starts" } @else { "Started" } }
+            th { "Guests" } th { "State" } th { @if is_open { "Starts" } @else { "Started" } }
             th { "Approved" } th { "What for" }
-            th { @if site.is_some() { "Your word" } @else { "What it was" } }
+            th { @if site.is_some() { "Your word" } @else if is_open {} @else { "What it was" } }
         } }
         tbody {
-            @for pause in pauses { @for notice in &pause.notices { (row(pause, notice, site)) } }
+            @for pause in pauses { @for notice in &pause.notices { (row(pause, notice, is_open, site)) } }
         }
     } } }
 }
 
-fn row(pause: &Pause, notice: &Notice, site: Option<&Site>) -> Markup {
+fn row(pause: &Pause, notice: &Notice, is_open: bool, site: Option<&Site>) -> Markup {
     let names: Vec<_> = notice.vms.iter().map(ToString::to_string).collect();
     let is = match pause.state {
         PauseState::Scheduled => Is::Busy,
@@ -76,7 +82,7 @@ fn row(pause: &Pause, notice: &Notice, site: Option<&Site>) -> Markup {
             (_, Some(at)) => { (ago(at)) }
             (_, None) => { "–" }
         } }
-        td { (approved.as_deref().unwrap_or(if site.is_some() { "not yet" } else { "nobody" })) }
+        td { (approved.as_deref().unwrap_or(if is_open { "not yet" } else { "nobody" })) }
         td { (pause.description) @if let Some(reason) = &pause.no_notice { div.faint { "without notice: " (reason) } } }
         td { @match site {
             Some(site) if pause.state == PauseState::Scheduled => { (word(notice, site)) }

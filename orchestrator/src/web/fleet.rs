@@ -103,6 +103,7 @@ fn hosts(hosts: &[HostView]) -> Markup {
                         td { (host.releases.join(" ")) }
                         td {
                             @if host.drives { "drives rollouts. " }
+                            @if let Some(skew) = &host.clock { "Its clock is " (skew) " of the driver's: nothing is begun there. " }
                             @if let Some(reason) = &host.cordon { "Cordoned: " (reason) }
                         }
                     }

@@ -25,15 +25,18 @@ mod picture;
 mod shell;
 
 use std::future::Future;
+use std::net::SocketAddr;
 
 use axum::Router;
 use axum::http::{StatusCode, header};
+use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use maud::{Markup, html};
 use tokio::net::TcpListener;
 
-use crate::api::{self, Desk};
+use crate::api::{self, Desk, gate};
+use crate::auth::Role;
 use crate::model::Problem;
 use crate::store::StoreError;
 use door::Key;
@@ -42,6 +45,7 @@ use door::Key;
 #[derive(Clone, Debug)]
 pub(crate) struct Site {
     desk: Desk,
+    /// What its forms hold.
     key: Key,
 }
 
@@ -91,20 +95,10 @@ fn page(title: &str, here: &str, main: Markup) -> Response {
     (headers, text).into_response()
 }
 
-/// Serves until `end`. Whoever doesn't know the key sees a page that says so.
-pub async fn serve(
-    listener: TcpListener,
-    desk: Desk,
-    key: Key,
-    end: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    // Figures tell nothing of what guests are, and those who read them have no cookies.
-    let figures = api::metrics_router(desk.clone());
-    let site = Site {
-        desk,
-        key: key.clone(),
-    };
-    let router = Router::new()
+/// All pages, but for figures. Whoever serves them says who looks.
+pub fn pages(desk: Desk, key: Key) -> Router {
+    let site = Site { desk, key };
+    Router::new()
         .route("/", get(guests::show))
         .route("/guests/{name}", get(guest::show))
         .route("/fleet", get(fleet::show))
@@ -114,13 +108,33 @@ pub async fn serve(
         .route("/events/{event}/cancel", post(events::cancel))
         .route("/host", get(host::show))
         .route("/live", get(live::stream))
-        .fallback(no_such_page)
         .with_state(site)
-        .layer(axum::middleware::from_fn_with_state(key, door::check))
         .route("/style.css", get(shell::style))
         .route("/live.js", get(live::script))
+}
+
+/// Serves until `end`. Whoever doesn't know the key sees a page that says so; who knows it has that role.
+pub async fn serve(
+    listener: TcpListener,
+    desk: Desk,
+    key: Key,
+    role: Role,
+    end: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    // Figures tell nothing of what guests are, and those who read them have no cookies.
+    let figures = api::metrics_router(desk.clone());
+    let store = desk.host.store.clone();
+    let porter = door::Porter {
+        key: key.clone(),
+        role,
+    };
+    let router = pages(desk, key)
+        .fallback(no_such_page)
+        .layer(middleware::from_fn_with_state(store, gate::pass))
+        .layer(middleware::from_fn_with_state(porter, door::check))
         .merge(figures);
-    axum::serve(listener, router)
+    let service = router.into_make_service_with_connect_info::<SocketAddr>();
+    axum::serve(listener, service)
         .with_graceful_shutdown(end)
         .await
 }

@@ -82,6 +82,11 @@ impl Daemon {
         self.trust = keys.to_vec();
     }
 
+    /// Further arguments from its next start on.
+    pub(crate) fn more(&mut self, more: &[&str]) {
+        self.more = more.iter().map(|&arg| arg.to_owned()).collect();
+    }
+
     /// The directory of everything.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()

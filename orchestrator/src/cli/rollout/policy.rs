@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::cli::{format, io_problem};
-use crate::model::{Amount, Code, Policy, Problem, Stage, Window};
+use crate::model::{Amount, Code, GateAsk, GateSpec, Policy, Problem, Stage, Window};
 
 /// How long a swap may take, and then until all is well: long enough for a guest's own notice.
 const DEADLINE: Duration = Duration::from_secs(1800);
@@ -72,9 +72,59 @@ pub(super) struct Args {
     /// The longest brownout that one may show.
     #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
     max_brownout: Option<Duration>,
+    /// A command that is asked before and after each step, with its arguments: it lies in the gates' directory of every
+    /// host (`stillpointd --gate-dir`), and passes with exit code 0; may be given again.
+    #[arg(long = "gate-command", value_name = "COMMAND")]
+    gate_commands: Vec<String>,
+    /// A query of Prometheus that is asked before and after each step, as `NAME=http://HOST:PORT QUERY`: it passes if
+    /// there is an answer without a 0 in it, so compare with `bool`; may be given again.
+    #[arg(long = "gate-query", value_name = "NAME=URL QUERY")]
+    gate_queries: Vec<String>,
+    /// How long a gate may take; nothing begins without its answer [10s].
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    gate_timeout: Option<Duration>,
     /// When swaps may begin, as `Sat,Sun 01:00 4h Europe/Berlin`; may be given again [at any time].
     #[arg(long = "window", value_name = "WINDOW")]
     windows: Vec<Window>,
+}
+
+/// How long a gate may take.
+const GATE: Duration = Duration::from_secs(10);
+
+fn command(text: &str, timeout: Duration) -> Result<GateSpec, Problem> {
+    let mut words = text.split_whitespace().map(str::to_owned);
+    let program = words.next().ok_or_else(|| {
+        Problem::new(
+            Code::BadRequest,
+            "--gate-command: write a command's name, and its arguments",
+        )
+    })?;
+    Ok(GateSpec {
+        name: program.clone(),
+        ask: GateAsk::Command {
+            program,
+            args: words.collect(),
+        },
+        timeout,
+    })
+}
+
+fn query(text: &str, timeout: Duration) -> Result<GateSpec, Problem> {
+    let parts = text
+        .split_once('=')
+        .and_then(|(name, rest)| Some((name, rest.split_once(' ')?)));
+    let (name, (url, query)) = parts.ok_or_else(|| {
+        let message = format!("--gate-query {text}: write NAME=http://HOST:PORT QUERY");
+        Problem::new(Code::BadRequest, message)
+    })?;
+    Ok(GateSpec {
+        name: name.to_owned(),
+        ask: GateAsk::Prometheus {
+            url: url.to_owned(),
+            query: query.trim().to_owned(),
+        },
+        timeout,
+    })
 }
 
 fn change<T>(place: &mut T, given: Option<T>) {
@@ -127,6 +177,19 @@ impl Args {
         policy.limits.clock_error = self.max_clock_error.or(policy.limits.clock_error);
         policy.limits.brownout = self.max_brownout.or(policy.limits.brownout);
         policy.roll_back &= !self.no_roll_back;
+        let timeout = self.gate_timeout.unwrap_or(GATE);
+        for text in &self.gate_commands {
+            policy.gates.push(command(text, timeout)?);
+        }
+        for text in &self.gate_queries {
+            policy.gates.push(query(text, timeout)?);
+        }
+        if let Some(timeout) = self.gate_timeout {
+            policy
+                .gates
+                .iter_mut()
+                .for_each(|gate| gate.timeout = timeout);
+        }
         if !self.windows.is_empty() {
             policy.windows = self.windows;
         }

@@ -1,10 +1,11 @@
 //! One step of one rollout, from a look: what is heard, what the planner says, what is to be written.
 //! Pure.
 
+use crate::fleet::driver::gates::PENDING;
 use crate::fleet::look::{Look, Versioned};
 use crate::fleet::record::{Answer, Far, HistoryStep, Order, RolloutRecord, UnitRecord};
 use crate::fleet::{ANSWERS, ORDERS, keys, written};
-use crate::model::{HostName, Moment, SwapId, SwapRecord};
+use crate::model::{GateSaid, HostName, Moment, SwapId, SwapRecord};
 use crate::plan::rollout::fleet::{Fleet, Ix, Vm};
 use crate::plan::rollout::seen::{Breach, Phase};
 use crate::plan::rollout::{Begin, Plan, Saw, State, Turn, Verdict, Way, plan};
@@ -20,6 +21,8 @@ pub struct Step {
     pub changes: Vec<Change>,
     /// What was done and why, for people.
     pub lines: Vec<String>,
+    /// Whether any unit got on: what gates said before says nothing of that.
+    pub moved: bool,
     /// When time alone may change the answer.
     pub look_again: Option<Moment>,
 }
@@ -31,20 +34,25 @@ pub fn step(
     now: Moment,
     me: &HostName,
     epoch: u64,
+    gates: &[GateSaid],
 ) -> Option<Step> {
     let mut record = rollout.record.clone();
     if record.state.is_over() {
         return None;
     }
     let mut lines = hear(look, &mut record, now);
+    let heard = !lines.is_empty();
     let tables = look.tables(Some(&record));
     let asked = tables.rollout(&record);
-    let seen = look.seen(&tables, &record, now);
+    let mut seen = look.seen(&tables, &record, now);
+    seen.gates = gates.iter().map(|said| said.verdict).collect();
+    note_gates(&mut record, gates, &mut lines);
     let mut planned = plan(&asked, &tables.fleet, &seen);
     planned.begin.truncate(MOST);
     let ordered = apply(&tables.fleet, &mut record, &planned, now, &mut lines);
     let mut step = Step {
         changes: Vec::new(),
+        moved: heard || !ordered.is_empty() || !planned.verdicts.is_empty(),
         look_again: planned.look_again,
         lines,
     };
@@ -101,6 +109,26 @@ pub(in crate::fleet) fn hear(look: &Look, record: &mut RolloutRecord, now: Momen
         unit.since = now;
     }
     lines
+}
+
+/// Takes note of what gates say, if it is news.
+fn note_gates(record: &mut RolloutRecord, gates: &[GateSaid], lines: &mut Vec<String>) {
+    for (at, said) in gates.iter().enumerate() {
+        let is_same = |last: &GateSaid| last.verdict == said.verdict && last.why == said.why;
+        if said.why == PENDING || record.gates.get(at).is_some_and(is_same) {
+            continue;
+        }
+        lines.push(said.words());
+        match record.gates.get_mut(at) {
+            Some(last) => *last = said.clone(),
+            None => {
+                // Those before it that are asked still have no word of their own yet.
+                let missing = record.gates.len()..at;
+                record.gates.extend(missing.map(|at| gates[at].clone()));
+                record.gates.push(said.clone());
+            }
+        }
+    }
 }
 
 fn note(unit: &mut UnitRecord, answer: &Answer) {

@@ -253,6 +253,9 @@ impl Choose<'_> {
         if !host.up {
             return Err(Why::HostDown);
         }
+        if host.clock_off {
+            return Err(Why::ClockOff);
+        }
         if !host.releases.has(unit.rung) {
             return Err(Why::NoRelease(unit.rung));
         }

@@ -56,6 +56,21 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// All of them.
+    pub const ALL: [Self; 11] = [
+        Self::Waiting,
+        Self::Begun,
+        Self::Watched,
+        Self::Done,
+        Self::Failed,
+        Self::Spoilt,
+        Self::BackBegun,
+        Self::BackWaiting,
+        Self::BackWatched,
+        Self::Back,
+        Self::Stuck,
+    ];
+
     /// Whether a swap is under way, or has just been made: the unit's guests count as away.
     pub fn is_in_flight(self) -> bool {
         matches!(
@@ -154,20 +169,13 @@ pub struct HostSeen {
     pub since: Moment,
     /// Its operator wants it left alone.
     pub cordoned: bool,
+    /// Its clock is not known to agree with that of whoever plans.
+    pub clock_off: bool,
     /// Which of the rollout's releases it has.
     pub releases: Releases,
 }
 
-/// What a gate of the whole rollout says: a command, or a query of a monitoring system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Gate {
-    /// Go on.
-    Pass,
-    /// Something is bad.
-    Fail,
-    /// It gave no answer: no evidence of anything, so nothing begins and nothing is judged.
-    Mute,
-}
+pub use crate::model::Gate;
 
 impl Phase {
     /// The words for it.

@@ -39,6 +39,8 @@ pub enum Why {
     Cordoned,
     /// The host isn't well or isn't heard.
     HostDown,
+    /// The host's clock disagrees with that of whoever plans, or was not compared with it yet.
+    ClockOff,
     /// The host doesn't have the release.
     NoRelease(Rung),
     /// The guest isn't well.
@@ -100,7 +102,7 @@ impl Why {
             Self::Baking(_, at) | Self::BetweenDomains(_, at) => Cause::Time(at),
             // What this rollout has away counts here too, and may be all of it.
             Self::DomainOpen(..) | Self::SetBudget(_) | Self::FleetBudget => Cause::Outside,
-            Self::Gate(_) | Self::HostDown | Self::NotWell(_) => Cause::Outside,
+            Self::Gate(_) | Self::HostDown | Self::ClockOff | Self::NotWell(_) => Cause::Outside,
             Self::CanaryIll(_) | Self::Off(_) | Self::Busy(_) => Cause::Outside,
             Self::Held(_) | Self::NotProven(_) | Self::Excluded(_) | Self::Cordoned => Cause::Hand,
             Self::NoRelease(_) | Self::TwoDomains(_) | Self::NeverFits(_) => Cause::Hand,
@@ -120,6 +122,7 @@ impl Why {
                 | Self::Off(_)
                 | Self::Cordoned
                 | Self::HostDown
+                | Self::ClockOff
                 | Self::NoRelease(_)
                 | Self::NotWell(_)
                 | Self::Busy(_)
@@ -161,6 +164,10 @@ impl Why {
             Self::Off(of) => format!("{what} is left out: {} is switched off", vm(of)),
             Self::Cordoned => format!("{what} waits: host {host} is cordoned"),
             Self::HostDown => format!("{what} waits: host {host} isn't well"),
+            Self::ClockOff => format!(
+                "{what} waits: the clock of host {host} doesn't agree with the driver's, or was not compared with it \
+                 yet; `stillpoint host ls` says by how much it is off"
+            ),
             Self::NoRelease(rung) => {
                 format!("{what} waits: host {host} doesn't have the {rung} release; add it there")
             }

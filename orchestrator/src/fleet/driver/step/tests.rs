@@ -26,7 +26,10 @@ fn look() -> Look {
         releases: vec!["good".into(), "next".into()],
         daemon: "0".into(),
     });
-    of_host.alive = Some(Alive { since: Moment(1) });
+    of_host.alive = Some(Alive {
+        since: Moment(1),
+        clock: None,
+    });
     for name in ["a", "b"] {
         let card = VmCard {
             set: Some("s".into()),
@@ -88,7 +91,7 @@ fn after(step: &Step) -> Versioned<RolloutRecord> {
 #[test]
 fn what_is_begun_is_on_record_in_the_commit_that_orders_it_and_begun_once() {
     let look = look();
-    let first = step(&look, &rollout(&look), NOW, &host("h"), 5).expect("a step");
+    let first = step(&look, &rollout(&look), NOW, &host("h"), 5, &[]).expect("a step");
     let orders = orders_of(&first);
     assert_eq!(orders.len(), 1, "one canary: {:?}", first.lines);
     assert_eq!((orders[0].epoch, orders[0].to.as_str()), (5, "next"));
@@ -102,22 +105,22 @@ fn what_is_begun_is_on_record_in_the_commit_that_orders_it_and_begun_once() {
     assert_eq!(begun.len(), 1);
     assert_eq!(begun[0].order.as_ref(), Some(&orders[0].id));
     // Who takes over in this moment, with or without the order in sight, orders nothing else.
-    let again = step(&look, &after, NOW, &host("h"), 9).expect("a step");
+    let again = step(&look, &after, NOW, &host("h"), 9, &[]).expect("a step");
     assert_eq!(again.changes, [], "{:?}", again.lines);
 }
 
 #[test]
 fn who_takes_over_takes_over_the_orders() {
     let mut look = look();
-    let first = step(&look, &rollout(&look), NOW, &host("h"), 5).expect("a step");
+    let first = step(&look, &rollout(&look), NOW, &host("h"), 5, &[]).expect("a step");
     let order = orders_of(&first).remove(0);
     let after = after(&first);
     let unit = after.record.units.iter().find(|unit| unit.order.is_some());
     let place = unit.map(|unit| (unit.host.clone(), unit.vm.clone()));
     look.orders.insert(place.expect("a unit"), order.clone());
-    let same = step(&look, &after, NOW, &host("h"), 5).expect("a step");
+    let same = step(&look, &after, NOW, &host("h"), 5, &[]).expect("a step");
     assert_eq!(same.changes, []);
-    let next = step(&look, &after, NOW, &host("h"), 9).expect("a step");
+    let next = step(&look, &after, NOW, &host("h"), 9, &[]).expect("a step");
     let taken = orders_of(&next);
     assert_eq!(taken, [Order { epoch: 9, ..order }]);
 }
@@ -128,18 +131,21 @@ fn a_host_that_is_not_heard_keeps_its_guests_from_being_taken_for_removed() {
     let planned = rollout(&look);
     look.hosts.entry(host("h")).or_default().alive = None;
     look.vms.clear();
-    let waits = step(&look, &planned, NOW, &host("h"), 5).expect("a step");
+    let waits = step(&look, &planned, NOW, &host("h"), 5, &[]).expect("a step");
     assert_eq!(waits.changes, [], "{:?}", waits.lines);
     // Once it is heard and has no such guests they are gone, and nothing is left to be done.
-    look.hosts.entry(host("h")).or_default().alive = Some(Alive { since: Moment(1) });
-    let gone = step(&look, &planned, NOW, &host("h"), 5).expect("a step");
+    look.hosts.entry(host("h")).or_default().alive = Some(Alive {
+        since: Moment(1),
+        clock: None,
+    });
+    let gone = step(&look, &planned, NOW, &host("h"), 5, &[]).expect("a step");
     assert_eq!(after(&gone).record.state, State::Finished);
 }
 
 #[test]
 fn what_was_kept_is_tried_again_by_another_order() {
     let mut look = look();
-    let first = step(&look, &rollout(&look), NOW, &host("h"), 5).expect("a step");
+    let first = step(&look, &rollout(&look), NOW, &host("h"), 5, &[]).expect("a step");
     let order = orders_of(&first).remove(0);
     let begun = after(&first);
     let unit = begun.record.units.iter().find(|unit| unit.order.is_some());
@@ -152,7 +158,7 @@ fn what_was_kept_is_tried_again_by_another_order() {
     };
     look.answers
         .insert((unit.host.clone(), unit.vm.clone()), answer);
-    let kept = step(&look, &begun, NOW, &host("h"), 5).expect("a step");
+    let kept = step(&look, &begun, NOW, &host("h"), 5, &[]).expect("a step");
     assert_eq!(orders_of(&kept), [], "not at once");
     assert!(
         kept.lines[0].contains("the disk was slow"),
@@ -161,7 +167,7 @@ fn what_was_kept_is_tried_again_by_another_order() {
     );
     let kept = after(&kept);
     let later = NOW.after(kept.record.policy.retry_after);
-    let again = step(&look, &kept, later, &host("h"), 5).expect("a step");
+    let again = step(&look, &kept, later, &host("h"), 5, &[]).expect("a step");
     let second = orders_of(&again);
     assert_eq!(second.len(), 1);
     assert_ne!(

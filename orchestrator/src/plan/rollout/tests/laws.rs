@@ -314,7 +314,7 @@ fn is_out_of_reach(after: &After<'_>, ix: Ix<Unit>) -> bool {
         guest(vm).excluded || guest(vm).busy || guest(vm).health == Health::Ill || off
     };
     let never = matches!(after.plan.whys[ix], Why::TwoDomains(_) | Why::NeverFits(_));
-    let host_is_out = host.cordoned || !host.up || !host.releases.has(unit.rung);
+    let host_is_out = host.cordoned || !host.up || host.clock_off || !host.releases.has(unit.rung);
     host_is_out || never || members.iter().any(stands_out)
 }
 
@@ -323,6 +323,7 @@ fn only_what_is_well(after: &After<'_>) -> Verdict {
     for begin in &after.plan.begin {
         let host = after.seen().hosts[after.unit(begin.unit).host];
         prop_assert!(host.up && !host.cordoned);
+        prop_assert!(begin.way == Way::Back || !host.clock_off);
         for &vm in after.members(begin.unit) {
             let guest = after.seen().vms[vm];
             prop_assert!(!guest.busy);

@@ -265,6 +265,7 @@ impl World {
                 up: true,
                 since: host.since,
                 cordoned: false,
+                clock_off: false,
                 releases: Releases::ALL,
             };
         }
@@ -402,13 +403,14 @@ impl World {
             if self.rng.f64() >= self.weather.hosts {
                 continue;
             }
-            match self.rng.u8(0..5) {
+            match self.rng.u8(0..6) {
                 0 | 1 => {
                     host.up ^= true;
                     host.since = now;
                 }
                 2 => host.cordoned ^= true,
                 3 => host.releases = Releases::default(),
+                4 => host.clock_off ^= true,
                 _ => host.releases = Releases::ALL,
             }
         }

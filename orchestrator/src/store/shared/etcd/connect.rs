@@ -21,6 +21,8 @@ use super::endpoint::Endpoint;
 use super::tls::{self, TlsError};
 use super::wire::Answered;
 use super::{EtcdConfig, EtcdError};
+use crate::auth::certificate::Certificate;
+use crate::execute::unix_ns;
 
 /// How long a member has to answer. An election of etcd's own takes about a second.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -44,6 +46,8 @@ pub(super) struct Connections {
     endpoints: Vec<Endpoint>,
     prefix: String,
     tls: Option<Arc<ClientConfig>>,
+    /// Our own certificate, where we have one.
+    certificate: Option<PathBuf>,
     user: Option<(String, PathBuf)>,
     free: Mutex<Vec<Free>>,
     token: Mutex<Option<String>>,
@@ -63,6 +67,7 @@ impl Connections {
     pub(super) fn new(config: EtcdConfig) -> Result<Self, EtcdError> {
         Ok(Self {
             tls: tls::client(&config)?,
+            certificate: config.identity.map(|(certificate, _)| certificate),
             endpoints: config.endpoints,
             prefix: config.prefix,
             user: config.user,
@@ -132,6 +137,7 @@ impl Connections {
                 Err(Failure::BrokeOff(problem)) if !again => {
                     self.good
                         .store((member + 1) % self.endpoints.len(), Ordering::Relaxed);
+                    let problem = format!("{problem}{}", self.lapsed());
                     return Err(EtcdError::BrokeOff { endpoint, problem });
                 }
                 Err(Failure::BrokeOff(problem) | Failure::Unheard(problem)) => {
@@ -139,7 +145,8 @@ impl Connections {
                 }
             }
         }
-        Err(EtcdError::Away(problems.join("; ")))
+        let problems = problems.join("; ");
+        Err(EtcdError::Away(format!("{problems}{}", self.lapsed())))
     }
 
     async fn ask_member(
@@ -251,9 +258,23 @@ impl Connections {
                 let name = name.map_err(|_| TlsError::Name(endpoint.host.clone()).to_string())?;
                 let connector = TlsConnector::from(config.clone());
                 let stream = connector.connect(name, stream).await;
-                handshake(stream.map_err(|e| e.to_string())?).await
+                handshake(stream.map_err(|e| tls::explain(&e))?).await
             }
             _ => handshake(stream).await,
+        }
+    }
+
+    /// What to say of our own certificate, if that is why nobody listens: members don't tell.
+    fn lapsed(&self) -> String {
+        let Some(path) = self.certificate.as_deref().filter(|_| self.tls.is_some()) else {
+            return String::new();
+        };
+        match Certificate::of_file(path) {
+            Ok(own) if unix_ns() / 1_000_000_000 > own.until_unix_s => format!(
+                "; this daemon's own certificate for etcd, {}, has expired: renew it, and start the daemon again",
+                path.display()
+            ),
+            _ => String::new(),
         }
     }
 

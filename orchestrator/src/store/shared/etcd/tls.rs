@@ -1,13 +1,12 @@
 //! TLS to members of etcd: names are checked against a CA of the operator's choice, and no other.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{CertificateError, ClientConfig, RootCertStore};
 
 use super::EtcdConfig;
+use crate::auth::certificate::{certificates, private_key};
 
 /// Why there can be no TLS.
 #[derive(Debug, thiserror::Error)]
@@ -19,14 +18,15 @@ pub enum TlsError {
     )]
     NoCa,
     /// A file can't be read.
-    #[error("cannot read {path}: {problem}; a PEM file with {what} is wanted")]
-    File {
+    #[error(transparent)]
+    File(#[from] crate::auth::certificate::CertificateError),
+    /// The CA's certificate can't be used.
+    #[error("the CA {path} can't be used: {source}")]
+    Ca {
         /// The file.
         path: PathBuf,
-        /// What it should hold.
-        what: &'static str,
-        /// Why it can't be.
-        problem: String,
+        /// Why not.
+        source: rustls::Error,
     },
     /// Certificate and key don't belong together, or can't be used.
     #[error("certificate and key can't be used: {0}")]
@@ -36,23 +36,23 @@ pub enum TlsError {
     Name(String),
 }
 
-fn file(path: &Path, what: &'static str, problem: impl std::fmt::Display) -> TlsError {
-    TlsError::File {
-        path: path.to_owned(),
-        what,
-        problem: problem.to_string(),
+/// What is wrong with a member's certificate, in words.
+pub(super) fn explain(error: &std::io::Error) -> String {
+    let inside = error
+        .get_ref()
+        .and_then(|inside| inside.downcast_ref::<rustls::Error>());
+    match inside {
+        Some(rustls::Error::InvalidCertificate(problem)) => match problem {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                "its certificate has expired; renew it at that member".into()
+            }
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                format!("{error}: its certificate is of another CA than --store-ca")
+            }
+            _ => error.to_string(),
+        },
+        _ => error.to_string(),
     }
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let what = "certificates";
-    let read = CertificateDer::pem_file_iter(path).map_err(|e| file(path, what, e))?;
-    let read: Result<Vec<_>, _> = read.collect();
-    let read = read.map_err(|e| file(path, what, e))?;
-    if read.is_empty() {
-        return Err(file(path, what, "it holds none"));
-    }
-    Ok(read)
 }
 
 /// What connections are made with; `None` where no member speaks TLS.
@@ -64,7 +64,10 @@ pub(super) fn client(config: &EtcdConfig) -> Result<Option<Arc<ClientConfig>>, T
     let mut roots = RootCertStore::empty();
     for certificate in certificates(ca)? {
         let added = roots.add(certificate);
-        added.map_err(|e| file(ca, "certificates", e))?;
+        added.map_err(|source| TlsError::Ca {
+            path: ca.to_owned(),
+            source,
+        })?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
@@ -75,8 +78,7 @@ pub(super) fn client(config: &EtcdConfig) -> Result<Option<Arc<ClientConfig>>, T
         None => builder.with_no_client_auth(),
         Some((certificate, key)) => {
             let chain = certificates(certificate)?;
-            let secret = PrivateKeyDer::from_pem_file(key);
-            let secret = secret.map_err(|e| file(key, "a private key", e))?;
+            let secret = private_key(key)?;
             let with = builder.with_client_auth_cert(chain, secret);
             with.map_err(TlsError::Identity)?
         }
