@@ -92,6 +92,7 @@ pub fn socket_in(run_dir: &Path) -> PathBuf {
 
 /// Runs until it is told to end. Guests go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    let began = std::time::Instant::now();
     rustix::process::umask(Mode::from_raw_mode(0o077));
     private_dir(&config.run_dir)?;
     private_dir(&config.state_dir)?;
@@ -125,7 +126,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     host.binaries.clear_away();
     add_first_release(&host).await?;
     // Guests first, that stand still since another kernel ran them.
-    execute::adopt_all(&host).await?;
+    execute::adopt_all(&host, began.elapsed()).await?;
     execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;

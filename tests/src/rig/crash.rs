@@ -1,5 +1,5 @@
-//! A host that crashes, as far as memory can tell: the next kernel is jumped into at once, with nothing
-//! brought to an end, on a command line of the caller's choice. Only for an emulated host.
+//! A host that jumps without us, on a command line of the caller's choice. At once and with nothing brought
+//! to an end it is one that crashes, as far as memory can tell. Only for an emulated host.
 #![allow(unsafe_code)] // kexec_file_load has no wrapper.
 
 use std::arch::asm;
@@ -14,8 +14,19 @@ use rustix::system::{RebootCommand, reboot};
 /// arch/x86/entry/syscalls/syscall_64.tbl
 const KEXEC_FILE_LOAD: i64 = 320;
 
-/// Jumps; returns only an error.
+/// Loads a kernel and jumps into it; returns only an error.
 pub fn into(image: &Path, initrd: &Path, command_line: &str) -> anyhow::Result<()> {
+    load(image, initrd, command_line)?;
+    jump()
+}
+
+/// Jumps into the kernel that is loaded; returns only an error.
+pub fn jump() -> anyhow::Result<()> {
+    reboot(RebootCommand::Kexec).context("jumping")
+}
+
+/// Loads a kernel.
+pub fn load(image: &Path, initrd: &Path, command_line: &str) -> anyhow::Result<()> {
     let (kernel, disk) = (File::open(image)?, File::open(initrd)?);
     let text = CString::new(command_line)?;
     let len = text.as_bytes_with_nul().len();
@@ -37,5 +48,5 @@ pub fn into(image: &Path, initrd: &Path, command_line: &str) -> anyhow::Result<(
         );
     }
     ensure!(done == 0, "kexec_file_load: errno {}", -done);
-    reboot(RebootCommand::Kexec).context("jumping")
+    Ok(())
 }

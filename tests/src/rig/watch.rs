@@ -180,7 +180,10 @@ mod tests {
         assert_eq!(what_failed(test), "---- a stdout ----\nit broke");
         let long: Vec<String> = (0..100).map(|n| format!("line {n}")).collect();
         let shown = what_failed(&long.join("\n"));
-        assert!(shown.starts_with("line 70\n") && shown.ends_with("line 99"), "{shown}");
+        assert!(
+            shown.starts_with("line 70\n") && shown.ends_with("line 99"),
+            "{shown}"
+        );
     }
 
     fn follow_shell(script: &str, limit: Duration) -> Watched {
