@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod cells;
 mod debian;
 mod kernel;
 mod kexecs;
@@ -32,6 +33,8 @@ enum What {
     Kernel(kernel::Args),
     /// Every change of the host in turn, under guests at work, in the emulated host.
     Tour(tour::Args),
+    /// What can go wrong on the way to another kernel, in the emulated host.
+    Cells(cells::Args),
     /// Pairs of kexecs, one empty and one under guests, in the emulated host.
     Kexecs(kexecs::Args),
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         What::Pulse => pulse::tell(),
         What::Kernel(args) => kernel::tell(&args),
         What::Tour(args) => tour::tell(&args),
+        What::Cells(args) => cells::tell(&args),
         What::Kexecs(args) => kexecs::tell(&args),
     };
     match told.and_then(|report| write(&args.results, &report)) {
