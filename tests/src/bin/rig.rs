@@ -66,6 +66,9 @@ struct Host {
     /// Guest images of this kernel, under /images there.
     #[arg(long = "images", value_name = "KERNEL")]
     images: Vec<Kernel>,
+    /// An archive for guests' initramfs, of those that `make images` made.
+    #[arg(long = "archive", value_name = "NAME")]
+    archives: Vec<String>,
     /// QEMU too, as qemu-microvm.
     #[arg(long)]
     qemu: bool,
@@ -105,6 +108,9 @@ impl Host {
         // Behind the jumps: no kernel that is jumped into boots a guest from its initramfs.
         for &kernel in &self.images {
             rig = rig.images(kernel, &["bzImage", "vmlinux", "initramfs", "release"]);
+        }
+        for name in &self.archives {
+            rig = rig.archive(name);
         }
         if self.peer {
             rig = rig.with_peer();

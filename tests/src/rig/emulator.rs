@@ -144,7 +144,7 @@ impl Emulator<'_> {
         if self.network {
             // QEMU's own: needs no right on this machine, and stays while the host jumps.
             command.args(["-netdev", "user,id=outside"]);
-            command.args(["-device", "virtio-net-pci,netdev=outside"]);
+            command.args(["-device", "virtio-net-pci,netdev=outside,romfile="]);
         }
         command
     }

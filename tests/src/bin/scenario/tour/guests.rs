@@ -22,10 +22,12 @@ const MEMORY_MIB: u64 = 192;
 const MEMORY: &str = "dd if=/dev/urandom of=/tmp/ram bs=1M count=16 2>/dev/null; md5sum /tmp/ram >/tmp/ram.md5; n=0; \
     while md5sum -c -s /tmp/ram.md5; do n=$((n+1)); echo $n >/tmp/ram.looks; sleep 0.2; done; exit 1";
 /// Asks what is going to happen, writes it down, and approves of it.
-const EVENTS: &str = r#"at='http://169.254.169.254/metadata/scheduledevents?api-version=2020-07-01'; while :; do
-    said=$(wget -q -T 20 -O - --header 'Metadata: true' "$at") && echo "$said" >>/tmp/events
+const EVENTS: &str = r#"at='http://169.254.169.254/metadata/scheduledevents?api-version=2020-07-01'
+    ask() { curl -sSf -m 20 -H Metadata:true "$@" "$at"; }
+    while :; do
+    said=$(ask) && echo "$said" >>/tmp/events
     id=$(echo "$said" | sed -n 's/.*"EventId":"\([^"]*\)","EventStatus":"Scheduled".*/\1/p')
-    [ -n "$id" ] && wget -q -T 20 -O /dev/null --header 'Metadata: true' --post-data "{\"StartRequests\":[{\"EventId\":\"$id\"}]}" "$at"
+    [ -n "$id" ] && ask -d "{\"StartRequests\":[{\"EventId\":\"$id\"}]}"
     sleep 1; done"#;
 
 /// A guest of bare metal: two vCPUs that count, each looking after its RAM.
@@ -139,6 +141,9 @@ impl Debian {
             .disk(&self.disk())
             .net(&self.tap(), &format!("10.0.2.{}/24", 50 + self.number))
             .gateway("10.0.2.2");
+        if self.number == 1 {
+            recipe = recipe.archive("curl");
+        }
         recipe.memory_mib = MEMORY_MIB;
         recipe.devices.extend(["--survive".into(), "kernel".into()]);
         recipe
