@@ -4,7 +4,7 @@
 //! 1. Without a jump: a kernel that can't be loaded; a jump that the kernel refuses; the daemon's death, and a VMM's
 //!    before and after its guest was stored. Then a cut in the middle: the host comes up under another kernel, by no
 //!    jump of ours, with one guest stored and one not.
-//! 2. Nobody is run from what was stored; then a swap as it should be.
+//! 2. Nobody is run from what was stored; then a swap as it should be, back to the first kernel.
 //! 3. It arrives, and the directory is damaged: nobody is run; it is mended, and the guests go on.
 
 use std::path::{Path, PathBuf};
@@ -37,6 +37,9 @@ pub(crate) struct Args {
     /// The kernel to jump into, by its name below /jump; later stages know it.
     #[arg(long, value_name = "NAME", default_value = "bookworm")]
     into: String,
+    /// The kernel under which the host comes up when it is cut off.
+    #[arg(long, value_name = "NAME", default_value = "backports")]
+    cut_into: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -268,7 +271,7 @@ fn stay(args: &Args) -> anyhow::Result<Value> {
     cells.daemon_dies()?;
     cells.vmm_dies_stored()?;
     cells.vmm_dies_before()?;
-    cells.cut()
+    cells.cut(&args.cut_into)
 }
 
 impl Cells {
@@ -373,9 +376,9 @@ impl Cells {
     }
 
     /// The host comes up anew in the middle of it, with its memory as it was, by no jump of ours.
-    fn cut(self) -> anyhow::Result<Value> {
+    fn cut(self, cut_into: &str) -> anyhow::Result<Value> {
         let line = std::fs::read_to_string("/proc/cmdline")?;
-        let [image, initrd] = stages::kernel(&self.into)?;
+        let [image, initrd] = stages::kernel(cut_into)?;
         let held = self.held()?;
         stages::keep(
             STATE,
