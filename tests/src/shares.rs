@@ -1,4 +1,4 @@
-//! Whose time a swap of the host's kernel is: pairs of an empty kexec and a swap under guests, as
+//! Whose time a swap of the host's kernel is: empty kexecs and swaps under guests in turn, as
 //! `scenario kexecs` measured them, as figures and as a picture.
 
 use std::fmt::Write;
@@ -21,10 +21,10 @@ const PARTS: [(&str, &str); 8] = [
 /// Which of them is the kernels'.
 const KERNEL: usize = 2;
 
-/// One pair.
+/// One swap, and an empty kexec to compare it with.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pair {
-    /// The empty kexec, to the moment at which `/dev/kvm` could be opened.
+    /// The empty kexecs before and after it, to the moment at which `/dev/kvm` could be opened: their mean.
     pub empty: Duration,
     /// The swap: the longest that a guest stood still.
     pub total: Duration,
@@ -38,13 +38,12 @@ impl Pair {
         (self.total.as_secs_f64() - self.empty.as_secs_f64()) / self.total.as_secs_f64()
     }
 
-    fn of(told: &Value) -> anyhow::Result<Self> {
+    fn of(swap: &Value, around: [&Value; 2]) -> anyhow::Result<Self> {
         let time = |value: &Value, what: &str| {
             let ns = value.as_u64();
             ns.map(Duration::from_nanos)
-                .with_context(|| format!("{what} is missing in {told:#}"))
+                .with_context(|| format!("{what} is missing in {swap:#}"))
         };
-        let swap = &told["swap"];
         let phase = |name: &str| {
             let phases = swap["phases"].as_array().into_iter().flatten();
             let mut found =
@@ -61,7 +60,9 @@ impl Pair {
             "KVM, the host's command and the daemon did not come in that order: {kvm:?}, {command:?}, {start:?}"
         );
         Ok(Self {
-            empty: time(&told["empty"]["total_ns"], "the empty kexec")?,
+            empty: (time(&around[0]["total_ns"], "the empty kexec before it")?
+                + time(&around[1]["total_ns"], "the empty kexec after it")?)
+                / 2,
             total: time(&swap["total_ns"], "the swap")?,
             parts: [
                 phase("store")?,
@@ -89,12 +90,21 @@ pub struct Shares {
 impl Shares {
     /// From the scenario's report.
     pub fn of(report: &Value) -> anyhow::Result<Self> {
-        let pairs = report["pairs"].as_array().context("there are no pairs")?;
-        let pairs = pairs
+        let list = |name: &str| report[name].as_array().cloned().unwrap_or_default();
+        let (swaps, empty) = (list("swaps"), list("empty"));
+        ensure!(
+            empty.len() == swaps.len() + 1,
+            "{} empty kexecs are not around each of {} swaps",
+            empty.len(),
+            swaps.len()
+        );
+        let around = empty.iter().zip(empty.iter().skip(1));
+        let pairs = swaps
             .iter()
-            .map(Pair::of)
+            .zip(around)
+            .map(|(swap, (before, after))| Pair::of(swap, [before, after]))
             .collect::<anyhow::Result<Vec<_>>>()?;
-        ensure!(!pairs.is_empty(), "there are no pairs");
+        ensure!(!pairs.is_empty(), "there are no swaps");
         let text = |name: &str| report[name].as_str().unwrap_or("?").to_owned();
         Ok(Self {
             kernel: text("kernel"),
@@ -135,7 +145,7 @@ impl Shares {
         }
         let _ = writeln!(
             text,
-            "our share, of the middle pair: {:.1} %",
+            "our share, the middle one: {:.1} %",
             self.median_share() * 100.0
         );
         text
@@ -163,8 +173,8 @@ impl Shares {
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDE}\" height=\"{high}\" viewBox=\"0 0 {WIDE} {high}\" \
              font-family=\"sans-serif\" font-size=\"12\" fill=\"#24292f\">\n\
              <rect width=\"{WIDE}\" height=\"{high}\" fill=\"#ffffff\"/>\n\
-             <text x=\"{LEFT}\" y=\"26\" font-size=\"16\" font-weight=\"bold\">The host's kernel swapped under {} guests, beside an empty kexec</text>\n\
-             <text x=\"{LEFT}\" y=\"46\" fill=\"#57606a\">{} to itself, on an emulated host; our share is what a swap takes longer: {:.1} % of the middle pair</text>\n",
+             <text x=\"{LEFT}\" y=\"26\" font-size=\"16\" font-weight=\"bold\">The host's kernel swapped under {} guests, beside empty kexecs</text>\n\
+             <text x=\"{LEFT}\" y=\"46\" fill=\"#57606a\">{} to itself, on an emulated host; our share is what a swap takes longer: {:.1} % in the middle of them</text>\n",
             self.guests,
             escaped(&self.kernel),
             self.median_share() * 100.0
@@ -257,22 +267,18 @@ mod tests {
 
     fn report() -> Value {
         let phase = |name: &str, ms: u64, in_blackout: bool| json!({"name": name, "in_blackout": in_blackout, "duration_ns": ms * 1_000_000});
-        let pair = |empty: u64| {
-            json!({
-                "empty": {"total_ns": empty * 1_000_000},
-                "swap": {
-                    "total_ns": 10_000_000_000u64,
-                    "kvm_up_ns": 4_000_000_000u64,
-                    "command_up_ns": 4_100_000_000u64,
-                    "phases": [
-                        phase("load", 3000, false), phase("store", 200, true), phase("sync", 50, true),
-                        phase("kernel", 5000, true), phase("start", 4300, true), phase("open", 30, true),
-                        phase("clock", 10, true), phase("adopt", 310, true),
-                    ],
-                },
-            })
-        };
-        json!({"kernel": "6.1 <x>", "ground": "here", "guests": [1, 2], "pairs": [pair(9000), pair(9500), pair(8000)]})
+        let swap = json!({
+            "total_ns": 10_000_000_000u64,
+            "kvm_up_ns": 4_000_000_000u64,
+            "command_up_ns": 4_100_000_000u64,
+            "phases": [
+                phase("load", 3000, false), phase("store", 200, true), phase("sync", 50, true),
+                phase("kernel", 5000, true), phase("start", 4300, true), phase("open", 30, true),
+                phase("clock", 10, true), phase("adopt", 310, true),
+            ],
+        });
+        let empty = [8000, 8200, 9800, 9600].map(|ms: u64| json!({"total_ns": ms * 1_000_000}));
+        json!({"kernel": "6.1 <x>", "ground": "here", "guests": [1, 2], "empty": empty, "swaps": [swap, swap, swap]})
     }
 
     #[test]
@@ -297,9 +303,9 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let mut report = report();
-        report["pairs"][1]["swap"]["phases"] = json!([]);
+        report["swaps"][1]["phases"] = json!([]);
         let error = Shares::of(&report).expect_err("no phases").to_string();
         assert!(error.contains("start is missing"), "{error}");
-        Shares::of(&json!({"pairs": []})).expect_err("no pairs");
+        Shares::of(&json!({"swaps": []})).expect_err("no swaps");
     }
 }

@@ -140,7 +140,11 @@ impl Cells {
                 "{name}: {now:?} after {before:?}"
             );
             let seen = self.daemon.pulse(name)?.wait_progress(&[0, 1], 10)?;
-            ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
+            ensure!(
+                stages::faults(&seen).is_empty(),
+                "{name}: {:#?}",
+                stages::faults(&seen)
+            );
             let mark = self.place(name)?.mark();
             ensure!(
                 mark != Mark::Stored,

@@ -19,7 +19,7 @@ use stillpoint_tests::rig::crash;
 use stillpoint_tests::rig::order::JUMPS;
 
 use crate::debian;
-use crate::stages::{HOST, add_release, daemon, run_pulse};
+use crate::stages::{HOST, add_release, daemon, faults, run_pulse};
 
 /// What the stage before saw.
 const SEEN: &str = "/scratch/seen.json";
@@ -116,7 +116,7 @@ fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value>
         );
     }
     let seen = pulse.wait_progress(&[0, 1], 20)?;
-    ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
+    ensure!(faults(&seen).is_empty(), "{name}: {:#?}", faults(&seen));
     pulse.ran_once()?;
     println!("scenario: {name} went on");
     Ok(told(&seen))

@@ -1,6 +1,7 @@
-//! What of a swap of the host's kernel is ours: pairs of kexecs into the same kernel, with the same command
-//! line, initramfs and modules. The first of a pair is empty: no daemon, no guests, and it is over when
-//! `/dev/kvm` can be opened. The second is a swap under guests at work; what it takes longer is our share.
+//! What of a swap of the host's kernel is ours: kexecs in turn into the same kernel, with the same command line,
+//! initramfs and modules. Every other one is empty: no daemon, no guests, and it is over when `/dev/kvm` can be
+//! opened. Those between are swaps under guests at work; what one takes longer than the two empty ones around it,
+//! by their mean, is our share. Both, because each kexec of an emulated host takes somewhat longer than the one before.
 
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ struct State {
     pairs: usize,
     debian: bool,
     told: Vec<Value>,
+    empty: Vec<Value>,
     under: Under,
 }
 
@@ -46,8 +48,8 @@ struct State {
 enum Under {
     /// An empty one, from this moment.
     Empty(Line),
-    /// A swap under guests, after an empty one that took so long.
-    Swap { line: Line, empty: Value },
+    /// A swap under guests.
+    Swap(Line),
 }
 
 pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
@@ -65,41 +67,46 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
             pairs: args.pairs,
             debian: args.debian,
             told: Vec::new(),
+            empty: Vec::new(),
             under: Under::Empty(Line::from(wall::now())),
         };
         return jump_empty(state);
     };
     match state.under {
-        Under::Empty(line) => {
-            let stamps = stages::stamps()?;
-            let empty = json!({
-                "to_init_ns": nanos(line.since(stamps.init)?),
-                "total_ns": nanos(line.since(stamps.kvm.context("there is no /dev/kvm")?)?),
-            });
-            println!("scenario: an empty kexec took {} ns", empty["total_ns"]);
-            swap(state, empty)
-        }
-        Under::Swap { line, ref empty } => {
-            let told = arrived(&line, empty, state.debian)?;
-            next(state, told)
+        Under::Empty(line) => after_empty(state, &line),
+        Under::Swap(line) => {
+            let told = arrived(&line, state.debian)?;
+            let number = state.told.len() + 1;
+            println!(
+                "scenario: swap {number} of {}: {}",
+                state.pairs, told["total_ns"]
+            );
+            let told = [state.told, vec![told]].concat();
+            jump_empty(State { told, ..state })
         }
     }
+}
+
+fn after_empty(mut state: State, line: &Line) -> anyhow::Result<Value> {
+    let stamps = stages::stamps()?;
+    let kvm = stamps.kvm.context("there is no /dev/kvm")?;
+    let empty = json!({
+        "to_init_ns": nanos(line.since(stamps.init)?),
+        "total_ns": nanos(line.since(kvm)?),
+    });
+    println!("scenario: an empty kexec took {} ns", empty["total_ns"]);
+    state.empty.push(empty);
+    if state.told.len() < state.pairs {
+        return swap(state);
+    }
+    end(&state)
 }
 
 fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn next(mut state: State, told: Value) -> anyhow::Result<Value> {
-    println!(
-        "scenario: pair {} of {}: {told}",
-        state.told.len() + 1,
-        state.pairs
-    );
-    state.told.push(told);
-    if state.told.len() < state.pairs {
-        return jump_empty(state);
-    }
+fn end(state: &State) -> anyhow::Result<Value> {
     stages::bring_out_log()?;
     let release = rustix::system::uname()
         .release()
@@ -111,7 +118,7 @@ fn next(mut state: State, told: Value) -> anyhow::Result<Value> {
     if state.debian {
         guests.push(json!({"name": debian::GUEST, "vcpus": 2, "memory_mib": 256}));
     }
-    Ok(json!({"kernel": release, "guests": guests, "pairs": state.told}))
+    Ok(json!({"kernel": release, "guests": guests, "empty": state.empty, "swaps": state.told}))
 }
 
 /// Jumps with nobody on the host. The command line is as long as that of a swap.
@@ -134,7 +141,7 @@ fn jump_empty(mut state: State) -> anyhow::Result<Value> {
 }
 
 /// Starts guests, and swaps the kernel under them.
-fn swap(mut state: State, empty: Value) -> anyhow::Result<Value> {
+fn swap(mut state: State) -> anyhow::Result<Value> {
     stages::find_images()?;
     let early = wall::now();
     let daemon = stages::daemon()?;
@@ -144,17 +151,14 @@ fn swap(mut state: State, empty: Value) -> anyhow::Result<Value> {
     if state.debian {
         debian::begin(&daemon)?;
     }
-    state.under = Under::Swap {
-        line: Line::from(early),
-        empty,
-    };
+    state.under = Under::Swap(Line::from(early));
     stages::keep(STATE, &state)?;
     let answer = stages::swap_kernel(&daemon, &state.into, &["--no-notice", "measured"])?;
     bail!("the host is still here: {}{}", answer.error, answer.json)
 }
 
-/// What the swap took, beside the empty kexec of before; ends its guests.
-fn arrived(line: &Line, empty: &Value, with_debian: bool) -> anyhow::Result<Value> {
+/// What the swap took; ends its guests.
+fn arrived(line: &Line, with_debian: bool) -> anyhow::Result<Value> {
     if with_debian {
         debian::tap()?;
     }
@@ -174,7 +178,11 @@ fn arrived(line: &Line, empty: &Value, with_debian: bool) -> anyhow::Result<Valu
     for name in PULSES {
         let pulse = daemon.pulse(name)?;
         let seen = pulse.wait_progress(&[0, 1], 10)?;
-        ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
+        ensure!(
+            stages::faults(&seen).is_empty(),
+            "{name}: {:#?}",
+            stages::faults(&seen)
+        );
     }
     let mut names = PULSES.to_vec();
     if with_debian {
@@ -190,17 +198,12 @@ fn arrived(line: &Line, empty: &Value, with_debian: bool) -> anyhow::Result<Valu
         .map(|(name, report)| json!({"name": name, "blackout_ns": report["blackout"]["host_ns"], "phases": report["phases"]}))
         .collect();
     end_guests(daemon, &names)?;
-    let alone = empty["total_ns"].as_u64().context("the empty one")?;
     Ok(json!({
-        "empty": empty,
-        "swap": {
-            "total_ns": total,
-            "phases": swap["kernel"]["phases"],
-            "kvm_up_ns": nanos(kvm_up),
-            "command_up_ns": nanos(command_up),
-            "guests": guests,
-        },
-        "share": (total as f64 - alone as f64) / total as f64,
+        "total_ns": total,
+        "phases": swap["kernel"]["phases"],
+        "kvm_up_ns": nanos(kvm_up),
+        "command_up_ns": nanos(command_up),
+        "guests": guests,
     }))
 }
 

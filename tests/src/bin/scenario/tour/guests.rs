@@ -70,10 +70,10 @@ impl Pulse {
         }
         let seen = pulse.wait_progress(&[0, 1], 20)?;
         ensure!(
-            seen.faults().is_empty(),
+            stages::faults(&seen).is_empty(),
             "{}: {:#?}",
             self.name,
-            seen.faults()
+            stages::faults(&seen)
         );
         pulse.ran_once()
     }
