@@ -101,6 +101,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let trust = Trust::load(&config.trust)?;
     let carve_out = open_carve_out(config.carve_out.as_deref())?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
+    let binaries = Binaries::new(&config.state_dir, trust);
+    let verified = execute::Verified::ahead(&binaries, &store);
     let fleet = fleet(&config, &store).await?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
@@ -117,7 +119,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         events,
         ways: Ways::new(notices.clone()),
         notices,
-        binaries: Binaries::new(&config.state_dir, trust),
+        binaries,
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
@@ -126,7 +128,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     host.binaries.clear_away();
     add_first_release(&host).await?;
     // Guests first, that stand still since another kernel ran them.
-    execute::adopt_all(&host, began.elapsed()).await?;
+    execute::adopt_all(&host, verified, began.elapsed()).await?;
     execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;

@@ -22,7 +22,6 @@
 pub mod binaries;
 pub mod carve_out;
 pub mod custody;
-pub mod expedited;
 pub mod find;
 pub mod kexec;
 pub mod launch;

@@ -25,7 +25,6 @@ use tokio::time::Instant;
 
 use super::kernel::{Kept, phase};
 use super::{Host, host, unix_ns};
-use crate::agent::expedited::Expedited;
 use crate::agent::kexec;
 use crate::model::{
     HostSwap, HostSwapState, JumpPhase, Share, SwapId, SwapRecord, SwapState, VmName, VmRecord,
@@ -34,7 +33,8 @@ use crate::model::{
 use crate::store::StoreError;
 pub(super) use kept::kept;
 use kept::restored;
-use revive::{Revived, Verified, revive};
+pub use revive::Verified;
+use revive::{Revived, revive};
 
 /// The tag of a VM by which it is revived before others: a number, and the higher comes first.
 const PRIORITY: &str = "priority";
@@ -46,9 +46,13 @@ fn arrived_by(directory: &Directory) -> Option<Jump> {
     directory.jump.clone().filter(|jump| jump.nonce == nonce)
 }
 
-/// Revives every guest that came by the jump. To be called once, before anything looks at a VM. `opening` is
-/// what this daemon took to get here.
-pub async fn adopt_all(host: &Host, opening: Duration) -> Result<(), StoreError> {
+/// Revives every guest that came by the jump. To be called once, before anything looks at a VM. `verified` are
+/// binaries that were verified meanwhile, `opening` is what this daemon took to get here.
+pub async fn adopt_all(
+    host: &Host,
+    verified: Arc<Verified>,
+    opening: Duration,
+) -> Result<(), StoreError> {
     let Ok(directory) = host.carve_out.directory() else {
         return Ok(());
     };
@@ -60,15 +64,13 @@ pub async fn adopt_all(host: &Host, opening: Duration) -> Result<(), StoreError>
         return Ok(());
     };
     let mut phases = way_here(&jump, opening);
-    let expedited = Expedited::begin();
     let began = Instant::now();
     if !jump.arrived {
         set_clock(host, &mut swap, &jump).await;
         phases.push(phase("clock", Share::Ours, true, began.elapsed()));
     }
-    let (parts, adopted) = revive_all(host, &directory, &jump, parts).await?;
+    let (parts, adopted) = revive_all(host, (&directory, &jump), parts, &verified).await?;
     phases.push(phase("adopt", Share::Ours, true, adopted));
-    drop(expedited);
     conclude(host, swap, &parts, phases).await
 }
 
@@ -185,9 +187,9 @@ async fn set_clock(host: &Host, swap: &mut HostSwap, jump: &Jump) {
 /// Revives them all at once, those of the highest priority first, and tells when the last of them ran.
 async fn revive_all(
     host: &Host,
-    directory: &Directory,
-    jump: &Jump,
+    (directory, jump): (&Directory, &Jump),
     mut parts: Vec<SwapRecord>,
+    verified: &Arc<Verified>,
 ) -> Result<(Vec<SwapRecord>, Duration), StoreError> {
     let (adopting, began) = (wall::tsc(), Instant::now());
     let mut vms = Vec::new();
@@ -205,7 +207,6 @@ async fn revive_all(
     };
     let mut order: Vec<usize> = (0..parts.len()).collect();
     order.sort_by_key(|&at| rank(&vms[at]));
-    let verified = Arc::new(Verified::default());
     let mut tasks = Vec::new();
     for at in order {
         let entry = directory.entry(parts[at].vm.as_str()).cloned();

@@ -10,6 +10,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::CarveOutSpec;
 
 use super::Host;
+use crate::agent::binaries::Binaries;
 use crate::agent::find::{FindError, Held};
 use crate::agent::places::VmDir;
 use crate::agent::spawn::{self, GIVEN_FD, Job, READY_FD};
@@ -133,7 +134,12 @@ async fn spawn_gated(
 
 /// The release's binary, its digest taken off the runtime's threads.
 pub(super) async fn verified(host: &Host, release: &Release) -> Result<File, String> {
-    let (binaries, release) = (host.binaries.clone(), release.clone());
+    verified_by(&host.binaries, release).await
+}
+
+/// As [`verified`], without a host.
+pub(super) async fn verified_by(binaries: &Binaries, release: &Release) -> Result<File, String> {
+    let (binaries, release) = (binaries.clone(), release.clone());
     tokio::task::spawn_blocking(move || binaries.verified(&release))
         .await
         .map_err(|e| e.to_string())?

@@ -10,9 +10,12 @@ use stillpoint_control::report::SwapReport;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::agent::binaries::Binaries;
+use crate::agent::kexec;
 use crate::execute::Host;
-use crate::execute::start::{How, start_as, verified};
-use crate::model::{Release, VmRecord, VmState};
+use crate::execute::start::{How, start_as, verified_by};
+use crate::model::{Release, VmRecord, VmState, nonce_of};
+use crate::store::Store;
 
 /// How long a VMM may take to tell of its guest's pause.
 const REPORT_PATIENCE: Duration = Duration::from_secs(10);
@@ -50,7 +53,7 @@ pub(super) async fn revive(
     let how = How::Revive {
         place: host.carve_out.spec_of(entry),
         nonce: nonce.to_owned(),
-        binary: verified.binary(host, &release).await?,
+        binary: verified.binary(&host.binaries, &release).await?,
     };
     let held = start_as(host, vm, &release, &how).await?;
     let (process, at) = (held.process.id().clone(), Instant::now());
@@ -90,17 +93,36 @@ async fn release_for(host: &Host, vm: &VmRecord, format: u32) -> Result<Release,
 }
 
 /// The binaries of releases that were verified: once for all guests that they run.
-#[derive(Default)]
-pub(super) struct Verified(Mutex<BTreeMap<String, Arc<File>>>);
+#[derive(Debug, Default)]
+pub struct Verified(Mutex<BTreeMap<String, Arc<File>>>);
 
 impl Verified {
-    async fn binary(&self, host: &Host, release: &Release) -> Result<Arc<File>, String> {
+    /// Begins with the releases of the store's guests, beside whatever else a daemon does first, if this kernel was jumped
+    /// into. What can't be verified is told of when a guest needs it.
+    pub fn ahead(binaries: &Binaries, store: &Store) -> Arc<Self> {
+        let verified = Arc::new(Self::default());
+        if nonce_of(&kexec::command_line()).is_some() {
+            let (ahead, binaries, store) = (verified.clone(), binaries.clone(), store.clone());
+            tokio::spawn(async move {
+                let vms = store.vms().await.unwrap_or_default();
+                let carved = vms.iter().filter(|vm| vm.spec.memory.carve_out.is_some());
+                for vm in carved {
+                    if let Ok(Some(release)) = store.release(&vm.release).await {
+                        let _ = ahead.binary(&binaries, &release).await;
+                    }
+                }
+            });
+        }
+        verified
+    }
+
+    async fn binary(&self, binaries: &Binaries, release: &Release) -> Result<Arc<File>, String> {
         // Held over the verification: others wait for its end, and not to do the same beside it.
         let mut known = self.0.lock().await;
         if let Some(file) = known.get(&release.manifest.version) {
             return Ok(file.clone());
         }
-        let file = Arc::new(verified(host, release).await?);
+        let file = Arc::new(verified_by(binaries, release).await?);
         known.insert(release.manifest.version.clone(), file.clone());
         Ok(file)
     }
