@@ -182,10 +182,10 @@ impl Shares {
         let mut tick = 0.0;
         while tick <= longest {
             let at = x(tick);
-            let _ = write!(
+            let _ = writeln!(
                 svg,
                 "<line x1=\"{at:.1}\" y1=\"{:.1}\" x2=\"{at:.1}\" y2=\"{bottom:.1}\" stroke=\"#e1e4e8\"/>\
-                 <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"#57606a\">{tick} s</text>\n",
+                 <text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\" fill=\"#57606a\">{tick} s</text>",
                 top - 8.0,
                 bottom + 16.0
             );

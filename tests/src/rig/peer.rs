@@ -41,7 +41,7 @@ impl Peer {
         let said = echo.stdout.take().context("it has no standard output")?;
         BufReader::new(said).read_line(&mut line)?;
         let place: Value = serde_json::from_str(&line).with_context(|| line.clone())?;
-        let port = |place: &str| Some(place.rsplit_once(':')?.1.parse::<u16>().ok()?);
+        let port = |place: &str| place.rsplit_once(':')?.1.parse::<u16>().ok();
         let echo_port = place["listening"].as_str().and_then(port);
         let clock = TcpListener::bind("127.0.0.1:0")?;
         let clock_port = clock.local_addr()?.port();
