@@ -128,6 +128,18 @@ demo-kernel: rig-static images ## the host's kernel swapped under guests at work
 	target/release/rig run --name demo-kernel --time-limit 900 --memory 3072 --scratch 512 --carve-out 768 --images backports \
 		--jump $(or $(JUMP),backports) --then "scenario kernel --debian" -- scenario kernel --debian --into $(or $(JUMP),backports)
 
+.PHONY: demo-changes
+demo-changes: rig-static images ## every change of the host in turn, under three Debian guests and two others at work, on an emulated host (10 minutes)
+	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
+	target/release/rig run --name demo-changes --time-limit 1500 --memory 3584 --scratch 768 --carve-out 1024 --scenario --peer \
+		--images bookworm --images backports --archive curl --jump bookworm --jump backports --then "scenario tour" \
+		-- scenario tour $(addprefix --leg ,$(or $(LEGS),modules bookworm backports bookworm))
+
+.PHONY: bench-kernel
+bench-kernel: rig-static images ## what of a swap of the host's kernel is ours: pairs with an empty kexec, on an emulated host (BENCH="--pairs 2")
+	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin kernel-bench
+	target/release/kernel-bench $(BENCH)
+
 # Where Debian's packages can't be had, the tests that need them are skipped by name.
 .PHONY: images-if-any
 images-if-any:

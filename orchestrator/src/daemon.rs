@@ -106,6 +106,7 @@ pub fn socket_in(run_dir: &Path) -> PathBuf {
 
 /// Runs until it is told to end. Guests go on.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    let began = std::time::Instant::now();
     rustix::process::umask(Mode::from_raw_mode(0o077));
     run_dir(&config.run_dir, config.rules.lets_others_in())?;
     private_dir(&config.state_dir)?;
@@ -114,6 +115,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let trust = Trust::load(&config.trust)?;
     let carve_out = open_carve_out(config.carve_out.as_deref())?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
+    let binaries = Binaries::new(&config.state_dir, trust);
+    let verified = execute::Verified::ahead(&binaries, &store);
     let fleet = fleet(&config, &store).await?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
     custody::take_over(&known);
@@ -136,7 +139,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         events,
         ways: Ways::new(notices.clone()),
         notices,
-        binaries: Binaries::new(&config.state_dir, trust),
+        binaries,
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
@@ -145,7 +148,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     host.binaries.clear_away();
     add_first_release(&host).await?;
     // Guests first, that stand still since another kernel ran them.
-    execute::adopt_all(&host).await?;
+    execute::adopt_all(&host, verified, began.elapsed()).await?;
     execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;

@@ -41,6 +41,7 @@ pub mod rehearse;
 pub mod releases;
 pub mod rig;
 pub mod saved;
+pub mod shares;
 pub mod start;
 pub mod swap;
 pub mod vm;

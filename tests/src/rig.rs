@@ -18,6 +18,7 @@
 //! | `sound` | what is mended in QEMU's emulation of SVM |
 //! | [`watch`] | its console, followed to the end or the time limit |
 //! | [`results`] | what comes out |
+//! | `peer` | who is outside the host, for its guests to talk to |
 //!
 //! Everything of a run is in `target/rig/NAME/`: `console.log`, `qemu.log`, `results/`, and `first/`
 //! with the log of a first run that stood still or died.
@@ -39,11 +40,13 @@ pub mod archive;
 pub mod crash;
 pub mod emulator;
 pub mod order;
+mod peer;
 pub mod results;
 mod sound;
 pub mod watch;
 
 use order::Order;
+use peer::Peer;
 use watch::{End, Watched};
 
 /// A host to be emulated, and what it is to do.
@@ -58,6 +61,7 @@ pub struct Rig {
     jumps: Vec<Jump>,
     files: Vec<(PathBuf, String)>,
     with_qemu: bool,
+    with_peer: bool,
     order: Order,
     live: bool,
     again_if_it_dies: bool,
@@ -126,6 +130,7 @@ impl Rig {
             jumps: Vec::new(),
             files: Vec::new(),
             with_qemu: false,
+            with_peer: false,
             order: Order::default(),
             live: std::env::var_os("STILLPOINT_RIG_LIVE").is_some(),
             again_if_it_dies: false,
@@ -265,6 +270,13 @@ impl Rig {
         self
     }
 
+    /// With a network, and servers outside the host ([`order::Outside`]).
+    #[must_use]
+    pub fn with_peer(mut self) -> Self {
+        self.with_peer = true;
+        self
+    }
+
     /// What is to be run there.
     #[must_use]
     pub fn command<S: AsRef<str>>(mut self, words: &[S]) -> Self {
@@ -376,6 +388,7 @@ impl Rig {
             memory_mib: self.memory_mib,
             scratch: self.scratch_mib > 0,
             carve_out_mib: self.carve_out_mib,
+            network: self.with_peer,
         }
     }
 
@@ -419,7 +432,11 @@ impl Rig {
     }
 
     fn once(&self, found: &Ingredients, dir: &Path) -> anyhow::Result<Watched> {
-        self.lay_out(found, dir)?;
+        // Until the host is over.
+        let peer = self.with_peer.then(Peer::start).transpose()?;
+        let mut rig = self.clone();
+        rig.order.outside = peer.as_ref().map(Peer::outside);
+        rig.lay_out(found, dir)?;
         let command = self.emulator(found, dir).batch();
         let limit = self.order.time_limit_s.map(Duration::from_secs);
         let watched = watch::follow(command, &dir.join("console.log"), limit, self.live)?;

@@ -10,6 +10,7 @@ use stillpoint_carveout::area::Place;
 use stillpoint_carveout::layout::Extent;
 use stillpoint_carveout::map::Device;
 use stillpoint_carveout::mark::Mark;
+use stillpoint_carveout::record::Label;
 use stillpoint_control::message::GuestState;
 use stillpoint_control::report::{Outcome, SwapReport};
 use stillpoint_tests::daemon::Daemon;
@@ -171,6 +172,56 @@ fn a_record_that_is_none_of_the_jumps_or_not_whole_is_left_as_it_is() -> anyhow:
     // A later try, when what was wrong is mended, finds all of it.
     file.write_all_at(&byte, spot)?;
     ensure!(bytes(&vm)? == before, "something was written");
+    vm.revive(NONCE)?;
+    vm.is_well()
+}
+
+/// Says something else in a guest's record, as if it had been stored so.
+fn relabel(place: &Place, change: impl FnOnce(&mut Label)) -> anyhow::Result<()> {
+    let mut record = place.read()?;
+    change(&mut record.label);
+    place.clear()?;
+    Ok(place.store(&record)?)
+}
+
+#[test]
+fn under_another_tsc_nobody_is_run() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = guest()?;
+    let record = place(&vm)?;
+    vm.client()?.store(SWAP, NONCE, LONG)?;
+    vm.kill()?;
+    // All but the record, which is written over here.
+    let at = vm.spec().memory.carve_out.clone().context("a place")?;
+    let record_at = usize::try_from(at.record)?..usize::try_from(at.record + at.record_len)?;
+    let others = |vm: &Vm| -> anyhow::Result<Vec<u8>> {
+        let mut all = bytes(vm)?;
+        all.drain(record_at.clone());
+        Ok(all)
+    };
+    let before = others(&vm)?;
+    let label = record.read()?.label;
+    // A host whose TSC counts less than when the guest was stopped.
+    relabel(&record, |label| label.kicked_tsc = u64::MAX / 2)?;
+    let error = vm.revive(NONCE).expect_err("its TSC was reset").to_string();
+    ensure!(error.contains("TSC was reset"), "{error}");
+    ensure!(record.mark() == Mark::Stored, "{}", record.mark());
+    // One that is a fifth faster: refused, where KVM can't make up for it; and then nothing was done to it.
+    relabel(&record, |now| {
+        (now.kicked_tsc, now.tsc_khz) = (label.kicked_tsc, label.tsc_khz / 5 * 4);
+    })?;
+    match vm.revive(NONCE) {
+        Ok(()) => return vm.is_well(),
+        Err(error) => {
+            let error = error.to_string();
+            ensure!(error.contains("can't scale"), "{error}");
+        }
+    }
+    ensure!(record.mark() == Mark::Stored, "{}", record.mark());
+    relabel(&record, |now| *now = label.clone())?;
+    ensure!(others(&vm)? == before, "something was written");
+    // One that was calibrated anew is the same.
+    relabel(&record, |now| now.tsc_khz += now.tsc_khz / 500)?;
     vm.revive(NONCE)?;
     vm.is_well()
 }

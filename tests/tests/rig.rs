@@ -162,6 +162,38 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The crash matrix of a jump (SPECIFICATION.md, section 17), and the way back from the newer kernel to the older.
+#[test]
+fn what_goes_wrong_on_the_way_to_another_kernel() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let outcome = Rig::new("kernel-cells", Kernel::Bookworm)
+        .memory_mib(2560)
+        .scratch_mib(384)
+        .carve_out_mib(384)
+        .scenario()?
+        .jump(
+            Kernel::Bookworm.name(),
+            Kernel::Bookworm,
+            &["scenario", "cells"],
+        )
+        .jump(
+            Kernel::Backports.name(),
+            Kernel::Backports,
+            &["scenario", "cells"],
+        )
+        .command(&["scenario", "cells"])
+        .time_limit(LIMIT * 2)
+        .again_if_it_dies()
+        .run()?;
+    outcome.succeeded()?;
+    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let told: Value = serde_json::from_slice(&told)?;
+    // As many as the scenario has: none of them was left out.
+    let cells = told["cells"].as_array().map_or(0, Vec::len);
+    ensure!(cells == 8, "{told:#}");
+    Ok(())
+}
+
 /// Scenarios of `linux.rs` on a host with this kernel: those whose names hold one of these words, or all of
 /// them. A host with hardware KVM runs them directly.
 fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Result<()> {

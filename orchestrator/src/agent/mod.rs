@@ -26,6 +26,7 @@ pub mod find;
 pub mod kexec;
 pub mod launch;
 pub mod modules;
+pub mod next_kernel;
 pub mod pair;
 mod pidfd;
 pub mod places;

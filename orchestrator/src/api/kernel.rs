@@ -118,7 +118,9 @@ pub(super) async fn check(
     Body(new): Body<NewKernelSwap>,
 ) -> Result<Json<Vec<Check>>, Refusal> {
     let jump = desk.jump_of(&new)?;
-    Ok(Json(execute::kernel_checks(&desk.host, &jump).await?))
+    Ok(Json(
+        execute::kernel_checks(&desk.host, &jump, new.budget_ns).await?,
+    ))
 }
 
 /// Swaps the host's kernel. It is recorded, then done; after the jump `GET /v1/host/swaps/{id}` of the next
@@ -135,7 +137,7 @@ pub(super) async fn ask(
     Body(new): Body<NewKernelSwap>,
 ) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
     let jump = desk.jump_of(&new)?;
-    let checks = execute::kernel_checks(&desk.host, &jump).await?;
+    let checks = execute::kernel_checks(&desk.host, &jump, new.budget_ns).await?;
     let failed: Vec<_> = checks
         .iter()
         .filter(|check| check.status == Status::Fail)

@@ -11,6 +11,8 @@ use crate::api::{NewHostSwap, NewKvm};
 use crate::model::{Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem};
 
 /// Between two looks at how far it is.
+/// Where kernels have their modules.
+const MODULES: &str = "/lib/modules";
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a daemon may stay away before the command stops waiting for it.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
@@ -45,8 +47,9 @@ pub(super) struct InPlace {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct KvmArgs {
-    /// The folder with the modules to load, kvm.ko and the vendor's [the same files again].
-    #[arg(long, value_name = "DIR")]
+    /// The folder with the modules to load, kvm.ko and the vendor's; or a name below /lib/modules [the same
+    /// files again].
+    #[arg(long, value_name = "DIR|VERSION")]
     to: Option<std::path::PathBuf>,
     /// A parameter that is to be another than now, such as kvm_amd.nested=0; may be given more than once.
     #[arg(long = "parameter", value_name = "MODULE.NAME=VALUE")]
@@ -149,7 +152,7 @@ pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Proble
 /// `stillpoint swap kvm`
 pub(super) async fn swap_kvm(desk: &Desk, args: KvmArgs) -> Result<ExitCode, Problem> {
     let to = match args.to {
-        Some(folder) => Some(absolute(&folder)?),
+        Some(folder) => Some(absolute(&folder_of(folder, std::path::Path::new(MODULES)))?),
         None => None,
     };
     let kvm = NewKvm {
@@ -167,6 +170,15 @@ pub(super) async fn swap_kvm(desk: &Desk, args: KvmArgs) -> Result<ExitCode, Pro
     };
     let swap = ask(desk, &new, HostSwapState::is_over).await?;
     show(desk, &swap)
+}
+
+/// A bare word is a version, where the kernel's modules of it have a folder; anything else is a path.
+fn folder_of(given: std::path::PathBuf, modules: &std::path::Path) -> std::path::PathBuf {
+    let version = modules.join(&given);
+    match given.components().count() == 1 && !given.exists() && version.is_dir() {
+        true => version,
+        false => given,
+    }
 }
 
 /// The daemon has another working directory.
@@ -422,6 +434,17 @@ mod tests {
 
     fn name(text: &str) -> VmName {
         VmName::try_from(text.to_owned()).expect("a name")
+    }
+
+    #[test]
+    fn a_version_is_a_folder_of_the_kernels_modules() {
+        let dir = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(dir.path().join("6.1.0-99")).expect("made");
+        let of = |given: &str| folder_of(given.into(), dir.path());
+        assert_eq!(of("6.1.0-99"), dir.path().join("6.1.0-99"));
+        for path in ["/opt/kvm", "./6.1.0-99", "6.1.0-98", "/"] {
+            assert_eq!(of(path), std::path::Path::new(path));
+        }
     }
 
     #[test]

@@ -13,29 +13,29 @@
 //! process has crashed.
 
 mod kept;
+mod revive;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use stillpoint_carveout::directory::{Directory, Entry, Jump};
 use stillpoint_carveout::mark::Mark;
 use stillpoint_carveout::wall;
-use stillpoint_control::report::SwapReport;
 use tokio::time::Instant;
 
 use super::kernel::{Kept, phase};
-use super::start::{How, start_as};
 use super::{Host, host, unix_ns};
 use crate::agent::kexec;
 use crate::model::{
-    HostSwap, HostSwapState, JumpPhase, Release, Share, SwapId, SwapRecord, SwapState, VmName,
-    VmRecord, VmState, WallCorrection, Wanted, nonce_of,
+    HostSwap, HostSwapState, JumpPhase, Share, SwapId, SwapRecord, SwapState, VmName, VmRecord,
+    VmState, WallCorrection, Wanted, nonce_of,
 };
 use crate::store::StoreError;
 pub(super) use kept::kept;
 use kept::restored;
+pub use revive::Verified;
+use revive::{Revived, revive};
 
-/// How long a VMM may take to tell of its guest's pause.
-const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 /// The tag of a VM by which it is revived before others: a number, and the higher comes first.
 const PRIORITY: &str = "priority";
 
@@ -46,8 +46,13 @@ fn arrived_by(directory: &Directory) -> Option<Jump> {
     directory.jump.clone().filter(|jump| jump.nonce == nonce)
 }
 
-/// Revives every guest that came by the jump. To be called once, before anything looks at a VM.
-pub async fn adopt_all(host: &Host) -> Result<(), StoreError> {
+/// Revives every guest that came by the jump. To be called once, before anything looks at a VM. `verified` are
+/// binaries that were verified meanwhile, `opening` is what this daemon took to get here.
+pub async fn adopt_all(
+    host: &Host,
+    verified: Arc<Verified>,
+    opening: Duration,
+) -> Result<(), StoreError> {
     let Ok(directory) = host.carve_out.directory() else {
         return Ok(());
     };
@@ -58,15 +63,13 @@ pub async fn adopt_all(host: &Host) -> Result<(), StoreError> {
     let Some((mut swap, parts)) = swap_of(host, &jump).await? else {
         return Ok(());
     };
-    let mut phases = way_here(&jump);
+    let mut phases = way_here(&jump, opening);
     let began = Instant::now();
     if !jump.arrived {
         set_clock(host, &mut swap, &jump).await;
         phases.push(phase("clock", Share::Ours, true, began.elapsed()));
     }
-    let adopting = Instant::now();
-    let (parts, last) = revive_all(host, &directory, &jump, parts).await?;
-    let adopted = last.saturating_duration_since(adopting);
+    let (parts, adopted) = revive_all(host, (&directory, &jump), parts, &verified).await?;
     phases.push(phase("adopt", Share::Ours, true, adopted));
     conclude(host, swap, &parts, phases).await
 }
@@ -118,7 +121,7 @@ fn with_phases_of(known: HostSwap, jump: &Jump) -> HostSwap {
 }
 
 /// What the way here took, by the TSC: from the last reading before the jump to now.
-fn way_here(jump: &Jump) -> Vec<JumpPhase> {
+fn way_here(jump: &Jump, opening: Duration) -> Vec<JumpPhase> {
     let now = wall::now();
     let away = jump.wall.and_then(|carried| {
         let due = carried.real_ns_at(now.tsc)?;
@@ -131,7 +134,13 @@ fn way_here(jump: &Jump) -> Vec<JumpPhase> {
     let away = Duration::from_nanos(away);
     vec![
         phase("kernel", Share::Kernel, true, away.saturating_sub(up)),
-        phase("start", Share::Kernel, true, up.min(away)),
+        phase(
+            "start",
+            Share::Kernel,
+            true,
+            up.min(away).saturating_sub(opening),
+        ),
+        phase("open", Share::Ours, true, opening),
     ]
 }
 
@@ -175,12 +184,14 @@ async fn set_clock(host: &Host, swap: &mut HostSwap, jump: &Jump) {
     }
 }
 
+/// Revives them all at once, those of the highest priority first, and tells when the last of them ran.
 async fn revive_all(
     host: &Host,
-    directory: &Directory,
-    jump: &Jump,
+    (directory, jump): (&Directory, &Jump),
     mut parts: Vec<SwapRecord>,
-) -> Result<(Vec<SwapRecord>, Instant), StoreError> {
+    verified: &Arc<Verified>,
+) -> Result<(Vec<SwapRecord>, Duration), StoreError> {
+    let (adopting, began) = (wall::tsc(), Instant::now());
     let mut vms = Vec::new();
     for part in &parts {
         let entry = directory.entry(part.vm.as_str());
@@ -200,19 +211,23 @@ async fn revive_all(
     for at in order {
         let entry = directory.entry(parts[at].vm.as_str()).cloned();
         let (host, vm, nonce) = (host.clone(), vms[at].clone(), jump.nonce.clone());
+        let verified = verified.clone();
         let revived = tokio::spawn(async move {
             match (vm, entry) {
-                (Ok(vm), Some(entry)) => revive(&host, &vm, &entry, &nonce).await,
+                (Ok(vm), Some(entry)) => revive(&host, &vm, &entry, (&nonce, &verified)).await,
                 (Err(why), _) => Err(why),
                 (Ok(_), None) => Err("it has no place in the carve-out".into()),
             }
         });
         tasks.push((at, revived));
     }
-    let mut last = Instant::now();
+    let mut last = Duration::ZERO;
     for (at, task) in tasks {
         let revived = task.await.map_err(|e| e.to_string()).and_then(|done| done);
-        last = last.max(revived.as_ref().map_or(last, |revived| revived.at));
+        if let Ok(revived) = &revived {
+            let ran = revived.ran_after(jump, adopting);
+            last = last.max(ran.unwrap_or_else(|| revived.at.saturating_duration_since(began)));
+        }
         end_part(host, &mut parts[at], revived).await;
     }
     Ok((parts, last))
@@ -237,59 +252,6 @@ async fn known(
     };
     host.store.put_vm(&vm).await?;
     Ok(Ok(vm))
-}
-
-/// A guest that was revived.
-struct Revived {
-    vm: VmRecord,
-    release: Release,
-    report: Option<SwapReport>,
-    /// When it was known to run.
-    at: Instant,
-}
-
-/// Revives one guest. On an error nothing of it runs.
-async fn revive(host: &Host, vm: &VmRecord, entry: &Entry, nonce: &str) -> Result<Revived, String> {
-    let label = host.carve_out.label(entry)?;
-    let release = release_for(host, vm, label.format).await?;
-    let how = How::Revive {
-        place: host.carve_out.spec_of(entry),
-        nonce: nonce.to_owned(),
-    };
-    let held = start_as(host, vm, &release, &how).await?;
-    let (process, at) = (held.process.id().clone(), Instant::now());
-    host.observe_surely(&vm.name, VmState::Running, None, Some(process.clone()))
-        .await;
-    let report = host
-        .expected(vm)
-        .last_report(&label.swap, REPORT_PATIENCE)
-        .await;
-    let mut vm = vm.clone();
-    vm.process = Some(process);
-    Ok(Revived {
-        vm,
-        release,
-        report,
-        at,
-    })
-}
-
-/// The release that ran it, or the newest that reads its state.
-async fn release_for(host: &Host, vm: &VmRecord, format: u32) -> Result<Release, String> {
-    let all = host.store.releases().await.map_err(|e| e.to_string())?;
-    let reads = |release: &&Release| release.manifest.reads.contains(&format);
-    let own = all
-        .iter()
-        .filter(reads)
-        .find(|release| release.manifest.version == vm.release);
-    let other = || all.iter().rev().find(reads);
-    own.or_else(other).cloned().ok_or_else(|| {
-        format!(
-            "no release in the store reads its state (format {format}); add one with `stillpoint release \
-             add`, then `stillpoint adopt --retry {}`",
-            vm.name
-        )
-    })
 }
 
 /// Records what became of a guest.
@@ -399,7 +361,8 @@ pub async fn retry(host: &Host, name: &VmName) -> Result<VmRecord, String> {
         ..vm
     };
     host.store.put_vm(&vm).await.map_err(failed)?;
-    match revive(host, &vm, entry, &jump.nonce).await {
+    let how = (jump.nonce.as_str(), &Verified::default());
+    match revive(host, &vm, entry, how).await {
         Ok(revived) => Ok(revived.vm),
         Err(why) => {
             let reason = format!("it was not revived: {why}. Its RAM and its record are kept");

@@ -171,6 +171,12 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
     }
     jump.phases
         .push(phase("store", Share::Ours, true, began.elapsed()));
+    // What guests wrote up to now; nobody writes any more. Before the directory is written, so that it tells
+    // of this too.
+    let flushing = Instant::now();
+    flush_disks().await;
+    jump.phases
+        .push(phase("sync", Share::Ours, true, flushing.elapsed()));
     swap.kernel = Some(jump);
     swap.step = "jump".into();
     if let Err(why) = announce(host, swap, parts, early).await {
@@ -185,7 +191,6 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
     if let Err(why) = host::await_jump_all(swap, parts, SHUTDOWN).await {
         return why;
     }
-    flush_disks().await;
     tracing::info!(swap = %swap.id, "every guest is stored: jumping");
     let failed = tokio::task::spawn_blocking(kexec::jump).await;
     match failed {

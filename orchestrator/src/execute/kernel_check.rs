@@ -2,15 +2,17 @@
 //! can fail is looked at while guests run, as there is no way back after the jump.
 
 use std::path::Path;
+use std::time::Duration;
 
 use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::Survive;
 
 use super::Host;
 use crate::agent::kexec;
+use crate::agent::next_kernel::{self, Found};
 use crate::doctor::{Check, Status};
 use crate::model::{
-    KernelJump, VmRecord, VmState, Wanted, bad_command_line, forgets_memory, with_nonce,
+    HostSwap, KernelJump, VmRecord, VmState, Wanted, bad_command_line, forgets_memory, with_nonce,
 };
 use crate::store::StoreError;
 
@@ -65,8 +67,18 @@ fn kernel_rung(host: &Host, vm: &VmRecord) -> Check {
 }
 
 /// All of it; that the kernel can be loaded is shown by loading it, and it is forgotten again.
-pub async fn checks(host: &Host, jump: &KernelJump) -> Result<Vec<Check>, StoreError> {
-    let mut checks = vec![carve_out(host), kexec_known(), command_line(jump)];
+pub async fn checks(
+    host: &Host,
+    jump: &KernelJump,
+    budget_ns: u64,
+) -> Result<Vec<Check>, StoreError> {
+    let mut checks = vec![
+        carve_out(host),
+        kexec_known(),
+        command_line(jump),
+        modules(jump).await,
+        time(&host.store.host_swaps().await?, budget_ns),
+    ];
     checks.push(Check::ok("wall clock", "carried over by the TSC"));
     let vms = host.store.vms().await?;
     let active = vms.iter().filter(|vm| vm.state.is_active());
@@ -118,6 +130,77 @@ fn command_line(jump: &KernelJump) -> Check {
     }
 }
 
+/// What the next kernel needs for guests to be revived.
+async fn modules(jump: &KernelJump) -> Check {
+    const NAME: &str = "modules";
+    let (image, initrd) = (jump.image.clone(), jump.initrd.clone());
+    let looked = move || next_kernel::look(&image, initrd.as_deref());
+    match tokio::task::spawn_blocking(looked).await {
+        Ok(Found::There(found)) => Check::ok(NAME, found),
+        Ok(Found::Missing { release, modules }) => Check::new(
+            NAME,
+            Status::Fail,
+            format!(
+                "kernel {release} finds no {}: its guests would not be revived",
+                modules.join(", ")
+            ),
+            "install the package with that kernel's modules, or put them into its initial RAM disk",
+        ),
+        Ok(Found::Unknown(why)) => Check::new(
+            NAME,
+            Status::Warn,
+            format!("whether it finds what guests need can't be told: {why}"),
+            "see that the next kernel's user space loads the modules of the carve-out and of KVM",
+        ),
+        Err(error) => Check::new(NAME, Status::Warn, error.to_string(), "ask again"),
+    }
+}
+
+/// How long it will take, by the last that arrived.
+fn time(swaps: &[HostSwap], budget_ns: u64) -> Check {
+    const NAME: &str = "time";
+    let budget = Duration::from_nanos(budget_ns);
+    let arrived = |swap: &&HostSwap| {
+        let kernel = swap.kernel.as_ref();
+        swap.pause_ns.is_some() && kernel.is_some_and(|kernel| kernel.to.is_some())
+    };
+    let newest = swaps
+        .iter()
+        .filter(arrived)
+        .max_by_key(|swap| swap.asked_at_unix_ns);
+    let Some((swap, pause)) = newest.and_then(|swap| Some((swap, swap.pause_ns?))) else {
+        return Check::new(
+            NAME,
+            Status::Warn,
+            format!(
+                "not known, as no kernel was swapped on this host yet; the budget is {budget:?}"
+            ),
+            "a first one, with guests that can bear it, shows it",
+        );
+    };
+    let phases = swap.kernel.iter().flat_map(|kernel| &kernel.phases);
+    let phases = phases.filter(|phase| phase.in_blackout).map(|phase| {
+        let took = Duration::from_nanos(phase.duration_ns).as_secs_f64();
+        format!("{} {took:.2} s", phase.name)
+    });
+    let phases: Vec<_> = phases.collect();
+    let found = format!(
+        "{:.1} s the last time ({}), of a budget of {budget:?}: {}",
+        Duration::from_nanos(pause).as_secs_f64(),
+        swap.id,
+        phases.join(", ")
+    );
+    match pause <= budget_ns {
+        true => Check::ok(NAME, found),
+        false => Check::new(
+            NAME,
+            Status::Warn,
+            found,
+            "after the jump a budget is a figure: give a larger one, or a kernel that starts faster",
+        ),
+    }
+}
+
 fn guest(host: &Host, vm: &VmRecord) -> Check {
     let name = format!("guest {}", vm.name);
     if vm.state != VmState::Running || vm.wanted != Wanted::Running {
@@ -164,5 +247,61 @@ async fn image(jump: &KernelJump) -> Check {
             ),
         ),
         Err(why) => Check::new(NAME, Status::Fail, why, "give a kernel that this one loads"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::execute::kernel::phase;
+    use crate::model::{Share, SwapId};
+
+    fn swap(at: u64, pause_s: Option<u64>, to: Option<&str>) -> HostSwap {
+        let kernel = KernelJump {
+            image: "/k".into(),
+            initrd: None,
+            command_line: String::new(),
+            nonce: "n".into(),
+            from: "1".into(),
+            to: to.map(str::to_owned),
+            phases: vec![
+                phase("load", Share::Ours, false, Duration::from_secs(3)),
+                phase("kernel", Share::Kernel, true, Duration::from_millis(1500)),
+            ],
+            clock: None,
+        };
+        HostSwap {
+            kernel: Some(kernel),
+            pause_ns: pause_s.map(|s| s * 1_000_000_000),
+            ..HostSwap::wanted(SwapId(at.to_string()), Vec::new(), 0, at)
+        }
+    }
+
+    #[test]
+    fn the_time_is_that_of_the_last_that_arrived() {
+        const BUDGET: u64 = 30_000_000_000;
+        let never = time(&[swap(9, None, None)], BUDGET);
+        assert!(
+            never.status == Status::Warn && never.found.contains("not known"),
+            "{never:?}"
+        );
+        let swaps = [
+            swap(2, Some(12), Some("2")),
+            swap(1, Some(50), Some("2")),
+            // It was called off: what its guests stood still tells nothing of a jump.
+            swap(3, Some(1), None),
+        ];
+        let known = time(&swaps, BUDGET);
+        assert_eq!(known.status, Status::Ok);
+        assert!(
+            known.found.starts_with("12.0 s the last time (2)"),
+            "{known:?}"
+        );
+        assert!(known.found.ends_with(": kernel 1.50 s"), "{known:?}");
+        let over = time(&swaps, BUDGET / 3);
+        assert!(
+            over.status == Status::Warn && over.remedy.contains("larger"),
+            "{over:?}"
+        );
     }
 }

@@ -33,7 +33,7 @@ use crate::metadata::ways::Ways;
 use crate::model::{Event, HostSwap, SwapId, SwapRecord, VmName, VmRecord, VmState};
 use crate::store::{Observed, Store, StoreError};
 
-pub use adopt::{adopt_all, retry};
+pub use adopt::{Verified, adopt_all, retry};
 pub use announce::{Clearance, clear_swap, forget, settle_pauses};
 pub use health::{Next, Watching, supersede, watch};
 pub use holds::Holds;

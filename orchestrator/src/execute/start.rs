@@ -1,13 +1,16 @@
 //! Starts the VMM of a VM.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::CarveOutSpec;
 
 use super::Host;
+use crate::agent::binaries::Binaries;
 use crate::agent::find::{FindError, Held};
 use crate::agent::places::VmDir;
 use crate::agent::spawn::{self, GIVEN_FD, Job, READY_FD};
@@ -36,6 +39,8 @@ pub(super) enum How {
         place: CarveOutSpec,
         /// The jump that it came by.
         nonce: String,
+        /// The release's binary, verified.
+        binary: Arc<File>,
     },
 }
 
@@ -94,10 +99,14 @@ async fn spawn_gated(
     release: &Release,
     (dir, how): (&VmDir, &How),
 ) -> Result<spawn::Gated, String> {
-    let binary = verified(host, release).await?;
+    let binary = match how {
+        How::Boot => verified(host, release).await?,
+        // The same file description, whose digest was taken.
+        How::Revive { binary, .. } => binary.try_clone().map_err(|e| e.to_string())?,
+    };
     let mut args = match how {
         How::Boot => vec!["run".to_owned(), format!("--spec={}", dir.spec().display())],
-        How::Revive { place, nonce } => {
+        How::Revive { place, nonce, .. } => {
             let place = serde_json::to_string(place).map_err(|e| e.to_string())?;
             vec![
                 "revive".to_owned(),
@@ -124,8 +133,13 @@ async fn spawn_gated(
 }
 
 /// The release's binary, its digest taken off the runtime's threads.
-pub(super) async fn verified(host: &Host, release: &Release) -> Result<std::fs::File, String> {
-    let (binaries, release) = (host.binaries.clone(), release.clone());
+pub(super) async fn verified(host: &Host, release: &Release) -> Result<File, String> {
+    verified_by(&host.binaries, release).await
+}
+
+/// As [`verified`], without a host.
+pub(super) async fn verified_by(binaries: &Binaries, release: &Release) -> Result<File, String> {
+    let (binaries, release) = (binaries.clone(), release.clone());
     tokio::task::spawn_blocking(move || binaries.verified(&release))
         .await
         .map_err(|e| e.to_string())?

@@ -50,7 +50,7 @@ pub enum Share {
 /// A phase of a jump, for the host as a whole; each guest's own are in its report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JumpPhase {
-    /// `load`, `store`, `sync`, `kernel`, `start`, `clock`, `adopt`.
+    /// `load`, `store`, `sync`, `kernel`, `start`, `open`, `clock`, `adopt`.
     pub name: String,
     /// Whose time it is.
     pub share: Share,

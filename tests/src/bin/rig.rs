@@ -66,12 +66,21 @@ struct Host {
     /// Guest images of this kernel, under /images there.
     #[arg(long = "images", value_name = "KERNEL")]
     images: Vec<Kernel>,
+    /// An archive for guests' initramfs, of those that `make images` made.
+    #[arg(long = "archive", value_name = "NAME")]
+    archives: Vec<String>,
     /// QEMU too, as qemu-microvm.
     #[arg(long)]
     qemu: bool,
+    /// With a network, and servers outside the host: where they are is in /rig/order.json there.
+    #[arg(long)]
+    peer: bool,
     /// None of our programs.
     #[arg(long)]
     bare: bool,
+    /// Of our programs only those that a scenario needs: less to load for a kernel that is jumped into.
+    #[arg(long, conflicts_with = "bare")]
+    scenario: bool,
 }
 
 impl Host {
@@ -80,12 +89,11 @@ impl Host {
             .cpus(self.cpus)
             .memory_mib(self.memory)
             .scratch_mib(self.scratch);
-        if !self.bare {
-            rig = rig.programs()?;
-        }
-        for &kernel in &self.images {
-            rig = rig.images(kernel, &["bzImage", "vmlinux", "initramfs", "release"]);
-        }
+        rig = match (self.bare, self.scenario) {
+            (true, _) => rig,
+            (false, true) => rig.scenario()?,
+            (false, false) => rig.programs()?,
+        };
         for file in &self.files {
             let (from, to) = file.rsplit_once(':').unwrap_or((file, file));
             rig = rig.file(PathBuf::from(from), to);
@@ -96,6 +104,16 @@ impl Host {
         for &kernel in &self.jump {
             let then = self.then.as_deref().unwrap_or("true");
             rig = rig.jump(kernel.name(), kernel, &["sh", "-c", then]);
+        }
+        // Behind the jumps: no kernel that is jumped into boots a guest from its initramfs.
+        for &kernel in &self.images {
+            rig = rig.images(kernel, &["bzImage", "vmlinux", "initramfs", "release"]);
+        }
+        for name in &self.archives {
+            rig = rig.archive(name);
+        }
+        if self.peer {
+            rig = rig.with_peer();
         }
         Ok(if self.qemu { rig.with_qemu() } else { rig })
     }

@@ -46,6 +46,7 @@ pub(super) struct Emulator<'a> {
     pub(super) memory_mib: u32,
     pub(super) scratch: bool,
     pub(super) carve_out_mib: u32,
+    pub(super) network: bool,
 }
 
 /// Where memory is left alone for a carve-out, MiB: behind what a kernel needs to start, and before the
@@ -139,6 +140,11 @@ impl Emulator<'_> {
         self.disk(&mut command, RESULTS_DISK, "results.raw");
         if self.scratch {
             self.disk(&mut command, SCRATCH_DISK, "scratch.raw");
+        }
+        if self.network {
+            // QEMU's own: needs no right on this machine, and stays while the host jumps.
+            command.args(["-netdev", "user,id=outside"]);
+            command.args(["-device", "virtio-net-pci,netdev=outside,romfile="]);
         }
         command
     }

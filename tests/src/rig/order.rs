@@ -18,6 +18,8 @@ pub const CARVE_OUT: &str = "/dev/dax0.0";
 pub const JUMPS: &str = "/jump";
 /// The file in the results that holds the [`Answer`].
 pub const ANSWER: &str = "answer.json";
+/// Where init leaves its [`Stamps`].
+pub const STAMPS: &str = "/run/rig-stamps.json";
 /// How long init may oversleep before it says that the host stood still.
 pub const STILL_S: u64 = 10;
 
@@ -35,6 +37,29 @@ pub struct Order {
     /// This kernel was jumped into: the scratch disk is as the one before left it.
     #[serde(default)]
     pub jumped: bool,
+    /// Servers outside the host, if it has a network.
+    #[serde(default)]
+    pub outside: Option<Outside>,
+}
+
+/// Servers that are no part of the host, as it reaches them: addresses with their ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outside {
+    /// Sends back what it is sent.
+    pub echo: String,
+    /// Answers each byte with the time.
+    pub clock: String,
+}
+
+/// When init was how far, by the TSC, which counts on over a kexec.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamps {
+    /// It began.
+    pub init: u64,
+    /// Every module was loaded, and `/dev/kvm` was open; absent where there is none.
+    pub kvm: Option<u64>,
+    /// The command was started.
+    pub command: u64,
 }
 
 /// How the command ended.
@@ -51,6 +76,7 @@ impl Default for Order {
             time_limit_s: Some(120),
             carve_out: false,
             jumped: false,
+            outside: None,
         }
     }
 }

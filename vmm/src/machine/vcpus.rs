@@ -43,13 +43,19 @@ pub(super) fn withhold_counters(vm: &VmFd) {
 /// Their fds, what CPUID they tell, and the frequency of their TSC, kHz.
 type Vcpus = (Vec<VcpuFd>, Vec<kvm_cpuid_entry2>, u32);
 
-/// Whether two frequencies are two measurements of one counter. Each kernel calibrates the TSC anew, so
-/// after a jump into another it has another figure, and still the same speed. To ask a KVM that can't
-/// scale for the figure of before would have it refuse, or "catch up" by moving the guest's TSC
-/// (x86.c, `set_tsc_khz`).
-fn is_calibrated_anew(kvm_fd: &Kvm, promised: u32, host: u32) -> bool {
-    let scales = kvm_fd.check_extension(Cap::TscControl);
-    promised != host && !scales && promised.abs_diff(host) <= host / CALIBRATION
+/// The frequency to ask KVM for; the host's own is none to ask for.
+///
+/// Each kernel calibrates the TSC anew, so after a jump into another it has another figure, and still the same speed.
+/// To ask a KVM that can't scale for the figure of before would have it refuse, or "catch up" by moving the guest's
+/// TSC (x86.c, `set_tsc_khz`). Beyond what calibrations differ by it is another speed, and no clock of the guest's
+/// would be right.
+fn frequency(promised: u32, host: u32, scales: bool) -> Result<u32, BuildError> {
+    let is_calibrated_anew = promised.abs_diff(host) <= host / CALIBRATION;
+    match (scales, is_calibrated_anew) {
+        (true, _) => Ok(promised),
+        (false, true) => Ok(host),
+        (false, false) => Err(BuildError::TscFrequency { promised, host }),
+    }
 }
 
 /// Makes the vCPUs of a machine that has none, as far as they can be without their state.
@@ -63,10 +69,8 @@ pub(super) fn make(
     let first = vm.create_vcpu(0).map_err(kvm("create vCPU 0"))?;
     let host_khz = first.get_tsc_khz().map_err(kvm("tell the TSC frequency"))?;
     let promised = promise.tsc_khz.unwrap_or(host_khz);
-    let tsc_khz = match is_calibrated_anew(kvm_fd, promised, host_khz) {
-        true => host_khz,
-        false => promised,
-    };
+    let scales = kvm_fd.check_extension(Cap::TscControl);
+    let tsc_khz = frequency(promised, host_khz, scales)?;
     if tsc_khz != host_khz {
         first
             .set_tsc_khz(tsc_khz)
@@ -97,4 +101,27 @@ pub(super) fn make(
         fd.set_cpuid2(&own).map_err(kvm("set the CPUID"))?;
     }
     Ok((fds, cpuid, tsc_khz))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_calibration_is_the_same_counter_and_another_speed_is_not() {
+        let at = |promised, scales| frequency(promised, 2_000_000, scales).ok();
+        assert_eq!(at(2_000_000, false), Some(2_000_000));
+        assert_eq!(at(2_019_999, false), Some(2_000_000), "calibrated anew");
+        assert_eq!(at(2_019_999, true), Some(2_019_999), "scaled");
+        assert_eq!(at(1_900_000, true), Some(1_900_000));
+        for other in [1_900_000, 2_100_000] {
+            let error = frequency(other, 2_000_000, false)
+                .expect_err("another speed")
+                .to_string();
+            assert!(
+                error.contains(&other.to_string()) && error.contains("2000000 kHz"),
+                "{error}"
+            );
+        }
+    }
 }

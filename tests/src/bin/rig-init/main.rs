@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
+use stillpoint_carveout::wall::tsc;
 use stillpoint_images::programs::PROGRAMS;
 use stillpoint_tests::rig::order::{
-    ANSWER, Answer, CARVE_OUT, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STILL_S,
+    ANSWER, Answer, CARVE_OUT, MARK, ORDER, Order, RESULTS_DISK, ROOT, SCRATCH_DISK, STAMPS,
+    STILL_S, Stamps,
 };
 
 /// What it says besides what the command says.
@@ -33,8 +35,15 @@ fn main() {
 }
 
 fn live() -> anyhow::Result<()> {
+    let mut stamps = Stamps {
+        init: tsc(),
+        ..Stamps::default()
+    };
     mount_all()?;
     load_modules()?;
+    // A kernel that was swapped under nobody is complete here: what follows is ours.
+    let kvm = std::fs::File::open("/dev/kvm");
+    stamps.kvm = kvm.is_ok().then(tsc);
     let order: Order = serde_json::from_slice(&std::fs::read(ORDER).context(ORDER)?)?;
     keep_time(order.time_limit_s.map(Duration::from_secs));
     std::fs::create_dir_all("/results")?;
@@ -51,6 +60,8 @@ fn live() -> anyhow::Result<()> {
         "up after {} s",
         up.split('.').next().unwrap_or("?")
     ));
+    stamps.command = tsc();
+    std::fs::write(STAMPS, serde_json::to_vec(&stamps)?)?;
     let status = run(&order.command)?;
     say(&format!(
         "bringing out the results (the command ended with status {status})"

@@ -23,16 +23,13 @@ const OUTPUT: &str = "/tmp/disk.out";
 
 /// The guest's wire, which ends with the kernel and is made anew under the next.
 pub(crate) fn tap() -> anyhow::Result<()> {
-    let address = format!("{ADDRESS}/24");
-    for words in [
-        vec!["tunctl", "-t", TAP],
-        vec!["ip", "addr", "add", &address, "dev", TAP],
-        vec!["ip", "link", "set", TAP, "up"],
-    ] {
-        let output = Command::new("/bin/busybox").args(&words).output()?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(output.status.success(), "{words:?}: {said}");
-    }
+    let script =
+        format!("tunctl -t {TAP} && ip addr add {ADDRESS}/24 dev {TAP} && ip link set {TAP} up");
+    let output = Command::new("/bin/busybox")
+        .args(["sh", "-c", &script])
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{script}: {said}");
     Ok(())
 }
 
@@ -67,6 +64,13 @@ pub(crate) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
     let late = late_ms(&guest)?;
     Ok(json!({"jobs": jobs, "lines": began, "uptime": uptime, "late_ms": late}))
+}
+
+/// It answers.
+pub(crate) fn is_up(daemon: &Daemon) -> anyhow::Result<()> {
+    let health = Linux::of(daemon, GUEST).wait_up()?;
+    ensure!(health.cpus == 2, "{health:?}");
+    Ok(())
 }
 
 /// How late its wall clock is, ms, as its own `date` says it. A question and its answer lie between the

@@ -15,14 +15,12 @@ use serde_json::{Value, json};
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::ground;
 use stillpoint_tests::guest::Snapshot;
-use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::rig::crash;
-use stillpoint_tests::rig::order::{CARVE_OUT, JUMPS};
+use stillpoint_tests::rig::order::JUMPS;
 
 use crate::debian;
+use crate::stages::{HOST, add_release, daemon, faults, run_pulse};
 
-/// Where the daemon lives, on a disk that both kernels have.
-pub(crate) const HOST: &str = "/scratch/host";
 /// What the stage before saw.
 const SEEN: &str = "/scratch/seen.json";
 /// Where all that was seen is written, for the last stage to bring out.
@@ -66,37 +64,9 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
     })
 }
 
-fn daemon() -> anyhow::Result<Daemon> {
-    std::fs::create_dir_all(HOST)?;
-    Daemon::start_with(Path::new(HOST), &["--carve-out", CARVE_OUT])
-}
-
-fn run_pulse(daemon: &Daemon, name: &str, more: &[&str]) -> anyhow::Result<Snapshot> {
-    let image = releases::pulse()?.display().to_string();
-    let run = [
-        "run",
-        name,
-        "--cpus",
-        "2",
-        "--memory",
-        "64M",
-        "--survive",
-        "kernel",
-        "--kernel",
-        &image,
-        "--cmdline",
-        "pulse ram=16M duty=40",
-    ];
-    daemon.must(&[&run[..], more].concat())?;
-    let pulse = daemon.pulse(name)?;
-    pulse.wait_online(2)?;
-    pulse.wait_progress(&[0, 1], 10)
-}
-
 fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
     let daemon = daemon()?;
-    let release = Release::Current.binary()?.display().to_string();
-    daemon.must(&["release", "add", "--unsigned", &release])?;
+    add_release(&daemon)?;
     let first = run_pulse(&daemon, GUEST, &[])?;
     std::fs::File::create(DISK)?.set_len(1 << 20)?;
     let second = run_pulse(&daemon, ASTRAY, &["--disk", DISK])?;
@@ -146,7 +116,7 @@ fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value>
         );
     }
     let seen = pulse.wait_progress(&[0, 1], 20)?;
-    ensure!(seen.faults().is_empty(), "{name}: {:#?}", seen.faults());
+    ensure!(faults(&seen).is_empty(), "{name}: {:#?}", faults(&seen));
     pulse.ran_once()?;
     println!("scenario: {name} went on");
     Ok(told(&seen))

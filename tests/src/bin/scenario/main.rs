@@ -7,9 +7,13 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod cells;
 mod debian;
 mod kernel;
+mod kexecs;
 mod pulse;
+mod stages;
+mod tour;
 
 /// One scenario, run on this host with the programs of `STILLPOINT_ROOT`.
 #[derive(Debug, Parser)]
@@ -27,6 +31,12 @@ enum What {
     Pulse,
     /// The host's kernel swapped under pulse, in the emulated host.
     Kernel(kernel::Args),
+    /// Every change of the host in turn, under guests at work, in the emulated host.
+    Tour(tour::Args),
+    /// What can go wrong on the way to another kernel, in the emulated host.
+    Cells(cells::Args),
+    /// Pairs of kexecs, one empty and one under guests, in the emulated host.
+    Kexecs(kexecs::Args),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +44,9 @@ fn main() -> ExitCode {
     let told = match args.what {
         What::Pulse => pulse::tell(),
         What::Kernel(args) => kernel::tell(&args),
+        What::Tour(args) => tour::tell(&args),
+        What::Cells(args) => cells::tell(&args),
+        What::Kexecs(args) => kexecs::tell(&args),
     };
     match told.and_then(|report| write(&args.results, &report)) {
         Ok(()) => ExitCode::SUCCESS,

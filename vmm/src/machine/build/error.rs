@@ -28,6 +28,17 @@ pub enum BuildError {
         /// Why not.
         source: kvm_ioctls::Error,
     },
+    /// Another processor than the guest was promised.
+    #[error(
+        "the guest's TSC counts at {promised} kHz, this host's at {host} kHz, and its KVM can't scale: the guest's \
+         clocks would be wrong; run it on a host whose TSC is as fast as the one it was started on"
+    )]
+    TscFrequency {
+        /// What the guest was promised, kHz.
+        promised: u32,
+        /// What the host has, kHz.
+        host: u32,
+    },
     /// RAM.
     #[error(transparent)]
     Memory(#[from] MemoryError),

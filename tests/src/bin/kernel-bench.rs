@@ -1,0 +1,107 @@
+//! `make bench-kernel`: what of a swap of the host's kernel is ours, measured on an emulated host, as JSON and
+//! as a picture.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::Parser;
+use serde_json::Value;
+use stillpoint_images::packages::Kernel;
+use stillpoint_tests::releases::root;
+use stillpoint_tests::rig::Rig;
+use stillpoint_tests::rig::emulator::ground;
+use stillpoint_tests::shares::Shares;
+
+/// Pairs of kexecs into one kernel: an empty one, and a swap under guests.
+#[derive(Debug, Parser)]
+struct Args {
+    /// The kernel: bookworm (6.1) or backports (the newest in trixie-backports).
+    #[arg(long, default_value = "bookworm")]
+    kernel: Kernel,
+    /// How many pairs.
+    #[arg(long, default_value_t = 5)]
+    pairs: usize,
+    /// Without the Debian guest.
+    #[arg(long)]
+    no_debian: bool,
+    /// How long all of it may take, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1200)]
+    time_limit: u64,
+    /// Where the report and the picture go.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// The largest share of ours, of the middle pair, in percent.
+    #[arg(long, default_value_t = 15.0)]
+    most: f64,
+    /// Only draw the report again that is there.
+    #[arg(long)]
+    draw: bool,
+}
+
+fn main() -> ExitCode {
+    match told(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kernel-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn told(args: &Args) -> anyhow::Result<()> {
+    let out = args
+        .out
+        .clone()
+        .unwrap_or_else(|| root().join("target/bench-kernel"));
+    std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    let path = out.join("report.json");
+    if !args.draw {
+        let mut report = measure(args)?;
+        report["ground"] = ground().into();
+        std::fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
+    }
+    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+    let shares = Shares::of(&serde_json::from_slice(&bytes)?)?;
+    let picture = out.join("phases.svg");
+    std::fs::write(&picture, shares.picture())?;
+    print!("{}", shares.table());
+    println!("{}, {}", path.display(), picture.display());
+    let share = shares.median_share() * 100.0;
+    ensure!(
+        share <= args.most,
+        "our share of the middle pair is {share:.1} %, and at most {} % are promised",
+        args.most
+    );
+    Ok(())
+}
+
+fn measure(args: &Args) -> anyhow::Result<Value> {
+    let pairs = args.pairs.to_string();
+    let mut command = vec![
+        "scenario",
+        "kexecs",
+        "--into",
+        args.kernel.name(),
+        "--pairs",
+        &pairs,
+    ];
+    if !args.no_debian {
+        command.push("--debian");
+    }
+    let rig = Rig::new("bench-kernel", args.kernel)
+        .memory_mib(2560)
+        .scratch_mib(512)
+        .carve_out_mib(512)
+        .scenario()?
+        .jump(args.kernel.name(), args.kernel, &["scenario", "kexecs"])
+        .images(Kernel::Backports, &["vmlinux", "initramfs"])
+        .command(&command)
+        .time_limit(Duration::from_secs(args.time_limit))
+        .live(true);
+    let outcome = rig.run()?;
+    outcome.succeeded()?;
+    let report = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    Ok(serde_json::from_slice(&report)?)
+}

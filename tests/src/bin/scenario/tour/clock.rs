@@ -1,0 +1,104 @@
+//! Clocks against the one outside: each question takes its time, and that is how well the answer is known.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, ensure};
+use serde::{Deserialize, Serialize};
+use stillpoint_tests::linux::Linux;
+
+use super::wires;
+
+/// Questions, of which the one that was answered soonest counts.
+const ASKED: usize = 100;
+/// What a clock may move by beyond what is uncertain, us. Each kernel calibrates the TSC anew, to some parts per
+/// million, and nobody disciplines these hosts' clocks: over a minute or two that is a millisecond or so.
+const DRIFT_US: i64 = 5_000;
+
+/// How far a clock is from another.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Off {
+    /// By so much it is ahead.
+    pub(crate) ns: i64,
+    /// It may be so much more or less.
+    pub(crate) uncertain_ns: i64,
+}
+
+/// How far it moved.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moved {
+    pub(crate) us: i64,
+    pub(crate) uncertain_us: i64,
+}
+
+impl std::fmt::Display for Moved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} us (within {} us)", self.us, self.uncertain_us)
+    }
+}
+
+impl Off {
+    /// How far it moved since, which must not be far.
+    pub(crate) fn since(&self, before: &Self) -> anyhow::Result<Moved> {
+        let moved = Moved {
+            us: (self.ns - before.ns) / 1000,
+            uncertain_us: (self.uncertain_ns + before.uncertain_ns) / 1000,
+        };
+        ensure!(
+            moved.us.abs() <= moved.uncertain_us + DRIFT_US,
+            "a clock moved by {moved}: it was {before:?} off and is {self:?}"
+        );
+        Ok(moved)
+    }
+}
+
+fn now() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}
+
+fn ns(time: Duration) -> i64 {
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Of questions to a clock: how far this host's is from it, by the answer that came soonest.
+fn tightest(mut ask: impl FnMut() -> anyhow::Result<i64>) -> anyhow::Result<Off> {
+    let mut best: Option<Off> = None;
+    for _ in 0..ASKED {
+        let asked = now();
+        let said = ask()?;
+        let took = now().saturating_sub(asked);
+        let off = Off {
+            ns: ns(asked + took / 2) - said,
+            uncertain_ns: ns(took / 2),
+        };
+        best = Some(
+            best.filter(|best| best.uncertain_ns <= off.uncertain_ns)
+                .unwrap_or(off),
+        );
+    }
+    best.context("nobody was asked")
+}
+
+/// The host's against the one outside.
+pub(crate) fn outside() -> anyhow::Result<Off> {
+    let address = wires::outside()?.clock;
+    let mut stream =
+        TcpStream::connect(&address).with_context(|| format!("connecting to {address}"))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    tightest(|| {
+        let mut time = [0; 8];
+        stream.write_all(&[1])?;
+        stream.read_exact(&mut time)?;
+        Ok(i64::try_from(u64::from_le_bytes(time))?)
+    })
+}
+
+/// The host's against a guest's, by the guest's agent.
+pub(crate) fn of_guest(guest: &Linux<'_>) -> anyhow::Result<Off> {
+    let mut agent = guest.agent()?;
+    tightest(|| Ok(i64::try_from(agent.clocks()?.realtime.ns)?))
+}
