@@ -144,7 +144,7 @@ fn gap(ms: f64) -> String {
 fn phases(to: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(to, "\nWhere our time goes, median ms\n")?;
     for phases in &report.phases {
-        write!(to, "  {:<18}", phases.scene.title)?;
+        write!(to, "  {:<16} {:<13}", phases.scene.title, phases.who.name())?;
         for (name, ms) in &phases.medians {
             write!(to, " {name} {ms:.2} ")?;
         }

@@ -141,6 +141,8 @@ pub(crate) struct Row {
 pub(crate) struct Phases {
     /// The machine.
     pub(crate) scene: Scene,
+    /// Rehearsed or not.
+    pub(crate) who: Who,
     /// Median of each phase within the blackout, ms.
     pub(crate) medians: Vec<(String, f64)>,
     /// Median of what is in no phase: wake-ups between the processes.
@@ -434,6 +436,7 @@ fn phases(series: &Series) -> Option<Phases> {
         .map(|name| (name.clone(), stats::median(&before(name))));
     Some(Phases {
         scene: series.scene,
+        who: series.who,
         medians: medians.collect(),
         between: stats::median(&between),
         after: stats::median(&after),

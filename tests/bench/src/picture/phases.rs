@@ -1,18 +1,16 @@
-//! Where our time goes: a bar of medians for each machine, and a table of them as the legend.
+//! Where our time goes: a bar of medians for each machine.
 
 use super::svg::{Anchor, Svg};
+use crate::sample::Who;
 use crate::scene::SMALL;
 use crate::verdict::{Phases, Report};
 
 const WIDTH: f64 = 980.0;
-const LEFT: f64 = 150.0;
+const LEFT: f64 = 210.0;
 const RIGHT: f64 = 930.0;
 const TOP: f64 = 92.0;
 const ROW: f64 = 56.0;
 const BAR: f64 = 36.0;
-/// The table's last column ends here, and each is so wide.
-const TABLE_END: f64 = 930.0;
-const COLUMN: f64 = 128.0;
 
 /// A phase as it is shown.
 struct Shown {
@@ -75,7 +73,7 @@ pub(crate) fn phases(report: &Report) -> String {
     for (n, phases) in bars.iter().enumerate() {
         bar(&mut svg, phases, TOP + ROW * n as f64, x);
     }
-    let end = table(&mut svg, &bars, bottom + 82.0);
+    let end = legend(&mut svg, bottom + 70.0);
     svg.finish(end + 20.0, "Where the blackout of a swap goes, by phase")
 }
 
@@ -110,7 +108,11 @@ fn grid(svg: &mut Svg, longest: f64, bottom: f64, x: impl Fn(f64) -> f64) {
 }
 
 fn bar(svg: &mut Svg, phases: &Phases, y: f64, x: impl Fn(f64) -> f64) {
-    svg.text(LEFT - 14.0, y + 22.0, "", Anchor::End, phases.scene.title);
+    let title = match phases.who {
+        Who::Whole => format!("{}, not rehearsed", phases.scene.title),
+        _ => phases.scene.title.to_owned(),
+    };
+    svg.text(LEFT - 14.0, y + 22.0, "", Anchor::End, &title);
     let ends = [(BETWEEN.name, phases.between), (AFTER.name, phases.after)];
     let all = phases.medians.iter().map(|(name, ms)| (name.as_str(), *ms));
     let mut at = 0.0;
@@ -145,55 +147,14 @@ fn bar(svg: &mut Svg, phases: &Phases, y: f64, x: impl Fn(f64) -> f64) {
     }
 }
 
-/// The legend, with every figure in ms; gives where it ends.
-fn table(svg: &mut Svg, bars: &[&Phases], top: f64) -> f64 {
-    let column = |n: usize| TABLE_END - COLUMN * (bars.len() - 1 - n) as f64;
-    for (n, phases) in bars.iter().enumerate() {
-        svg.text(
-            column(n),
-            top - 10.0,
-            "small soft",
-            Anchor::End,
-            phases.scene.title,
-        );
-    }
+/// The legend; gives where it ends. Every figure is in the report, and beside its bar's part.
+fn legend(svg: &mut Svg, top: f64) -> f64 {
     let mut y = top;
     for row in KNOWN.iter().chain([&BETWEEN, &AFTER]) {
         svg.rect(row.class, (28.0, y), (14.0, 14.0), row.words);
         svg.text(52.0, y + 11.5, "small bold", Anchor::Start, row.name);
         svg.text(124.0, y + 11.5, "small soft", Anchor::Start, row.words);
-        for (n, phases) in bars.iter().enumerate() {
-            let ms = match row.name {
-                name if name == BETWEEN.name => phases.between,
-                name if name == AFTER.name => phases.after,
-                name => phases
-                    .medians
-                    .iter()
-                    .filter(|m| m.0 == name)
-                    .map(|m| m.1)
-                    .sum(),
-            };
-            svg.text(
-                column(n),
-                y + 11.5,
-                "small",
-                Anchor::End,
-                &format!("{ms:.3}"),
-            );
-        }
         y += 23.0;
     }
-    svg.line("grid", (28.0, y), (TABLE_END, y));
-    svg.text(
-        52.0,
-        y + 18.0,
-        "small bold",
-        Anchor::Start,
-        "guest-visible blackout",
-    );
-    for (n, phases) in bars.iter().enumerate() {
-        let text = format!("{:.3}", phases.guest);
-        svg.text(column(n), y + 18.0, "small bold", Anchor::End, &text);
-    }
-    y + 24.0
+    y
 }

@@ -6,6 +6,7 @@ mod swaps;
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use stillpoint_control::spec::DiskSpec;
 use tempfile::NamedTempFile;
@@ -41,8 +42,18 @@ fn spec(path: &Path, read_only: bool) -> DiskSpec {
     DiskSpec { path, read_only }
 }
 
+/// A child that another test is starting has our descriptors, and so our locks, until it is another program.
 fn image(file: &NamedTempFile, read_only: bool) -> Image {
-    Image::open("web-1", "disk0", &spec(file.path(), read_only)).expect("image")
+    let began = Instant::now();
+    loop {
+        match Image::open("web-1", "disk0", &spec(file.path(), read_only)) {
+            Err(error) if began.elapsed() < Duration::from_secs(10) => {
+                assert!(error.to_string().contains("lslocks"), "{error}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            opened => return opened.expect("image"),
+        }
+    }
 }
 
 fn boot(file: &NamedTempFile) -> Driver {
