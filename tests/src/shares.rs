@@ -28,7 +28,7 @@ pub struct Pair {
     pub empty: Duration,
     /// The swap: the longest that a guest stood still.
     pub total: Duration,
-    /// Its parts, in the order of [`PARTS`]; they add up to the whole but for what lies between them.
+    /// Its parts, in the order in which they come; they add up to the whole but for what lies between them.
     pub parts: [Duration; PARTS.len()],
 }
 

@@ -53,7 +53,7 @@ fn frozen_means_silent() {
     ring.kick();
     let before = driver.saved();
     // Longer than the device takes when it is at work, by far.
-    assert_eq!(ring.try_wait(std::time::Duration::from_millis(200)), None);
+    assert_eq!(ring.try_wait(Duration::from_millis(200)), None);
     assert_eq!(get(&driver, STATUS, 1), [UNTOUCHED]);
     assert_eq!(on_disk(&file, 0, 512), [1; 512]);
     assert_eq!(driver.saved(), before);
