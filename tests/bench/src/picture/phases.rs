@@ -6,7 +6,7 @@ use crate::scene::SMALL;
 use crate::verdict::{Phases, Report};
 
 const WIDTH: f64 = 980.0;
-const LEFT: f64 = 210.0;
+const LEFT: f64 = 150.0;
 const RIGHT: f64 = 930.0;
 const TOP: f64 = 92.0;
 const ROW: f64 = 56.0;
@@ -109,10 +109,11 @@ fn grid(svg: &mut Svg, longest: f64, bottom: f64, x: impl Fn(f64) -> f64) {
 
 fn bar(svg: &mut Svg, phases: &Phases, y: f64, x: impl Fn(f64) -> f64) {
     let title = match phases.who {
-        Who::Whole => format!("{}, not rehearsed", phases.scene.title),
-        _ => phases.scene.title.to_owned(),
+        // Below the same machine's.
+        Who::Whole => "not rehearsed",
+        _ => phases.scene.title,
     };
-    svg.text(LEFT - 14.0, y + 22.0, "", Anchor::End, &title);
+    svg.text(LEFT - 14.0, y + 22.0, "", Anchor::End, title);
     let ends = [(BETWEEN.name, phases.between), (AFTER.name, phases.after)];
     let all = phases.medians.iter().map(|(name, ms)| (name.as_str(), *ms));
     let mut at = 0.0;
