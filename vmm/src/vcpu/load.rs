@@ -149,14 +149,15 @@ impl Known {
             true => offset.wrapping_add(1_000),
             false => offset,
         };
-        let read_back = || raw::tsc_offset(fd).map_err(VcpuError::kvm("read the TSC offset back"));
-        let mut now = read_back()?;
+        let read_back =
+            |fd: &VcpuFd| raw::tsc_offset(fd).map_err(VcpuError::kvm("read the TSC offset back"));
+        let mut now = read_back(fd)?;
         // Where it already is what it was (a guest that never touched its TSC, on the same host), the
         // write is left out: every write opens a new TSC generation.
         if now != to_write {
             raw::set_tsc_offset(fd, to_write).map_err(VcpuError::kvm("set the TSC offset"))?;
             take_up_requests(fd)?;
-            now = raw::tsc_offset(fd).map_err(VcpuError::kvm("read the TSC offset back"))?;
+            now = read_back(fd)?;
         }
         let delta = now.wrapping_sub(offset);
         if pause.held != 0 && delta != 0 {
@@ -177,8 +178,10 @@ impl Standing {
         from: &VcpuSection,
         msrs: &[(u32, u64)],
     ) -> Result<(), VcpuError> {
+        // What a saved state does not have stands nowhere: it is refused, as ever.
+        let stands = |ours: &[u8], theirs: &[u8]| !theirs.is_empty() && ours == theirs;
         // System registers hold the APIC base, which must stand before the local APIC is loaded.
-        if self.sregs != from.sregs {
+        if !stands(&self.sregs, &from.sregs) {
             let sregs = raw::from_bytes(NAME, &from.sregs)?;
             fd.set_sregs(&sregs)
                 .map_err(VcpuError::kvm("load system registers"))?;
@@ -189,10 +192,10 @@ impl Standing {
             fd.set_xcrs(&xcrs)
                 .map_err(VcpuError::kvm("load extended control registers"))?;
         }
-        if self.xsave != from.xsave || !same_xcrs {
+        if !stands(&self.xsave, &from.xsave) || !same_xcrs {
             load_xsave(fd, &from.xsave)?;
         }
-        if self.debugregs != from.debugregs {
+        if !stands(&self.debugregs, &from.debugregs) {
             let debugregs = raw::from_bytes(NAME, &from.debugregs)?;
             fd.set_debug_regs(&debugregs)
                 .map_err(VcpuError::kvm("load debug registers"))?;

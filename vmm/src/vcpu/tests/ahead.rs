@@ -160,3 +160,26 @@ fn what_stands_is_what_was_written_and_nothing_else() {
         assert_eq!(differing(&held(&mut whole), &held(&mut ahead)), "");
     });
 }
+
+/// Nothing stands in a new vCPU, and "nothing" in a saved state is not the same as that.
+#[test]
+fn a_state_that_lacks_a_part_is_refused() {
+    alone(|| {
+        let Some(mut machine) = Bare::new() else {
+            return;
+        };
+        let section = machine.save();
+        let lacks: [(&str, fn(&mut Section)); 3] = [
+            ("system registers", |section| section.sregs.clear()),
+            ("an XSAVE area", |section| section.xsave.clear()),
+            ("debug registers", |section| section.debugregs.clear()),
+        ];
+        for (what, take) in lacks {
+            let mut part = section.clone();
+            take(&mut part);
+            let mut known = Known::of(&machine.vcpu);
+            let loaded = known.load(&mut machine.vcpu, &part, Pause::default(), ());
+            assert!(loaded.is_err(), "without {what}");
+        }
+    });
+}
