@@ -113,3 +113,14 @@ impl Caller {
         revoked.then(|| format!("the certificate of `{who}` was revoked"))
     }
 }
+
+/// An error with all that it came of: what the other side has against us stands at its end.
+pub(crate) fn whole(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text
+}

@@ -15,6 +15,7 @@ use tokio_rustls::TlsConnector;
 
 use crate::auth::ca::config_dir;
 use crate::auth::certificate::{certificates, private_key};
+use crate::auth::whole;
 use crate::model::{Code, Problem};
 
 /// How long the machine has to take a connection, and for the handshake.
@@ -249,16 +250,6 @@ fn tls_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a rus
         next = error.source();
     }
     None
-}
-
-fn whole(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(&format!(": {error}"));
-        source = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

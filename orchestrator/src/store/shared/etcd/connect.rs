@@ -22,6 +22,7 @@ use super::tls::{self, TlsError};
 use super::wire::Answered;
 use super::{EtcdConfig, EtcdError};
 use crate::auth::certificate::Certificate;
+use crate::auth::whole;
 use crate::execute::unix_ns;
 
 /// How long a member has to answer. An election of etcd's own takes about a second.
@@ -344,17 +345,6 @@ fn said(failure: Failure) -> String {
     match failure {
         Failure::Unheard(problem) | Failure::BrokeOff(problem) => problem,
     }
-}
-
-/// An error with all that it came of: what a member has against us stands at its end.
-fn whole(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(&format!(": {error}"));
-        source = error.source();
-    }
-    text
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
