@@ -10,9 +10,9 @@ use super::{Desk, format, progress, say, say_json};
 use crate::api::{NewHostSwap, NewKvm};
 use crate::model::{Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem};
 
-/// Between two looks at how far it is.
 /// Where kernels have their modules.
 const MODULES: &str = "/lib/modules";
+/// Between two looks at how far it is.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a daemon may stay away before the command stops waiting for it.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
