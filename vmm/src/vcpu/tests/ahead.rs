@@ -161,6 +161,9 @@ fn what_stands_is_what_was_written_and_nothing_else() {
     });
 }
 
+/// Takes one part out of a vCPU's section.
+type Take = fn(&mut Section);
+
 /// Nothing stands in a new vCPU, and "nothing" in a saved state is not the same as that.
 #[test]
 fn a_state_that_lacks_a_part_is_refused() {
@@ -169,7 +172,7 @@ fn a_state_that_lacks_a_part_is_refused() {
             return;
         };
         let section = machine.save();
-        let lacks: [(&str, fn(&mut Section)); 3] = [
+        let lacks: [(&str, Take); 3] = [
             ("system registers", |section| section.sregs.clear()),
             ("an XSAVE area", |section| section.xsave.clear()),
             ("debug registers", |section| section.debugregs.clear()),
