@@ -143,6 +143,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         run_dir: config.run_dir.clone(),
         scopes: Scopes::connect().await,
         holds: execute::Holds::default(),
+        lanes: execute::Lanes::of_host(),
         carve_out,
     };
     host.binaries.clear_away();

@@ -8,5 +8,6 @@
 //! | [`rollout`] | which VMs and hosts of a fleet are next, why these, and why not each of the others | [`crate::fleet`], [`crate::simulate`] |
 
 pub mod health;
+pub mod lanes;
 pub mod rollout;
 pub mod vm;

@@ -16,13 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use stillpoint_control::message::ProcessId;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::agent::custody;
 use crate::agent::find::{FindError, Held};
 use crate::agent::process::{Exit, Process};
 use crate::agent::spawn::log_tail;
-use crate::execute::{self, Clearance, Host, Next, Watching};
+use crate::execute::{self, Clearance, Host, Hurry, Lane, Next, Watching};
 use crate::model::{Event, HOST, SwapRecord, VmName, VmRecord, VmState, Wanted};
 use crate::plan;
 use crate::plan::vm::{Ending, Planned, Seen, Step};
@@ -317,7 +317,8 @@ impl Keeper {
         }
     }
 
-    /// Swaps it if its guest has had its notice; otherwise waits until something changes.
+    /// Swaps it if its guest has had its notice and the host has room; otherwise waits until something
+    /// changes.
     async fn swap_in_time(
         &mut self,
         vm: &VmRecord,
@@ -329,7 +330,10 @@ impl Keeper {
         // Before the look at the board: what changes after it is not missed.
         let mut changes = self.host.notices.changes();
         match execute::clear_swap(&self.host, vm, &mut swap).await? {
-            Clearance::Go => self.swap(vm, Some(swap)).await,
+            Clearance::Go => match self.lane(vm, &swap, changes).await? {
+                Some(lane) => self.begin(vm, swap, lane).await,
+                None => Ok(()),
+            },
             Clearance::Withdrawn(why) => {
                 execute::refuse(&self.host, swap, why).await;
                 Ok(())
@@ -345,8 +349,56 @@ impl Keeper {
         }
     }
 
-    async fn swap(&mut self, vm: &VmRecord, swap: Option<SwapRecord>) -> Result<(), StoreError> {
-        let (Some(swap), Some(held)) = (swap, self.held.take()) else {
+    /// The cores for it; `None` when something changed that concerns it while it waited for them.
+    async fn lane(
+        &self,
+        vm: &VmRecord,
+        swap: &SwapRecord,
+        mut changes: watch::Receiver<u64>,
+    ) -> Result<Option<Lane>, StoreError> {
+        let (host, vcpus) = (&self.host, vm.spec.cpus);
+        if !host.lanes.is_free(vcpus) {
+            let mut waiting = swap.clone();
+            waiting.step = "wait for its turn".into();
+            host.record(&waiting).await?;
+        }
+        let hurry = match swap.safeguards.way_back_of {
+            Some(_) => Hurry::WayBack,
+            None => Hurry::None,
+        };
+        let lane = host.lanes.enter(vcpus, hurry);
+        tokio::pin!(lane);
+        // What changes for others must not cost it its place.
+        while execute::may_begin(host, &swap.id).await {
+            tokio::select! {
+                lane = &mut lane => return Ok(Some(lane)),
+                () = self.rest() => break,
+                _ = changes.changed() => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// The guest hears that its pause starts only when it does.
+    async fn begin(
+        &mut self,
+        vm: &VmRecord,
+        swap: SwapRecord,
+        lane: Lane,
+    ) -> Result<(), StoreError> {
+        match execute::begin(&self.host, &swap.id).await? {
+            Clearance::Go => {
+                let done = self.swap(vm, swap).await;
+                drop(lane);
+                done
+            }
+            // Cancelled while it waited for its turn: the next look says so.
+            Clearance::Withdrawn(_) | Clearance::Wait(_) => Ok(()),
+        }
+    }
+
+    async fn swap(&mut self, vm: &VmRecord, swap: SwapRecord) -> Result<(), StoreError> {
+        let Some(held) = self.held.take() else {
             return Ok(());
         };
         match execute::swap(&self.host, vm, swap, held).await {

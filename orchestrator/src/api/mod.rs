@@ -17,6 +17,7 @@ mod releases;
 pub mod roles;
 mod rollouts;
 mod serve;
+mod swap_all;
 mod swaps;
 mod vms;
 
@@ -40,6 +41,7 @@ pub use refusal::Refusal;
 pub use releases::{NewPin, NewRelease, Verification, add as add_release};
 pub use rollouts::{Explained, NewAct, NewCordon};
 pub use serve::{serve, serve_machines};
+pub use swap_all::{AskedAll, LeftOut};
 pub use swaps::{NewCheck, NewSwap};
 pub use vms::{NewVm, VmView};
 
@@ -76,7 +78,7 @@ fn routes() -> OpenApiRouter<Desk> {
         .routes(routes!(vms::stop))
         .routes(routes!(swaps::of_vm, swaps::ask))
         .routes(routes!(swaps::check))
-        .routes(routes!(swaps::list))
+        .routes(routes!(swaps::list, swap_all::ask))
         .routes(routes!(swaps::show))
         .routes(routes!(host::list, host::ask))
         .routes(routes!(host::show))

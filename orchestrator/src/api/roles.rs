@@ -39,6 +39,7 @@ pub const ROLES: &[(&str, &str, Role)] = &[
     ("POST", "/v1/pauses/{event}/cancel", Operate),
     ("POST", "/v1/rollouts", Operate),
     ("POST", "/v1/rollouts/{id}/acts", Operate),
+    ("POST", "/v1/swaps", Operate),
     ("POST", "/v1/vms/{name}/checks", Operate),
     ("POST", "/v1/vms/{name}/stop", Operate),
     ("POST", "/v1/vms/{name}/swaps", Operate),

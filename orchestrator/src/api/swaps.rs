@@ -1,4 +1,4 @@
-//! `/v1/swaps` and `/v1/vms/{name}/swaps`.
+//! `/v1/swaps` and `/v1/vms/{name}/swaps`; the swap of all guests at once is in [`super::swap_all`].
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -12,8 +12,8 @@ use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Safeguards, SwapId,
-    SwapRecord, SwapState, VMM, VmState, Wanted,
+    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Release, Safeguards,
+    SwapId, SwapRecord, SwapState, VMM, VmRecord, VmState, Wanted,
 };
 
 /// The longest reason for a swap without notice.
@@ -117,13 +117,19 @@ impl Desk {
             .await
             .map_err(|refusal| refusal.0)?;
         swap.id = id;
+        self.add_swap(swap).await
+    }
+
+    /// Records a swap that was checked, and has it done.
+    pub(super) async fn add_swap(&self, swap: SwapRecord) -> Result<SwapRecord, Problem> {
+        let name = &swap.vm;
         if !self.host.store.add_swap(&swap).await? {
             let message = format!(
                 "another swap of `{name}` is going on; wait for its end (`stillpoint report {name}`)"
             );
             return Err(Problem::new(Code::SwapInProgress, message));
         }
-        self.waker.wake(&swap.vm);
+        self.waker.wake(name);
         Ok(swap)
     }
 
@@ -131,7 +137,19 @@ impl Desk {
     async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
         let vm = self.vm(name).await?;
         check_request(&new)?;
-        check_hold(&new, &vm.spec)?;
+        let vm = self.may_be_swapped(vm, &new).await?;
+        let to = self.may_be_run(&new).await?;
+        self.swap_of(vm, &to, new).await
+    }
+
+    /// Whether a swap can be asked of a guest as it is now.
+    pub(super) async fn may_be_swapped(
+        &self,
+        vm: VmRecord,
+        new: &NewSwap,
+    ) -> Result<VmRecord, Refusal> {
+        let name = &vm.name;
+        check_hold(new, &vm.spec)?;
         if !vm.state.is_active() || vm.wanted == Wanted::Stopped {
             let message = format!(
                 "`{name}` is {}: there is no process to swap; the next `stillpoint run` starts \
@@ -151,12 +169,27 @@ impl Desk {
             let message = format!("`{name}` is {}; ask again when it is running", vm.state);
             return Err(Problem::new(Code::NotRunning, message).into());
         }
+        Ok(vm)
+    }
+
+    /// Whether the release of a swap may be run here.
+    pub(super) async fn may_be_run(&self, new: &NewSwap) -> Result<Release, Refusal> {
         let to = self.release(&new.to).await?;
-        let from = self.release(&vm.release).await?;
         if !new.allow_downgrade {
             self.pin_allows(&new.to).await?;
         }
         self.verified(&to).await?;
+        Ok(to)
+    }
+
+    /// The swap of a guest, as it is recorded.
+    pub(super) async fn swap_of(
+        &self,
+        vm: VmRecord,
+        to: &Release,
+        new: NewSwap,
+    ) -> Result<SwapRecord, Refusal> {
+        let from = self.release(&vm.release).await?;
         to.can_follow(&from)?;
         Ok(SwapRecord {
             id: new_id()?,
@@ -190,7 +223,7 @@ impl Desk {
     }
 }
 
-fn check_request(new: &NewSwap) -> Result<(), Problem> {
+pub(super) fn check_request(new: &NewSwap) -> Result<(), Problem> {
     let bad = |message| Err(Problem::new(Code::BadRequest, message));
     if new.component != VMM {
         let given = &new.component;

@@ -1,6 +1,8 @@
 //! `stillpoint swap vmm`; `stillpoint swap host` and `swap kvm` are in [`super::host`], `swap kernel` in
 //! [`super::kernel`].
 
+mod all;
+
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -41,9 +43,19 @@ enum Component {
 }
 
 #[derive(Debug, clap::Args)]
-struct VmmArgs {
+#[group(required = true, multiple = false)]
+struct Whom {
     /// Name of the guest.
-    name: String,
+    name: Option<String>,
+    /// Every guest of this host that the release does not run yet; as many at once as the host has cores for.
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct VmmArgs {
+    #[command(flatten)]
+    whom: Whom,
     /// Version of the release to swap to.
     #[arg(long, value_name = "VERSION")]
     to: String,
@@ -90,7 +102,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         Component::Vmm(args) => args,
     };
     let VmmArgs {
-        name,
+        whom,
         to,
         budget,
         clock,
@@ -103,7 +115,6 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         watch,
         no_way_back,
     } = args;
-    let name = super::path_part(&name)?;
     let new = NewSwap {
         component: VMM.into(),
         to: to.clone(),
@@ -116,6 +127,13 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         clock,
         allow_downgrade,
     };
+    let Some(name) = whom.name else {
+        return match check {
+            true => all::look(desk, new, !no_peek).await,
+            false => all::swap(desk, new).await,
+        };
+    };
+    let name = super::path_part(&name)?;
     if check {
         return look(desk, name, new, !no_peek).await;
     }
@@ -136,12 +154,16 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
             say(&report::summary(back))?;
         }
     }
-    let health = swap.safeguards.health.as_ref().map(|health| health.state);
-    Ok(match (swap.state, health) {
-        (SwapState::Moved, Some(HealthState::Unwell)) => ExitCode::FAILURE,
-        (SwapState::Moved, _) => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
+    Ok(match is_good(&swap) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     })
+}
+
+/// Whether the successor runs the guest, and nothing is wrong with it so far.
+fn is_good(swap: &SwapRecord) -> bool {
+    let health = swap.safeguards.health.as_ref().map(|health| health.state);
+    swap.state == SwapState::Moved && health != Some(HealthState::Unwell)
 }
 
 /// Says whether the swap would work.
@@ -150,12 +172,7 @@ async fn look(desk: &Desk, name: &str, swap: NewSwap, peek: bool) -> Result<Exit
         desk.json,
         &format!("looking at a swap of {name} to {}", swap.to),
     );
-    let new = NewCheck {
-        swap,
-        peek: Some(peek),
-    };
-    let path = format!("/v1/vms/{name}/checks");
-    let found: Result<Preflight, Problem> = desk.api.send(Method::POST, &path, &new).await;
+    let found = check(desk, name, swap, peek).await;
     bar.finish_and_clear();
     let found = found?;
     if desk.json {
@@ -167,6 +184,16 @@ async fn look(desk: &Desk, name: &str, swap: NewSwap, peek: bool) -> Result<Exit
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// Asks the daemon whether it would.
+async fn check(desk: &Desk, name: &str, swap: NewSwap, peek: bool) -> Result<Preflight, Problem> {
+    let new = NewCheck {
+        swap,
+        peek: Some(peek),
+    };
+    let path = format!("/v1/vms/{name}/checks");
+    desk.api.send(Method::POST, &path, &new).await
 }
 
 /// Follows a swap to its end.

@@ -1,7 +1,7 @@
 //! No pause without its event: a swap is announced to its guest, and waits until it may begin.
 //!
 //! ```text
-//!  wanted ─▶ announce ─▶ wait: approved, or not_before ─▶ Started ─▶ swap ─▶ over
+//!  wanted ─▶ announce ─▶ wait: approved, or not_before ─▶ its turn ─▶ Started ─▶ swap ─▶ over
 //!                           └─▶ cancelled: the swap is refused
 //! ```
 //!
@@ -36,7 +36,7 @@ const GLANCE: Duration = Duration::from_millis(200);
 /// Whether a swap may begin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Clearance {
-    /// It may; its event says that it started.
+    /// It may.
     Go,
     /// Not before that long, unless something changes on the board.
     Wait(Duration),
@@ -64,7 +64,7 @@ pub(super) struct Concerned<'a> {
     pub(super) description: &'static str,
 }
 
-/// Announces a pause, if that was not done yet, and says whether it is new and may begin.
+/// Announces a pause, if that was not done yet, and says whether it is new and may [`begin`].
 pub(super) async fn clear(
     host: &Host,
     concerned: &Concerned<'_>,
@@ -85,7 +85,34 @@ pub(super) async fn clear(
         .await
 }
 
-/// Announces the pause of a VM's swap, if that was not done yet, and says whether the swap may begin.
+/// Whether an announced pause may still [`begin`].
+pub async fn may_begin(host: &Host, swap: &SwapId) -> bool {
+    let may = |board: &Board| {
+        let id = board.of_swap(swap).map(|pause| pause.id.clone());
+        id.is_some_and(|id| clearance(board, &id, unix_ns()) == Clearance::Go)
+    };
+    host.notices.read(may).await
+}
+
+/// Tells that an announced pause starts, if it still may. From then on nobody can cancel it.
+pub async fn begin(host: &Host, swap: &SwapId) -> Result<Clearance, StoreError> {
+    host.notices
+        .change(|board, now| {
+            let id = board.of_swap(swap).map(|pause| pause.id.clone());
+            let Some(id) = id else {
+                return Clearance::Withdrawn("it was never announced".into());
+            };
+            let clearance = clearance(board, &id, now);
+            if clearance == Clearance::Go {
+                board.start(&id, now);
+            }
+            clearance
+        })
+        .await
+}
+
+/// Announces the pause of a VM's swap, if that was not done yet, and says whether the swap may
+/// [`begin`].
 pub async fn clear_swap(
     host: &Host,
     vm: &VmRecord,
@@ -108,12 +135,9 @@ pub async fn clear_swap(
     Ok(clearance)
 }
 
-fn clearance(board: &mut Board, id: &PauseId, now: u64) -> Clearance {
+fn clearance(board: &Board, id: &PauseId, now: u64) -> Clearance {
     match board.start_of(id, now) {
-        Start::Now => {
-            board.start(id, now);
-            Clearance::Go
-        }
+        Start::Now => Clearance::Go,
         Start::At(unix_s) => {
             let at = Duration::from_secs(unix_s);
             Clearance::Wait(at.saturating_sub(Duration::from_nanos(now)))

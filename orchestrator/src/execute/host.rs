@@ -148,6 +148,11 @@ pub(super) async fn await_clearance(
             description: "Virtual machine is being paused while its host is maintained.",
         };
         let (is_new, clearance) = announce::clear(host, &concerned).await?;
+        // All at once: there is nothing else to wait for.
+        let clearance = match clearance {
+            Clearance::Go => announce::begin(host, &swap.id).await?,
+            other => other,
+        };
         match clearance {
             Clearance::Go => return Ok(None),
             Clearance::Withdrawn(why) => return Ok(Some(why)),

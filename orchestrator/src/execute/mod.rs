@@ -9,6 +9,7 @@ mod holds;
 mod host;
 mod kernel;
 mod kernel_check;
+mod lanes;
 mod preflight;
 mod rehearsal;
 mod relieve;
@@ -34,11 +35,12 @@ use crate::model::{Event, HostSwap, SwapId, SwapRecord, VmName, VmRecord, VmStat
 use crate::store::{Observed, Store, StoreError};
 
 pub use adopt::{Verified, adopt_all, retry};
-pub use announce::{Clearance, clear_swap, forget, settle_pauses};
+pub use announce::{Clearance, begin, clear_swap, forget, may_begin, settle_pauses};
 pub use health::{Next, Watching, supersede, watch};
 pub use holds::Holds;
 pub use host::host_swap;
 pub use kernel_check::{checks as kernel_checks, rungs};
+pub use lanes::{Hurry, Lane, Lanes};
 pub use preflight::{preflight, updatable};
 pub use settle::settle;
 pub use start::start;
@@ -76,6 +78,8 @@ pub struct Host {
     pub ways: Ways,
     /// Guests that stand still until they are let go.
     pub holds: Holds,
+    /// Swaps side by side, as far as the cores go round.
+    pub lanes: Lanes,
     /// Memory that outlives the kernel.
     pub carve_out: CarveOut,
 }
@@ -141,7 +145,7 @@ impl Host {
     }
 
     /// Records how far a swap is, and tells.
-    async fn record(&self, swap: &SwapRecord) -> Result<(), StoreError> {
+    pub async fn record(&self, swap: &SwapRecord) -> Result<(), StoreError> {
         self.store.update_swap(swap).await?;
         self.tell_swap(swap);
         Ok(())

@@ -12,7 +12,7 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::announce::{self, Peek};
 use super::rehearsal::{self, Terms};
-use super::{Host, health};
+use super::{Host, Hurry, health};
 use crate::agent::reserves;
 use crate::doctor::{Check, Status};
 use crate::model::{Preflight, Rehearsed, Release, SwapRecord, VmRecord};
@@ -42,6 +42,8 @@ pub async fn preflight(
             .flat_map(|process| reserves::look(process.pid)),
     );
     checks.push(agent(host, vm).await);
+    // Its successor would take the cores of a swap that goes on.
+    let _lane = host.lanes.enter(vm.spec.cpus, Hurry::None).await;
     let peeked = match peek {
         true => announce::peek(host, vm, &asked).await?,
         false => Peek::LeftOut("--no-peek: no state was saved, so loading it was not tried".into()),
