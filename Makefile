@@ -53,10 +53,24 @@ releases: pulse ## build the VMM releases that tests and demo swap between
 	$(VMM) --features later && cp -f target/release/stillpoint-vmm $(RELEASES)/later/
 	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
 
-.PHONY: bench
-bench: releases ## measure the blackout beside the floor (BENCH="--quick" for less)
-	$(CARGO) build --release --quiet -p stillpoint-floor -p stillpoint-bench
-	$(CARGO) run --release --quiet -p stillpoint-bench -- $(BENCH)
+.PHONY: bench bench-full bench-rig bench-deps
+bench: releases programs ## measure the blackout beside the floor and QEMU, and what a VMM weighs (BENCH="--quick" for less)
+	$(CARGO) build --release --quiet --locked -p stillpoint-floor -p stillpoint-bench
+	target/release/stillpoint-bench $(BENCH)
+
+bench-full: releases ## the same of every machine there is, crossed; goes on where it was broken off (BENCH="--seconds N")
+	$(CARGO) build --release --quiet --locked -p stillpoint-bench
+	target/release/stillpoint-bench --full $(or $(BENCH),--seconds 7200)
+
+bench-rig: rig-static images ## what a guest loses after a swap on an emulated host whose KVM can fill its page tables beforehand
+	$(STATIC) -p stillpoint-bench
+	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
+	target/release/rig run --kernel backports --memory 3072 --time-limit 900 \
+		--file $(BUILT)/stillpoint-bench:/stillpoint/target/release/stillpoint-bench -- stillpoint-bench --only brownout --touched-mib 512
+
+bench-deps: ## fetch the QEMU that is measured beside us
+	$(CARGO) build --release --quiet --locked -p stillpoint-bench
+	target/release/stillpoint-bench --fetch
 
 .PHONY: bench-page
 bench-page: ## put the last bench's table and pictures into docs/blackout

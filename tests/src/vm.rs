@@ -12,7 +12,7 @@ use stillpoint_carveout::record;
 use stillpoint_control::client::Client;
 use stillpoint_control::clock::ClockSpec;
 use stillpoint_control::ownership::{Owner, Ownership};
-use stillpoint_control::spec::{CarveOutSpec, KernelSpec, MachineSpec, MemorySpec, Survive};
+use stillpoint_control::spec::{CarveOutSpec, KernelSpec, MachineSpec, MemorySpec, Pages, Survive};
 
 use crate::devices::Devices;
 use crate::guest::Pulse;
@@ -27,6 +27,8 @@ pub struct Recipe {
     pub cpus: u8,
     /// RAM, MiB.
     pub memory_mib: u64,
+    /// What its RAM lies in.
+    pub pages: Pages,
     /// pulse's command line.
     pub cmdline: String,
     /// The release that boots it.
@@ -50,6 +52,7 @@ impl Recipe {
         Self {
             cpus,
             memory_mib: 128,
+            pages: Pages::default(),
             cmdline,
             release: Release::Current,
             kernel: None,
@@ -66,6 +69,7 @@ impl Recipe {
             cpus: self.cpus,
             memory: MemorySpec {
                 size: self.memory_mib << 20,
+                pages: self.pages,
                 ..MemorySpec::default()
             },
             kernel: KernelSpec {

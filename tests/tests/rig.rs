@@ -11,7 +11,8 @@ use stillpoint_tests::rig::{self, Rig};
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Boots a host, runs the pulse scenario on it, and reads what came out.
-fn pulse_on(kernel: Kernel, release: &str) -> anyhow::Result<()> {
+/// On a host with this kernel; `fills_page_tables`: whether its KVM fills a machine's page tables when it is asked to.
+fn pulse_on(kernel: Kernel, release: &str, fills_page_tables: bool) -> anyhow::Result<()> {
     let outcome = Rig::new(&format!("pulse-on-{}", kernel.name()), kernel)
         .programs()?
         .command(&["scenario", "pulse"])
@@ -39,25 +40,31 @@ fn pulse_on(kernel: Kernel, release: &str) -> anyhow::Result<()> {
         .find(kvm)
         .with_context(|| format!("no check of KVM: {report:#}"))?;
     ensure!(found["status"] == "ok", "{found:#}");
-    ensure!(
-        report["swaps"]
-            .as_array()
-            .is_some_and(|swaps| swaps.len() == 2),
-        "{report:#}"
-    );
+    let swaps = report["swaps"].as_array().context("swaps")?;
+    ensure!(swaps.len() == 2, "{report:#}");
+    let fills = checks
+        .iter()
+        .find(|check| check["check"] == "page tables filled beforehand")
+        .context("no check of KVM's page tables")?;
+    ensure!((fills["status"] == "ok") == fills_page_tables, "{fills:#}");
+    for swap in swaps {
+        let phases = swap["report"]["phases"].as_array().context("phases")?;
+        let filled = phases.iter().any(|phase| phase["name"] == "pre-fault");
+        ensure!(filled == fills_page_tables, "{phases:#?}");
+    }
     Ok(())
 }
 
 #[test]
 fn pulse_is_swapped_on_a_host_with_6_1() -> anyhow::Result<()> {
     needs!(rig::missing);
-    pulse_on(Kernel::Bookworm, "6.1.")
+    pulse_on(Kernel::Bookworm, "6.1.", false)
 }
 
 #[test]
 fn pulse_is_swapped_on_a_host_with_the_newest_backport() -> anyhow::Result<()> {
     needs!(rig::missing);
-    pulse_on(Kernel::Backports, "7.")
+    pulse_on(Kernel::Backports, "7.", true)
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod ring0;
 
 use std::time::Instant;
 
+use kvm_bindings::KVM_CAP_PRE_FAULT_MEMORY;
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::Serialize;
 
@@ -116,7 +117,16 @@ fn capabilities(kvm: &Kvm) -> Vec<Finding> {
         let there = kvm.check_extension(cap);
         finding(check, there, Status::Warn, yes_no(there), cost)
     });
-    must.chain(may).collect()
+    let fills = kvm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0;
+    let fills = finding(
+        "page tables filled beforehand",
+        fills,
+        Status::Warn,
+        yes_no(fills),
+        "a guest faults its RAM in anew after a swap, where the processor walks second-level page tables; Linux 6.11 can \
+         fill them before it (KVM_CAP_PRE_FAULT_MEMORY)",
+    );
+    must.chain(may).chain([fills]).collect()
 }
 
 fn yes_no(there: bool) -> String {

@@ -75,6 +75,8 @@ pub enum Spoilt {
     State,
     /// A successor's page tables are left to be filled by faults (`spoil=populate`).
     Populate,
+    /// KVM's own page tables are left to be filled by faults (`spoil=pre-fault`).
+    PreFault,
     /// Saved state is refused (`spoil=load`): what such a release does only after the freeze, and a
     /// rehearsal before it.
     Load,
@@ -160,6 +162,7 @@ mod imp {
                 "queue" => Spoilt::Queue,
                 "state" => Spoilt::State,
                 "populate" => Spoilt::Populate,
+                "pre-fault" => Spoilt::PreFault,
                 "load" => Spoilt::Load,
                 _ => return Err(bad()),
             };

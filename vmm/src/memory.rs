@@ -379,34 +379,63 @@ impl GuestRam {
     /// steps. Gives the bytes populated; a host that can't do it leaves them to be faulted in.
     pub fn populate(&self, mut go_on: impl FnMut() -> bool) -> u64 {
         let mut done = 0;
-        let mut at = 0;
-        if self.is_carved() {
-            // A carve-out has no holes.
-            while done < self.size && go_on() {
-                let to = self.size.min(done + POPULATE_STEP);
-                if self.advise(done..to, Advice::LinuxPopulateWrite).is_err() {
-                    return done;
-                }
-                done = to;
+        self.each_step(|step| {
+            let goes = go_on()
+                && self
+                    .advise(step.clone(), Advice::LinuxPopulateWrite)
+                    .is_ok();
+            if goes {
+                done += step.end - step.start;
             }
-            return done;
-        }
-        while let Ok(start) = rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
-            let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(self.size);
-            let mut from = start;
-            while from < end {
-                let to = end.min(from + POPULATE_STEP);
-                if !go_on() || self.advise(from..to, Advice::LinuxPopulateWrite).is_err() {
-                    return done;
+            goes
+        });
+        done
+    }
+
+    /// Shows `visit` every range of guest-physical addresses whose pages the file already holds, in steps, until it says
+    /// no.
+    pub fn each_held(&self, mut visit: impl FnMut(std::ops::Range<u64>) -> bool) {
+        self.each_step(|step| {
+            let mut offset = 0;
+            for region in self.map.iter() {
+                let from = step.start.max(offset);
+                let to = step.end.min(offset + region.len());
+                let base = region.start_addr().0;
+                if from < to && !visit(base + from - offset..base + to - offset) {
+                    return false;
                 }
-                // A vCPU of the running guest may wait for this core.
+                offset += region.len();
+            }
+            true
+        });
+    }
+
+    /// Shows `visit` every range of the file that holds pages, in steps, until it says no. Between two of them the running
+    /// guest's vCPUs may have this core.
+    fn each_step(&self, mut visit: impl FnMut(std::ops::Range<u64>) -> bool) {
+        let mut at = 0;
+        while let Some(held) = self.next_held(at) {
+            let mut from = held.start;
+            while from < held.end {
+                let to = held.end.min(from + POPULATE_STEP);
+                if !visit(from..to) {
+                    return;
+                }
                 std::thread::yield_now();
-                done += to - from;
                 from = to;
             }
-            at = end;
+            at = held.end;
         }
-        done
+    }
+
+    /// The next range of the file that holds pages. A carve-out has no holes.
+    fn next_held(&self, at: u64) -> Option<std::ops::Range<u64>> {
+        if self.is_carved() {
+            return (at < self.size).then_some(at..self.size);
+        }
+        let start = rustix::fs::seek(&self.fd, SeekFrom::Data(at)).ok()?;
+        let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(self.size);
+        Some(start..end)
     }
 
     /// Advises on a range of the file, in every region that maps a part of it.

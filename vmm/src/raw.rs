@@ -8,23 +8,25 @@ pub mod tap;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_signal_mask,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_device_attr, kvm_pre_fault_memory,
+    kvm_signal_mask,
 };
 use kvm_ioctls::VcpuFd;
 use rustix::io::Errno;
 use stillpoint_state::StateError;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 /// Numbers of the ioctls (include/uapi/linux/kvm.h).
 mod nr {
     #![allow(missing_docs, unreachable_pub)] // The macro makes undocumented public functions.
-    use super::{KVMIO, kvm_device_attr, kvm_signal_mask};
-    use vmm_sys_util::ioctl_iow_nr;
+    use super::{KVMIO, kvm_device_attr, kvm_pre_fault_memory, kvm_signal_mask};
+    use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
     ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kvm_signal_mask);
     ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
     ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
     ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
+    ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 }
 
 /// A kernel structure that is plain bytes: any bit pattern is a value, and `Default` is zeroes.
@@ -95,6 +97,28 @@ pub fn set_signal_mask(vcpu: &VcpuFd, blocked: u64) -> Result<(), Errno> {
     };
     // SAFETY: the structure is what KVM_SET_SIGNAL_MASK reads: its head and `len` bytes.
     errno(unsafe { ioctl_with_ref(vcpu, nr::KVM_SET_SIGNAL_MASK(), &mask.head) })
+}
+
+/// Fills the second-level page tables of a vCPU's machine for this range of guest-physical addresses, as if the guest
+/// had read all of it (api.rst, KVM_PRE_FAULT_MEMORY; Linux 6.11). What this process may write the guest may write
+/// afterwards without another fault.
+pub fn pre_fault(vcpu: &VcpuFd, range: std::ops::Range<u64>) -> Result<(), Errno> {
+    let mut left = kvm_pre_fault_memory {
+        gpa: range.start,
+        size: range.end.saturating_sub(range.start),
+        ..Default::default()
+    };
+    while left.size > 0 {
+        let before = left.size;
+        // SAFETY: the structure is what the call reads, and in which it writes what is left.
+        match errno(unsafe { ioctl_with_mut_ref(vcpu, nr::KVM_PRE_FAULT_MEMORY(), &mut left) }) {
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Ok(()) if left.size < before => {}
+            Ok(()) => return Err(Errno::IO),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn tsc_offset_attr(addr: u64) -> kvm_device_attr {

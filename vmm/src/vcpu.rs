@@ -26,6 +26,7 @@ mod orders;
 mod run;
 mod settle;
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -324,6 +325,26 @@ impl VcpuSet {
     /// Wakes the threads ahead of an order that comes at once.
     pub fn stand_by(&self) -> Result<(), VcpusError> {
         self.tell(|_| Order::StandBy)
+    }
+
+    /// Has the first vCPU fill the machine's second-level page tables for a range of guest-physical addresses.
+    pub fn pre_fault(&self, range: &Range<u64>, patience: Duration) -> Result<(), VcpusError> {
+        self.tell(|id| match id {
+            0 => Order::PreFault(range.clone()),
+            _ => Order::PreFault(0..0),
+        })?;
+        self.gather(
+            Wait {
+                what: "fill the guest's page tables",
+                spin: Duration::ZERO,
+                patience,
+            },
+            |answer| match answer {
+                Answer::PreFaulted(result) => Some(result),
+                _ => None,
+            },
+        )
+        .map(drop)
     }
 
     /// Loads ahead what stands of these sections until the last word is loaded.

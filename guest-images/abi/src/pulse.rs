@@ -7,8 +7,9 @@
 use crate::virtio::{Blk, Driver, Hostile, Net, Rng, Vsock};
 
 /// Version of what pulse writes: [`Globals::version`]. A pulse of before wrote 0, and had no
-/// virtio drivers; one of version 2 told no [`Report::count`].
-pub const VERSION: u32 = 3;
+/// virtio drivers; one of version 2 told no [`Report::count`], and one of version 3 not when it was
+/// [`Globals::born`].
+pub const VERSION: u32 = 4;
 /// Offset of [`Globals`] in the table's page.
 pub const GLOBALS_OFFSET: u64 = 64;
 /// Offset of [`Report`] in a vCPU's page.
@@ -52,6 +53,8 @@ pub struct Globals {
     pub version: u32,
     /// 0.
     pub reserved: u32,
+    /// TSC at pulse's first instruction.
+    pub born: u64,
 }
 
 /// How one kind of timer fared. Armed one by one: the next is armed when the last has fired.

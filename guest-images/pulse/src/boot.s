@@ -44,6 +44,9 @@
 .code32
 .globl pvh_start
 pvh_start:
+    rdtsc                       # when it all began
+    movl %eax, born
+    movl %edx, born + 4
     cli
     cld
     lgdtl gdt_pointer
@@ -57,6 +60,9 @@ pvh_long:
 
 .globl linux64_start
 linux64_start:
+    rdtsc
+    movl %eax, born
+    movl %edx, born + 4
     cli
     cld
     lgdt gdt_pointer
@@ -172,6 +178,10 @@ gdt_pointer:
 idt_pointer:
     .word 256 * 16 - 1
     .quad IDT
+.balign 8
+.globl born
+born:
+    .quad 0                     # TSC at the first instruction
 
 # The first 4 GiB, one to one, in 2 MiB pages that ring 3 may use. Made by the assembler, so that
 # no ring-0 loop has to. Device pages are uncached: the probe's at 0xd0000000, and from 0xfe000000

@@ -108,6 +108,11 @@ macro_rules! place {
 }
 pub(crate) use place;
 
+unsafe extern "C" {
+    /// TSC at the first instruction, by boot.s.
+    static born: u64;
+}
+
 /// Fills in the header and where the pattern lies. The table is not announced yet.
 pub(crate) fn publish(info: &BootInfo) {
     let (base, len) = place_pattern(info, options::get());
@@ -115,6 +120,8 @@ pub(crate) fn publish(info: &BootInfo) {
     field!(globals.pattern_base).store(base, Relaxed);
     field!(globals.pattern_len).store(len, Relaxed);
     field32!(globals.version).store(VERSION, Relaxed);
+    // SAFETY: boot.s wrote it before it came here, and nobody does since.
+    field!(globals.born).store(unsafe { born }, Relaxed);
 
     let header = page(0).cast::<Header>();
     field32!(header.version).store(probe::VERSION, Relaxed);

@@ -47,6 +47,27 @@ pub(crate) fn load() -> f64 {
     first.and_then(Result::ok).unwrap_or(0.0)
 }
 
+/// Memory that this host could still give, KiB.
+pub(crate) fn available_kib() -> u64 {
+    let meminfo = read("/proc/meminfo");
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok());
+    kib.unwrap_or(0)
+}
+
+/// Whether this host gives shared memory transparent huge pages, in the kernel's words.
+pub(crate) fn thp_of_shared_memory() -> String {
+    read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+}
+
+/// Huge pages of 2 MiB that are reserved and not in use.
+pub(crate) fn free_huge_pages() -> u64 {
+    let free = read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    free.parse().unwrap_or(0)
+}
+
 /// What can be known of this machine; `load_before` as it was before measuring.
 pub(crate) fn facts(load_before: f64) -> Facts {
     let modules = std::fs::read_dir("/sys/module").into_iter().flatten();

@@ -12,17 +12,25 @@
 //! | [`run`] | the order of it all |
 //! | [`ours`], [`floor`], [`qemu`], [`control`] | a batch of swaps of ours, of the floor, of QEMU, and of none |
 //! | [`brownout`] | what a guest loses after a swap |
+//! | [`many`] | all guests of a host at once |
+//! | [`light`] | what a VMM weighs |
+//! | [`moment`] | a guest's TSC against the time of day |
 //! | [`sample`] | what a batch gives |
 //! | [`stats`] | quantiles, and how sure a ratio is |
 //! | [`verdict`] | ratios and targets |
 //! | [`environment`] | the machine it ran on |
+//! | [`full`] | every machine there is, crossed |
 //! | [`output`], [`table`], [`markdown`], [`picture`] | files, terminal, documentation, SVG |
 
 mod brownout;
 mod control;
 mod environment;
 mod floor;
+mod full;
+mod light;
+mod many;
 mod markdown;
+mod moment;
 mod ours;
 mod output;
 mod picture;
@@ -35,9 +43,13 @@ mod table;
 mod verdict;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use stillpoint_tests::ground;
+
+/// Swaps of each machine of the crossing.
+const FULL_SWAPS: u32 = 10;
 
 /// Measures how long a guest stands still in a swap, beside the floor of this machine.
 #[derive(Debug, Parser)]
@@ -55,9 +67,20 @@ pub(crate) struct Options {
     /// A small run, about a minute, without the machine with 8 GiB.
     #[arg(long)]
     quick: bool,
-    /// Only this machine, of those that all are measured on (1vcpu-256m or 2vcpu-256m), and nothing else.
-    #[arg(long, value_parser = [scene::BASE.id, scene::PAIR.id])]
+    /// Only this machine, of those that all are measured on (1vcpu-256m or 2vcpu-256m), or only what a guest loses after
+    /// swaps (brownout); and nothing else.
+    #[arg(long, value_parser = [scene::BASE.id, scene::PAIR.id, run::AFTERWARDS])]
     only: Option<String>,
+    /// RAM that is written after swaps, MiB.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    touched_mib: u64,
+    /// Every machine there is, crossed: vCPUs, RAM, its pages, touched or not, busy or not. Takes an hour or more, and goes on
+    /// where an earlier one was broken off.
+    #[arg(long, conflicts_with_all = ["quick", "only", "json"])]
+    full: bool,
+    /// Only fetches the QEMU that is measured beside us.
+    #[arg(long, exclusive = true)]
+    fetch: bool,
     /// Prints the report as JSON instead of tables.
     #[arg(long)]
     json: bool,
@@ -84,6 +107,14 @@ fn main() -> ExitCode {
 }
 
 fn bench(options: &Options) -> anyhow::Result<()> {
+    if options.fetch {
+        let qemu = qemu::Peer::fetch().map_err(anyhow::Error::msg)?;
+        println!("{}", qemu.version());
+        return Ok(());
+    }
+    if options.full {
+        return full::run(FULL_SWAPS, Duration::from_secs(options.seconds));
+    }
     let before = environment::load();
     let measured = run::all(options)?;
     let report = verdict::report(&measured, environment::facts(before));

@@ -71,12 +71,66 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         };
         writeln!(to, "| {} | {word} | {:.2} |", target.title, target.value)?;
     }
-    if let [Some(populated), Some(faulted), Some(steady)] = &report.brownout {
+    if let Some(after) = &report.brownout {
+        let shallow = after.shallow.as_ref();
+        let shallow = shallow.map(|of| {
+            format!(
+                "where KVM's own are left to faults, {:.0} ms longer; ",
+                of.p50
+            )
+        });
         writeln!(
             to,
-            "\nA write pass over 1 GiB right after a swap takes {:.0} ms longer than the same pass again, {:.0} ms; where the \
+            "\nA write pass over {} MiB right after a swap takes {:.0} ms longer than the same pass again, {:.0} ms; {}where the \
              new process's page tables are left to be filled by faults, {:.0} ms longer (medians of {} swaps each).",
-            populated.p50, steady.p50, faulted.p50, populated.n
+            after.touched_mib,
+            after.filled.p50,
+            after.steady.p50,
+            shallow.unwrap_or_default(),
+            after.faulted.p50,
+            after.filled.n
+        )?;
+    }
+    if let Some(many) = &report.many {
+        writeln!(
+            to,
+            "\n| {} guests on a host | host's blackout, ms: median | p99 | worst |\n|---|--:|--:|--:|\n\
+             | one swapped alone among them, n = {} | {:.2} | {:.2} | {:.2} |\n\
+             | all swapped by one command, n = {} | {:.2} | {:.2} | {:.2} |\n\n\
+             All of them took {:.1} s; {} did not move. Of the host's memory each guest took {:.1} MiB before the swaps and {:.1} \
+             after; meanwhile at most {:.0} MiB more were taken in all.",
+            many.guests,
+            many.lone.n,
+            many.lone.p50,
+            many.lone.p99,
+            many.lone.max,
+            many.all.n,
+            many.all.p50,
+            many.all.p99,
+            many.all.max,
+            many.took_s,
+            many.stayed,
+            many.each_mib[0],
+            many.each_mib[1],
+            many.most_mib,
+        )?;
+    }
+    if !report.weights.is_empty() {
+        writeln!(
+            to,
+            "\n| | start to the guest's first instruction, ms | memory beside the guest's, MiB | of a core while the guest sleeps |\n\
+             |---|--:|--:|--:|"
+        )?;
+    }
+    for weighed in &report.weights {
+        let name = match weighed.who {
+            Who::Ours => "**Stillpoint**",
+            _ => "QEMU, microvm",
+        };
+        writeln!(
+            to,
+            "| {name} | {:.1} | {:.1} | {:.2} % |",
+            weighed.boot.p50, weighed.beside_mib, weighed.idle_percent
         )?;
     }
     for line in &report.left_out {

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
@@ -21,6 +21,7 @@ use stillpoint_tests::guest::Pulse;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases;
 
+use crate::moment::Epoch;
 use crate::ours::pause;
 use crate::sample::Sample;
 use crate::scene::{Scene, WORK_MIB};
@@ -32,8 +33,6 @@ const BETWEEN_MS: u64 = 40;
 const SPREAD_MS: u64 = 21;
 /// How far the times of two clocks may lie apart, ms.
 const SLACK_MS: u64 = 1;
-/// Readings of the guest's TSC beside the time of day, of which the best is used.
-const READINGS: usize = 20;
 
 /// QEMU, if it can be had here.
 #[derive(Debug)]
@@ -49,6 +48,7 @@ pub(crate) struct Guest {
     /// How many processes it has had.
     number: u32,
     scene: Scene,
+    words: String,
     tsc_khz: u64,
 }
 
@@ -62,8 +62,17 @@ struct Monitor {
 impl Peer {
     /// Fetches QEMU's packages, unless they are here; the reason if that is impossible.
     pub(crate) fn find() -> Result<Self, String> {
+        Self::with(Progress::Silent)
+    }
+
+    /// The same, for a person who waits for it.
+    pub(crate) fn fetch() -> Result<Self, String> {
+        Self::with(Progress::People)
+    }
+
+    fn with(progress: Progress) -> Result<Self, String> {
         let cache = Cache::of_this_user().map_err(|error| error.to_string())?;
-        let set = Set::Qemu.fetch(&cache, false, Progress::Silent);
+        let set = Set::Qemu.fetch(&cache, false, progress);
         let set = set.map_err(|error| format!("no packages of QEMU: {error:#}"))?;
         Ok(Self(Qemu::of(&set)))
     }
@@ -77,16 +86,27 @@ impl Peer {
         first.split(" (").next().unwrap_or(first).to_owned()
     }
 
-    /// Boots the guest of this scene.
+    /// Boots the guest of this scene, and waits until it has touched its RAM.
     pub(crate) fn boot(&self, scene: &Scene, tsc_khz: u64) -> anyhow::Result<Guest> {
+        let guest = self.boot_with(scene, &scene.words(), tsc_khz)?;
+        guest.pulse.wait_touched(PATIENCE)?;
+        Ok(guest)
+    }
+
+    /// Boots a guest with this command line beside `ram=`.
+    pub(crate) fn boot_with(
+        &self,
+        scene: &Scene,
+        words: &str,
+        tsc_khz: u64,
+    ) -> anyhow::Result<Guest> {
         let dir = tempfile::Builder::new()
             .prefix("stillpoint-bench-")
             .tempdir_in(SHARED_MEMORY)?;
-        let child = self.start(scene, dir.path(), 0, false)?;
+        let child = self.start(scene, words, dir.path(), 0, false)?;
         let monitor = Monitor::connect(&monitor_of(dir.path(), 0))?;
         let pulse = Pulse::find(File::open(ram_of(dir.path()))?.into(), PATIENCE)?;
         pulse.wait_online(scene.vcpus.into())?;
-        pulse.wait_touched(PATIENCE)?;
         Ok(Guest {
             child,
             monitor,
@@ -94,11 +114,19 @@ impl Peer {
             dir,
             number: 0,
             scene: *scene,
+            words: words.to_owned(),
             tsc_khz,
         })
     }
 
-    fn start(&self, scene: &Scene, dir: &Path, number: u32, waits: bool) -> anyhow::Result<Child> {
+    fn start(
+        &self,
+        scene: &Scene,
+        words: &str,
+        dir: &Path,
+        number: u32,
+        waits: bool,
+    ) -> anyhow::Result<Child> {
         let memory = format!("{}M", scene.memory_mib);
         let ram = ram_of(dir);
         let mut command: Command = self.0.system();
@@ -120,7 +148,7 @@ impl Peer {
             ))
             .arg("-kernel")
             .arg(releases::pulse()?)
-            .args(["-append", &format!("ram={WORK_MIB}M {}", scene.words())])
+            .args(["-append", &format!("ram={WORK_MIB}M {words}")])
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
             .args(["-serial", "null", "-qmp"])
             .arg(format!(
@@ -153,7 +181,7 @@ impl Peer {
 
     fn transfer(&self, guest: &mut Guest) -> anyhow::Result<Sample> {
         let (dir, next) = (guest.dir.path(), guest.number + 1);
-        let mut child = self.start(&guest.scene, dir, next, true)?;
+        let mut child = self.start(&guest.scene, &guest.words, dir, next, true)?;
         let sockets = [main_of(dir, next), cpr_of(dir, next)];
         // The other one is there when this one has been heard.
         wait_for("QEMU's successor to listen", PATIENCE, || {
@@ -182,6 +210,16 @@ impl Peer {
 }
 
 impl Guest {
+    /// What the guest notes.
+    pub(crate) fn pulse(&self) -> &Pulse {
+        &self.pulse
+    }
+
+    /// The process that runs it.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Stops and continues it, so many times.
     pub(crate) fn stops(&mut self, count: u32) -> anyhow::Result<Vec<Sample>> {
         (0..count)
@@ -206,9 +244,8 @@ impl Guest {
                 .all(|(now, then)| now > then)
         })?;
         let slack = Duration::from_millis(SLACK_MS);
-        let zero = self.tsc_at_the_epoch()?;
-        let at = |time: Duration| zero + self.cycles(time);
-        let window = at(from.saturating_sub(slack))..at(to + slack);
+        let epoch = Epoch::of(&self.pulse, self.tsc_khz)?;
+        let window = epoch.tsc(from.saturating_sub(slack))..epoch.tsc(to + slack);
         let longest = |vcpu: usize| {
             let gaps = self.pulse.gaps(vcpu)?;
             let within = gaps.iter().filter(|gap| {
@@ -225,24 +262,6 @@ impl Guest {
             phases: Vec::new(),
             brownout: Default::default(),
         })
-    }
-
-    fn cycles(&self, time: Duration) -> i128 {
-        let ns = i128::try_from(time.as_nanos()).unwrap_or(i128::MAX);
-        ns * i128::from(self.tsc_khz) / 1_000_000
-    }
-
-    /// The guest's TSC less the time of day: a vCPU's latest reading is a little old, so the largest of some.
-    fn tsc_at_the_epoch(&self) -> anyhow::Result<i128> {
-        let mut best = i128::MIN;
-        for _ in 0..READINGS {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
-            let last = self.pulse.look()?.last_tsc;
-            let last = last.into_iter().max().context("no vCPU")?;
-            best = best.max(i128::from(last) - self.cycles(now));
-            pause(1);
-        }
-        Ok(best)
     }
 
     /// What the guest found wrong. QEMU's own doing; its machine has no device that pulse would miss.

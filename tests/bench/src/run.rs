@@ -8,11 +8,15 @@ use rustix::process::{Pid, Signal, kill_process};
 use stillpoint_tests::vm::Vm;
 
 use crate::brownout::Brownout;
+use crate::light::Light;
+use crate::many::Many;
 use crate::qemu::Peer;
 use crate::sample::{Sample, Series, Who};
 use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
 use crate::{Options, control, environment, floor, ours};
 
+/// Of `--only`: what comes after swaps.
+pub(crate) const AFTERWARDS: &str = "brownout";
 /// Swaps of each kind after which all of a guest's RAM is written.
 const BROWNOUTS: u32 = 8;
 /// Swaps before the other side has its turn.
@@ -35,6 +39,10 @@ pub(crate) struct Measured {
     pub(crate) qemu: Option<String>,
     /// After swaps.
     pub(crate) brownout: Brownout,
+    /// Many guests on a host.
+    pub(crate) many: Option<Many>,
+    /// What a VMM weighs.
+    pub(crate) light: Light,
     /// What was left out, and why.
     pub(crate) left_out: Vec<String>,
     /// How long it all took.
@@ -68,6 +76,12 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
         }
     };
     measured.qemu = qemu.as_ref().map(Peer::version);
+    if options.only.as_deref() == Some(AFTERWARDS) {
+        measured.brownout = brownout(options)?;
+        measured.left_out.push("everything else (--only)".into());
+        measured.took = began.elapsed();
+        return Ok(measured);
+    }
     for (scene, share) in [BASE, PAIR].into_iter().zip(shares) {
         if options.only.as_ref().is_some_and(|only| only != scene.id) {
             continue;
@@ -81,10 +95,9 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
         measured.took = began.elapsed();
         return Ok(measured);
     }
-    progress("writing 1 GiB after swaps", 0, 1);
-    let brownouts = if options.quick { 2 } else { BROWNOUTS };
-    measured.brownout = Brownout::measure(brownouts).context("brownouts")?;
-    progress("writing 1 GiB after swaps", 1, 1);
+    measured.light = Light::measure(options.quick, tsc_khz, qemu.as_ref())?;
+    measured.many = Some(Many::measure(options.quick).context("many guests")?);
+    measured.brownout = brownout(options)?;
     let series = vcpus(options, until(shares[2]), tsc_khz)?;
     note_short(&mut measured, &series[0], options.swaps);
     measured.series.extend(series);
@@ -105,6 +118,11 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     Ok(measured)
 }
 
+fn brownout(options: &Options) -> anyhow::Result<Brownout> {
+    let count = if options.quick { 2 } else { BROWNOUTS };
+    Brownout::measure(count, options.touched_mib).context("brownouts")
+}
+
 /// A busy machine takes longer than there is time for.
 fn note_short(measured: &mut Measured, series: &Series, asked: u32) {
     let done = series.samples.len() + series.unseen;
@@ -121,12 +139,7 @@ fn no_room(options: &Options) -> Option<String> {
     if options.big_swaps < 2 {
         return Some(format!("{}: not asked for", LARGE.title));
     }
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    let free_mib = kib.unwrap_or(0) >> 10;
+    let free_mib = environment::available_kib() >> 10;
     (free_mib < LARGE.memory_mib + ROOM_MIB).then(|| {
         format!(
             "{}: only {free_mib} MiB of this host's RAM are free",
@@ -141,7 +154,7 @@ fn batches(count: u32, batch: u32) -> impl Iterator<Item = u32> {
 }
 
 /// The middle host blackout of a batch: the length of a window without a swap.
-fn middle(samples: &[Sample]) -> u64 {
+pub(crate) fn middle(samples: &[Sample]) -> u64 {
     let mut host: Vec<u64> = samples.iter().map(|sample| sample.host_ns).collect();
     host.sort_unstable();
     host.get(host.len() / 2).copied().unwrap_or(1_000_000)
@@ -226,7 +239,7 @@ fn two_sizes(swaps: u32, until: Instant, tsc_khz: u64) -> anyhow::Result<Option<
     let mut small = Series::new(SMALL, Who::Ours);
     let mut large = Series::new(LARGE, Who::Ours);
     let mut none = Series::new(LARGE, Who::NoSwap);
-    progress("touching 8 GiB", 0, 1);
+    progress("touching 8 GiB", 0_u32, 1_u32);
     let booted = ours::boot_until(&LARGE, until).context("the guest with 8 GiB")?;
     let Some(mut vm) = booted else {
         return Ok(None);
@@ -260,7 +273,8 @@ fn signal(vm: &Vm, signal: Signal) -> anyhow::Result<()> {
 }
 
 /// Says how far it is, to a person who watches.
-fn progress(what: &str, done: u32, of: u32) {
+pub(crate) fn progress(what: &str, done: impl Into<u64>, of: impl Into<u64>) {
+    let (done, of) = (done.into(), of.into());
     if std::io::stderr().is_terminal() {
         let end = if done == of { "\n" } else { "" };
         eprint!("\r\x1b[K  {what}: {done}/{of}{end}");

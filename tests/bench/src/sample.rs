@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::scene::Scene;
 
@@ -49,7 +49,7 @@ impl Who {
 }
 
 /// One swap, or one window without.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Sample {
     /// From the kick of the first vCPU to the first entry of the last, ns. For a window without
     /// a swap: its length.
@@ -57,10 +57,10 @@ pub(crate) struct Sample {
     /// The longest gap that each vCPU saw, ns; 0 if none was long enough to be logged.
     pub(crate) guest_ns: Vec<u64>,
     /// Phases within the blackout, in their order: name, ns.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) phases: Vec<(String, u64)>,
     /// Phases before it.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) brownout: BTreeMap<String, u64>,
 }
 

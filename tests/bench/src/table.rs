@@ -81,12 +81,49 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         )?;
     }
     phases(to, report)?;
-    if let [Some(populated), Some(faulted), Some(steady)] = &report.brownout {
+    if let Some(after) = &report.brownout {
+        let shallow = after.shallow.as_ref();
+        let shallow =
+            shallow.map(|of| format!("KVM's own page tables left to faults: {:.0} ms; ", of.p50));
         writeln!(
             to,
-            "\nA write pass over 1 GiB right after a swap takes {:.0} ms longer (n = {}; left to faults: {:.0} ms) than \
+            "\nA write pass over {} MiB right after a swap takes {:.0} ms longer (n = {}; {}all left to faults: {:.0} ms) than \
              the same again, {:.0} ms",
-            populated.p50, populated.n, faulted.p50, steady.p50
+            after.touched_mib,
+            after.filled.p50,
+            after.filled.n,
+            shallow.unwrap_or_default(),
+            after.faulted.p50,
+            after.steady.p50
+        )?;
+    }
+    if let Some(many) = &report.many {
+        writeln!(
+            to,
+            "\n{} guests on this host, by one command: {:.2} ms in the middle, {:.2} at worst by the host's count (one alone among \
+             them: {:.2} ms, n = {}); {:.1} s for all, {} did not move\n\
+             memory of the host: {:.1} MiB for each guest before, {:.1} after, at most {:.0} more meanwhile",
+            many.guests,
+            many.all.p50,
+            many.all.max,
+            many.lone.p50,
+            many.lone.n,
+            many.took_s,
+            many.stayed,
+            many.each_mib[0],
+            many.each_mib[1],
+            many.most_mib,
+        )?;
+    }
+    for weighed in &report.weights {
+        writeln!(
+            to,
+            "{} from start to the guest's first instruction: {:.1} ms; beside the guest's RAM: {:.1} MiB; while it sleeps: \
+             {:.2} % of a core",
+            weighed.who.name(),
+            weighed.boot.p50,
+            weighed.beside_mib,
+            weighed.idle_percent,
         )?;
     }
     writeln!(

@@ -1,29 +1,22 @@
 //! The report: ratios first, then whether targets are met, then what they were made of.
 
+mod measures;
+mod targets;
+
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::brownout::Brownout;
 use crate::environment::Facts;
+use crate::light::{Light, Weight};
+use crate::many::Many;
 use crate::run::Measured;
 use crate::sample::{Series, Who};
-use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
+use crate::scene::{BASE, MANY, PAIR, Scene};
 use crate::stats::{self, Ratio, Summary};
-
-/// The guest-visible median may be so many times the floor's, if all of the state is loaded after the freeze.
-const MOST_WHOLE: f64 = 1.3;
-/// And if a rehearsed state was loaded ahead.
-const MOST_AHEAD: f64 = 0.8;
-/// QEMU's must be so many times ours.
-const LEAST_QEMU: f64 = 4.0;
-/// The median may change by so much from 256 MiB to 8 GiB.
-const MOST_BY_SIZE: f64 = 0.10;
-/// With eight vCPUs it may be so many times that of one.
-const MOST_BY_VCPUS: f64 = 4.0;
-/// A write pass over 1 GiB right after a swap may take so much longer, s.
-const MOST_BROWNOUT_S: f64 = 0.3;
-/// And p99 so many times its own median.
-const MOST_TAIL: f64 = 3.0;
+use measures::{Measure, measures};
+use targets::targets;
 
 /// `report.json`. The order of fields is part of the format.
 #[derive(Debug, Serialize)]
@@ -44,9 +37,12 @@ pub(crate) struct Report {
     pub(crate) qemu: Option<String>,
     /// Every series, summed up, ms.
     pub(crate) series: Vec<Row>,
-    /// A pass of writes over 1 GiB right after a swap, less the same pass again, ms: page tables filled before the
-    /// freeze, left to faults, and what a pass takes.
-    pub(crate) brownout: [Option<Summary>; 3],
+    /// After swaps.
+    pub(crate) brownout: Option<Afterwards>,
+    /// Many guests on a host.
+    pub(crate) many: Option<Crowd>,
+    /// What a VMM weighs: ours, then QEMU's.
+    pub(crate) weights: Vec<Weighed>,
     /// Where our time goes.
     pub(crate) phases: Vec<Phases>,
     /// What was left out, and why.
@@ -119,6 +115,53 @@ pub(crate) struct Control {
     pub(crate) concludes: bool,
 }
 
+/// A pass of writes over a guest's RAM right after a swap, less the same pass again, ms.
+#[derive(Debug, Serialize)]
+pub(crate) struct Afterwards {
+    /// What is written, MiB.
+    pub(crate) touched_mib: u64,
+    /// Page tables filled before the freeze.
+    pub(crate) filled: Summary,
+    /// KVM's own left to faults, where the kernel can fill them.
+    pub(crate) shallow: Option<Summary>,
+    /// All left to faults.
+    pub(crate) faulted: Summary,
+    /// A pass with nothing to be filled.
+    pub(crate) steady: Summary,
+}
+
+/// Many guests on a host.
+#[derive(Debug, Serialize)]
+pub(crate) struct Crowd {
+    /// How many.
+    pub(crate) guests: u32,
+    /// Host blackouts of one that was swapped alone among the others, ms.
+    pub(crate) lone: Summary,
+    /// Host blackouts of all, swapped by one command, ms.
+    pub(crate) all: Summary,
+    /// Guests that did not move.
+    pub(crate) stayed: usize,
+    /// The longest such command, s.
+    pub(crate) took_s: f64,
+    /// Memory of the host that a guest takes, MiB: before the swaps, and after all of them.
+    pub(crate) each_mib: [f64; 2],
+    /// The most that the swaps took of it meanwhile, MiB.
+    pub(crate) most_mib: f64,
+}
+
+/// What a VMM weighs, by medians.
+#[derive(Debug, Serialize)]
+pub(crate) struct Weighed {
+    /// Whose.
+    pub(crate) who: Who,
+    /// From its start to the guest's first instruction, ms.
+    pub(crate) boot: Summary,
+    /// Resident memory beside the guest's RAM, MiB.
+    pub(crate) beside_mib: f64,
+    /// Of a core, while the guest sleeps, percent.
+    pub(crate) idle_percent: f64,
+}
+
 /// One series.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
@@ -158,150 +201,6 @@ pub(crate) struct Phases {
     pub(crate) brownout: Vec<(String, f64)>,
 }
 
-/// A ratio that is measured: its name, what it is called, and how it is come by.
-type Measure = (&'static str, &'static str, Option<Ratio>);
-
-fn measures(measured: &Measured) -> Vec<Measure> {
-    let guest = |scene: &Scene, who| measured.get(scene, who).map(Series::guest);
-    let over =
-        |over: Option<Vec<u64>>, under: Option<Vec<u64>>, q| stats::ratio(&over?, &under?, q);
-    let vs = |scene, who, other, q| over(guest(scene, who), guest(scene, other), q);
-    let [one, .., eight] = &MANY;
-    vec![
-        (
-            "delta_vs_floor_p50",
-            "1 vCPU: median over the floor's",
-            vs(&BASE, Who::Ours, Who::Floor, 0.5),
-        ),
-        (
-            "delta_vs_floor_p50_2vcpu",
-            "2 vCPUs: median over the floor's",
-            vs(&PAIR, Who::Ours, Who::Floor, 0.5),
-        ),
-        (
-            "blackout_vs_floor_p50",
-            "1 vCPU, not rehearsed: over the floor's",
-            vs(&BASE, Who::Whole, Who::Floor, 0.5),
-        ),
-        (
-            "blackout_vs_floor_p50_2vcpu",
-            "2 vCPUs, not rehearsed: over the floor's",
-            vs(&PAIR, Who::Whole, Who::Floor, 0.5),
-        ),
-        (
-            "blackout_vs_floor_p99",
-            "1 vCPU: p99 over the floor's",
-            vs(&BASE, Who::Ours, Who::Floor, 0.99),
-        ),
-        (
-            "qemu_cpr_vs_ours_p50",
-            "1 vCPU: QEMU cpr's median over ours",
-            vs(&BASE, Who::Qemu, Who::Ours, 0.5),
-        ),
-        (
-            "qemu_cpr_vs_ours_p50_2vcpu",
-            "2 vCPUs: QEMU cpr's median over ours",
-            vs(&PAIR, Who::Qemu, Who::Ours, 0.5),
-        ),
-        (
-            "qemu_stop_vs_ours_p50",
-            "1 vCPU: QEMU stop's median over ours",
-            vs(&BASE, Who::QemuStop, Who::Ours, 0.5),
-        ),
-        (
-            "brownout_populated_vs_not",
-            "1 GiB after a swap: populated over not",
-            over(
-                Some(measured.brownout.populated.clone()),
-                Some(measured.brownout.faulted.clone()),
-                0.5,
-            ),
-        ),
-        (
-            "vcpu8_vs_vcpu1_p50",
-            "8 resting vCPUs: median over that of 1",
-            over(guest(eight, Who::Ours), guest(one, Who::Ours), 0.5),
-        ),
-        (
-            "ram_8g_vs_256m_p50",
-            "8 GiB: median over that of 256 MiB",
-            over(guest(&LARGE, Who::Ours), guest(&SMALL, Who::Ours), 0.5),
-        ),
-    ]
-}
-
-fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
-    let of = |wanted: &str| ratios.iter().find(|(name, ..)| *name == wanted)?.2;
-    let bounds = [
-        (
-            "delta_vs_floor_p50",
-            "1 vCPU: median at most 0.8 times the floor's",
-            0.0,
-            MOST_AHEAD,
-        ),
-        (
-            "delta_vs_floor_p50_2vcpu",
-            "2 vCPUs: median at most 0.8 times the floor's",
-            0.0,
-            MOST_AHEAD,
-        ),
-        (
-            "blackout_vs_floor_p50",
-            "1 vCPU, not rehearsed: at most 1.3 times",
-            0.0,
-            MOST_WHOLE,
-        ),
-        (
-            "blackout_vs_floor_p50_2vcpu",
-            "2 vCPUs, not rehearsed: at most 1.3 times",
-            0.0,
-            MOST_WHOLE,
-        ),
-        (
-            "qemu_cpr_vs_ours_p50",
-            "1 vCPU: QEMU cpr's median at least 4 times ours",
-            LEAST_QEMU,
-            f64::INFINITY,
-        ),
-        (
-            "vcpu8_vs_vcpu1_p50",
-            "8 resting vCPUs: median at most 4 times that of 1",
-            0.0,
-            MOST_BY_VCPUS,
-        ),
-        (
-            "ram_8g_vs_256m_p50",
-            "8 GiB: median within 10 % of that of 256 MiB",
-            1.0 - MOST_BY_SIZE,
-            1.0 + MOST_BY_SIZE,
-        ),
-    ];
-    let tails = [
-        (&BASE, "1 vCPU: p99 at most 3 times the median"),
-        (&PAIR, "2 vCPUs: p99 at most 3 times the median"),
-    ];
-    let tails = tails.into_iter().filter_map(|(scene, title)| {
-        let guest = measured.get(scene, Who::Ours)?.guest();
-        target(title, stats::tail(&guest), 0.0, MOST_TAIL)
-    });
-    let bounds = bounds
-        .into_iter()
-        .filter_map(|(name, title, least, most)| target(title, of(name), least, most));
-    let pass = stats::summary(&measured.brownout.populated);
-    let pass = pass.map(|pass| Ratio {
-        value: pass.p50 / 1e3,
-        low: pass.min / 1e3,
-        high: pass.max / 1e3,
-    });
-    let brownout = target(
-        "1 GiB written after a swap: at most 0.3 s more",
-        pass,
-        0.0,
-        MOST_BROWNOUT_S,
-    );
-    bounds.chain(tails).chain(brownout).collect()
-}
-
 /// Makes it.
 pub(crate) fn report(measured: &Measured, environment: Facts) -> Report {
     let ratios = measures(measured);
@@ -321,16 +220,54 @@ pub(crate) fn report(measured: &Measured, environment: Facts) -> Report {
             .collect(),
         controls: MANY.iter().filter_map(|s| resting(measured, s)).collect(),
         series: measured.series.iter().filter_map(row).collect(),
-        brownout: [
-            stats::summary(&measured.brownout.populated),
-            stats::summary(&measured.brownout.faulted),
-            stats::summary(&measured.brownout.steady),
-        ],
+        brownout: afterwards(&measured.brownout),
+        many: measured.many.as_ref().and_then(crowd),
+        weights: weights(&measured.light),
         phases: measured.series.iter().filter_map(phases).collect(),
         left_out: measured.left_out.clone(),
         took_s: measured.took.as_secs_f64(),
         environment,
     }
+}
+
+fn afterwards(brownout: &Brownout) -> Option<Afterwards> {
+    Some(Afterwards {
+        touched_mib: brownout.touched_mib,
+        filled: stats::summary(&brownout.populated)?,
+        shallow: stats::summary(&brownout.shallow),
+        faulted: stats::summary(&brownout.faulted)?,
+        steady: stats::summary(&brownout.steady)?,
+    })
+}
+
+fn crowd(many: &Many) -> Option<Crowd> {
+    let mib = |kib: u64| kib as f64 / 1024.0;
+    let longest = many.took_ns.iter().max().copied().unwrap_or(0);
+    Some(Crowd {
+        guests: many.guests,
+        lone: stats::summary(&many.lone)?,
+        all: stats::summary(&many.all)?,
+        stayed: many.stayed,
+        took_s: longest as f64 / 1e9,
+        each_mib: many.each_kib.map(mib),
+        most_mib: mib(many.most_kib),
+    })
+}
+
+fn weights(light: &Light) -> Vec<Weighed> {
+    let weighed = |who, weight: &Weight| {
+        Some(Weighed {
+            who,
+            boot: stats::summary(&weight.boot_ns)?,
+            // The median is of millions: KiB to MiB, ns of a second to percent.
+            beside_mib: stats::median(&weight.beside_kib) * 1e6 / 1024.0,
+            idle_percent: stats::median(&weight.idle_ns) / 10.0,
+        })
+    };
+    let ours = weighed(Who::Ours, &light.ours);
+    let qemu = light.qemu.as_ref();
+    let qemu = qemu.and_then(|qemu| weighed(Who::Qemu, qemu));
+    ours.into_iter().chain(qemu).collect()
 }
 
 /// A control of a machine whose vCPUs may outnumber the cores: a gap of nobody's making must be a tenth of
@@ -343,26 +280,6 @@ fn resting(measured: &Measured, scene: &Scene) -> Option<Control> {
         swap_p50: swap.p50,
         no_swap_p50: none.p50,
         concludes: none.p50 * 10.0 <= swap.p50.max(1.0),
-    })
-}
-
-fn target(title: &'static str, ratio: Option<Ratio>, least: f64, most: f64) -> Option<Target> {
-    let Ratio { value, low, high } = ratio?;
-    let within = |value: f64| (least..=most).contains(&value);
-    let met = within(value);
-    let outside = high < least || low > most;
-    let sure = if met {
-        within(low) && within(high)
-    } else {
-        outside
-    };
-    Some(Target {
-        title,
-        met,
-        sure,
-        value,
-        least,
-        most,
     })
 }
 

@@ -181,6 +181,10 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     timing.mark("build");
     let populated = ram.populate(|| !faults::is_spoilt(Spoilt::Populate));
     timing.mark("populate");
+    let wanted = !faults::is_spoilt(Spoilt::Populate) && !faults::is_spoilt(Spoilt::PreFault);
+    if blank.pre_fault(|| wanted) > 0 {
+        timing.mark("pre-fault");
+    }
     let ownership = Ownership::map(ownership)?;
     let mut reserve = Vec::new();
     reserve

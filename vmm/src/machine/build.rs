@@ -14,8 +14,9 @@ mod load;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVM_CAP_PRE_FAULT_MEMORY, kvm_cpuid_entry2};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::MachineSpec;
@@ -48,6 +49,9 @@ pub use load::Loaded;
 /// Where Intel hosts keep an identity map and a TSS of their own: below 4 GiB, in the hole.
 const KVM_IDENTITY_MAP: u64 = memory::KVM_PRIVATE.start;
 const KVM_TSS: usize = KVM_IDENTITY_MAP as usize + 0x1000;
+
+/// For one step of [`Blank::pre_fault`].
+const PRE_FAULT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine without a guest.
 #[derive(Debug)]
@@ -128,6 +132,24 @@ impl Blank {
             tsc_khz,
             tsc_offset,
         })
+    }
+
+    /// Fills KVM's own page tables for every page that the guest's RAM holds already, where this kernel can: what the guest
+    /// touches after the swap costs it no exit then. `go_on` is asked between steps. Gives the bytes filled.
+    pub fn pre_fault(&self, mut go_on: impl FnMut() -> bool) -> u64 {
+        if self.vm.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) <= 0 {
+            return 0;
+        }
+        let mut done = 0;
+        self.ram.each_held(|range| {
+            // A KVM that has the call may still have no second level to fill; then the guest does, by faults.
+            let goes = go_on() && self.vcpus.pre_fault(&range, PRE_FAULT_PATIENCE).is_ok();
+            if goes {
+                done += range.end - range.start;
+            }
+            goes
+        });
+        done
     }
 
     /// Puts the guest's devices in their places.

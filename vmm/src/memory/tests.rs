@@ -132,6 +132,39 @@ fn populating_leaves_holes_holes() {
 }
 
 #[test]
+fn what_is_held_is_shown_by_the_guests_addresses_and_nothing_else_is() {
+    let ram = GuestRam::create(&spec(4 << 30)).expect("create");
+    // On both sides of the hole below 4 GiB, where addresses and offsets in the file part.
+    let touched = [10 << 20, (4 << 30) + (5 << 20)];
+    for at in touched {
+        let at = GuestAddress(at);
+        ram.map().write_obj(1u8, at).expect("write");
+    }
+    let mut seen = Vec::new();
+    ram.each_held(|range| {
+        seen.push(range);
+        true
+    });
+    for at in touched {
+        assert!(
+            seen.iter().any(|range| range.contains(&at)),
+            "{at:#x}: {seen:?}"
+        );
+    }
+    let held: u64 = seen.iter().map(|range| range.end - range.start).sum();
+    assert!(
+        held <= 4 << 20,
+        "no more than the pages of two writes: {seen:?}"
+    );
+    let mut count = 0;
+    ram.each_held(|_| {
+        count += 1;
+        false
+    });
+    assert_eq!(count, 1, "it can be called off");
+}
+
+#[test]
 fn huge_pages_that_are_not_there_are_named() {
     let free =
         std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages");

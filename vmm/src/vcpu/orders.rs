@@ -1,5 +1,6 @@
 //! What is said between the machine thread and a vCPU's thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
@@ -28,6 +29,8 @@ pub(super) enum Order {
     Save { format: u32 },
     /// The next order comes at once: stay awake for it.
     StandBy,
+    /// Fill the machine's second-level page tables for this range of guest-physical addresses.
+    PreFault(Range<u64>),
     /// Load ahead what stands of it until the last word is loaded.
     LoadAhead(Box<VcpuSection>),
     /// Load everything that changes nothing outside this process. The sender, which is never used, is
@@ -56,6 +59,7 @@ pub(super) enum Answer {
     Ready(Result<Home, VcpuError>),
     Parked,
     Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
+    PreFaulted(Result<(), VcpuError>),
     LoadedAhead(Result<(), VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),
     LoadedRest(Result<(), VcpuError>),

@@ -21,7 +21,7 @@ use crate::clock;
 use crate::clock::steal::{self, RunDelay};
 use crate::event::Event;
 use crate::faults::{self, Spoilt};
-use crate::warm;
+use crate::{raw, warm};
 
 enum Phase {
     Parked,
@@ -157,6 +157,14 @@ impl Runner {
                 let khz = self.known.tsc_khz;
                 let saved = state::save(&mut self.fd, &mut self.msrs, format, khz);
                 self.answer(Answer::Saved(saved.map(Box::new)));
+            }
+            Order::PreFault(range) => {
+                let filled = raw::pre_fault(&self.fd, range);
+                let filled = filled.map_err(|error| VcpuError::Kvm {
+                    what: "fill the guest's page tables",
+                    source: error.into(),
+                });
+                self.answer(Answer::PreFaulted(filled));
             }
             Order::LoadAhead(section) => {
                 let loaded = self.known.load_ahead(&self.fd, &section);

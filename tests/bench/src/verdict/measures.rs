@@ -1,0 +1,105 @@
+//! Ratios: how each is come by.
+
+use crate::run::Measured;
+use crate::sample::{Series, Who};
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
+use crate::stats::{self, Ratio};
+
+/// A ratio that is measured: its name, what it is called, and how it is come by.
+pub(super) type Measure = (&'static str, &'static str, Option<Ratio>);
+
+/// All that were measured.
+pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
+    let guest = |scene: &Scene, who| measured.get(scene, who).map(Series::guest);
+    let over =
+        |over: Option<Vec<u64>>, under: Option<Vec<u64>>, q| stats::ratio(&over?, &under?, q);
+    let vs = |scene, who, other, q| over(guest(scene, who), guest(scene, other), q);
+    let [one, .., eight] = &MANY;
+    vec![
+        (
+            "delta_vs_floor_p50",
+            "1 vCPU: median over the floor's",
+            vs(&BASE, Who::Ours, Who::Floor, 0.5),
+        ),
+        (
+            "delta_vs_floor_p50_2vcpu",
+            "2 vCPUs: median over the floor's",
+            vs(&PAIR, Who::Ours, Who::Floor, 0.5),
+        ),
+        (
+            "blackout_vs_floor_p50",
+            "1 vCPU, not rehearsed: over the floor's",
+            vs(&BASE, Who::Whole, Who::Floor, 0.5),
+        ),
+        (
+            "blackout_vs_floor_p50_2vcpu",
+            "2 vCPUs, not rehearsed: over the floor's",
+            vs(&PAIR, Who::Whole, Who::Floor, 0.5),
+        ),
+        (
+            "blackout_vs_floor_p99",
+            "1 vCPU: p99 over the floor's",
+            vs(&BASE, Who::Ours, Who::Floor, 0.99),
+        ),
+        (
+            "qemu_cpr_vs_ours_p50",
+            "1 vCPU: QEMU cpr's median over ours",
+            vs(&BASE, Who::Qemu, Who::Ours, 0.5),
+        ),
+        (
+            "qemu_cpr_vs_ours_p50_2vcpu",
+            "2 vCPUs: QEMU cpr's median over ours",
+            vs(&PAIR, Who::Qemu, Who::Ours, 0.5),
+        ),
+        (
+            "qemu_stop_vs_ours_p50",
+            "1 vCPU: QEMU stop's median over ours",
+            vs(&BASE, Who::QemuStop, Who::Ours, 0.5),
+        ),
+        (
+            "brownout_populated_vs_not",
+            "RAM after a swap: populated over not",
+            over(
+                Some(measured.brownout.populated.clone()),
+                Some(measured.brownout.faulted.clone()),
+                0.5,
+            ),
+        ),
+        (
+            "vcpu8_vs_vcpu1_p50",
+            "8 resting vCPUs: median over that of 1",
+            over(guest(eight, Who::Ours), guest(one, Who::Ours), 0.5),
+        ),
+        (
+            "many_vs_lone_max",
+            "all guests at once: the worst over a lone one's median",
+            many_vs_lone(measured),
+        ),
+        (
+            "boot_vs_qemu_p50",
+            "start to first instruction: over QEMU's",
+            over(
+                Some(measured.light.ours.boot_ns.clone()),
+                measured
+                    .light
+                    .qemu
+                    .as_ref()
+                    .map(|qemu| qemu.boot_ns.clone()),
+                0.5,
+            ),
+        ),
+        (
+            "ram_8g_vs_256m_p50",
+            "8 GiB: median over that of 256 MiB",
+            over(guest(&LARGE, Who::Ours), guest(&SMALL, Who::Ours), 0.5),
+        ),
+    ]
+}
+
+/// The longest blackout of all guests that were swapped by one command, over the median of one that was swapped
+/// alone among them.
+fn many_vs_lone(measured: &Measured) -> Option<Ratio> {
+    let many = measured.many.as_ref()?;
+    let worst = many.all.iter().max()?;
+    stats::ratio(&[*worst], &many.lone, 0.5)
+}
