@@ -21,7 +21,7 @@ use crate::agent::carve_out::CarveOut;
 use crate::agent::places::{private_dir, run_dir};
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
-use crate::agent::{custody, kexec};
+use crate::agent::{custody, kexec, reaper};
 use crate::api::{self, Desk, NewRelease};
 use crate::auth::Role;
 use crate::auth::files::TlsFiles;
@@ -184,6 +184,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         config.gate_dir.clone(),
     ))];
     belonging.extend([publishing, tokio::spawn(orders::obey(desk.clone()))]);
+    tokio::spawn(reaper::reap());
     let fleet = desk.fleet.clone();
     let router = api::router(desk);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();

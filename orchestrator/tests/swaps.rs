@@ -70,6 +70,24 @@ fn a_successor_that_fails_leaves_the_guest_where_it_was() {
 }
 
 #[test]
+fn whatever_dies_in_swaps_nobody_stays_a_zombie() {
+    let daemon = with_guest("good", None);
+    for fault in ["crash-before-ready", "hang", "die-after-take"] {
+        daemon.add(fault, Some(fault));
+        daemon.swap("web", fault);
+    }
+    assert_eq!(daemon.show("web")["state"], "crashed");
+    let pid = daemon.pid();
+    let zombies = || {
+        let all = std::fs::read_dir("/proc").expect("/proc").flatten();
+        let stats = all.flat_map(|entry| std::fs::read_to_string(entry.path().join("stat")));
+        let of_ours = format!(") Z {pid} ");
+        stats.filter(|stat| stat.contains(&of_ours)).count()
+    };
+    until("all that died are reaped", || zombies() == 0);
+}
+
+#[test]
 fn a_predecessor_that_dies_sealed_has_given_up() {
     let daemon = with_guest("dies", Some("die-sealed"));
     let swap = daemon.swap("web", "good");

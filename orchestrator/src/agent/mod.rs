@@ -9,6 +9,7 @@
 //! | [`spawn`] | starts a VMM process and waits for its word |
 //! | [`modules`] | KVM's modules: which are loaded, who holds them, their exchange |
 //! | [`process`] | one process, held by its pidfd |
+//! | [`reaper`] | children that ended and that nobody asked how |
 //! | [`find`] | a VMM by its control socket, and the proof that it is the one |
 //! | [`pair`] | predecessor and successor of a swap |
 //! | [`scope`] | systemd scopes, so that guests outlive the daemon's service |
@@ -31,6 +32,7 @@ pub mod pair;
 mod pidfd;
 pub mod places;
 pub mod process;
+pub mod reaper;
 pub mod reserves;
 pub mod scope;
 pub mod spawn;
