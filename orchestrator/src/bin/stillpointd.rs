@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use anyhow::Context;
 
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;

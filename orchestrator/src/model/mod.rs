@@ -19,6 +19,7 @@ mod release;
 mod safeguards;
 mod swap;
 mod vm;
+mod url;
 mod window;
 
 pub use amount::{Amount, NoAmount};
@@ -28,6 +29,7 @@ pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAIN
 pub use gate::{
     Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES, prometheus_place,
 };
+pub use gate::{Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
 pub use kernel::{
@@ -50,4 +52,5 @@ pub use safeguards::{
 };
 pub use swap::{HOST, KVM, SwapId, SwapRecord, SwapState};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
+pub use url::{HttpUrl, NoHttpUrl};
 pub use window::{NoWindow, Opening, Window, opening};
