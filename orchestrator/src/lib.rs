@@ -19,6 +19,7 @@
 //! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
 //! | [`metrics`] | figures for a monitoring system, added up from the records |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
+//! | [`traces`] | spans of swaps and rollouts, for a collector of OpenTelemetry |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
 //! | [`auth`] | who calls, in which role: uids, certificates, and a small CA |
@@ -47,3 +48,4 @@ pub mod reconcile;
 pub mod simulate;
 pub mod store;
 pub mod web;
+pub mod traces;

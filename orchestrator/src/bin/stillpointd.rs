@@ -16,6 +16,7 @@ use orchestrator::daemon::{self, Config};
 use orchestrator::fleet::Stands;
 use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
 
+use orchestrator::traces::Collector;
 /// Starts guests on this host, watches them, and swaps what runs them. Ending it harms no guest.
 #[derive(Debug, Parser)]
 #[command(name = "stillpointd", version, args_conflicts_with_subcommands = true)]
@@ -66,7 +67,11 @@ struct Args {
     read_group: Option<u32>,
     #[command(flatten)]
     listen: ListenArgs,
-    /// Logs as JSON, one object a line.
+    /// The collector of OpenTelemetry that is told spans of swaps and rollouts, by HTTP, such as http://127.0.0.1:4318;
+    /// /v1/traces comes after it [told nowhere].
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
+    /// Logs to standard error as JSON, one object a line, also where systemd connects that to journald.
     #[arg(long)]
     json_logs: bool,
     /// Prints the API's OpenAPI document and exits.
@@ -213,6 +218,12 @@ fn run(args: Args) -> anyhow::Result<()> {
         trust: args.trust,
         host_name: args.host_name,
         stands: Stands {
+        // A variable that is empty is as one that isn't there, as OpenTelemetry has it.
+        collector: args
+            .otlp_endpoint
+            .filter(|url| !url.is_empty())
+            .map(|url| url.parse::<Collector>().context("--otlp-endpoint"))
+            .transpose()?,
             zone: args.zone,
             fault_domain: args.fault_domain,
         },

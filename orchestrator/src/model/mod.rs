@@ -25,9 +25,8 @@ mod window;
 pub use amount::{Amount, NoAmount};
 pub use audit::{AuditEntry, Outcome};
 pub use event::Event;
-pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
-pub use gate::{
-    Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES, prometheus_place,
+pub use fleet::{
+    DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, RolloutId, Rung,
 };
 pub use gate::{Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
