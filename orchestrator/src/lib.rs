@@ -25,6 +25,7 @@
 //! | [`auth`] | who calls, in which role: uids, certificates, and a small CA |
 //! | [`web`] | pages for a browser, to be looked at |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
+//! | [`logs`] | where the daemon's log goes: journald with its fields, or standard error |
 //! | [`doctor`] | what this host can and can't do |
 //! | [`cli`] | the `stillpoint` command, one file per verb |
 //!
@@ -39,6 +40,8 @@ pub mod daemon;
 pub mod doctor;
 pub mod execute;
 pub mod fleet;
+mod http;
+pub mod logs;
 pub mod metadata;
 pub mod metrics;
 pub mod model;

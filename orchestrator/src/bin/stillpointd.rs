@@ -1,7 +1,6 @@
 //! The daemon, one per host.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use anyhow::Context;
@@ -209,7 +208,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         print!("{}", orchestrator::api::openapi_json()?);
         return Ok(());
     }
-    log(args.json_logs);
+    logs::begin(args.json_logs);
     let run_dir = args.run_dir.unwrap_or_else(daemon::default_run_dir);
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
@@ -245,20 +244,4 @@ fn run(args: Args) -> anyhow::Result<()> {
     // A blocking exchange with a VMM may still wait for its answer; the guest needs neither.
     runtime.shutdown_background();
     result
-}
-
-fn log(json: bool) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        // It would complain of a log that can't be written by a panic, in whatever task just logs.
-        .log_internal_errors(false)
-        .with_writer(std::io::stderr);
-    if json {
-        logs.json().init();
-    } else {
-        logs.init();
-    }
 }
