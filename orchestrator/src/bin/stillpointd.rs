@@ -13,6 +13,8 @@ use orchestrator::auth::files::TlsFiles;
 use orchestrator::auth::peer;
 use orchestrator::daemon::{self, Config};
 use orchestrator::fleet::Stands;
+use orchestrator::logs;
+use orchestrator::model::{Label, labels};
 use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
 
 use orchestrator::traces::Collector;
@@ -45,6 +47,9 @@ struct Args {
     /// The fault domain it stands in: a rack, or whatever fails together.
     #[arg(long, value_name = "NAME", default_value = "rack-0")]
     fault_domain: String,
+    /// What else the host is called by, for rollouts over some hosts (`rollout start --label`); may be given again.
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<Label>,
     #[command(flatten)]
     shared: SharedArgs,
     /// Where pages are served, such as 127.0.0.1:8080, and figures for Prometheus beside them (/metrics).
@@ -225,6 +230,7 @@ fn run(args: Args) -> anyhow::Result<()> {
             .transpose()?,
             zone: args.zone,
             fault_domain: args.fault_domain,
+            labels: labels(args.labels).context("--label")?,
         },
         etcd: args.shared.etcd()?,
         gate_dir: args.gate_dir.unwrap_or_else(|| config_dir().join("gates")),

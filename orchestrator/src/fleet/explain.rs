@@ -8,7 +8,7 @@ use super::driver::hear;
 use super::look::{Look, Place};
 use super::record::{DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
-use crate::model::{GateSaid, HostName, Moment, Problem, VmName};
+use crate::model::{GateSaid, HostName, Labels, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
 use crate::plan::rollout::{Cause, State, Waits, Why, plan};
 
@@ -106,6 +106,9 @@ pub struct HostView {
     pub zone: String,
     /// Its fault domain.
     pub fault_domain: String,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
     /// Version of its daemon.
@@ -245,6 +248,7 @@ impl Fleet {
                 drives: driver.as_ref() == Some(name),
                 is_this: *name == self.me,
                 name: name.clone(),
+                labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
             }
         };
         Ok(look.hosts.iter().map(view).collect())

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 use super::clocks::Skew;
 pub use crate::model::RolloutId;
 use crate::model::{
-    Domain, GateSaid, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
+    Domain, GateSaid, HostName, Labels, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
 };
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
@@ -19,6 +19,9 @@ pub struct HostCard {
     pub zone: String,
     /// Its fault domain.
     pub fault_domain: String,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
     /// Version of its daemon.

@@ -9,6 +9,7 @@ mod host_swap;
 mod journal;
 mod kernel;
 mod kvm_swap;
+mod label;
 mod moment;
 mod pause;
 mod policy;
@@ -36,6 +37,7 @@ pub use kernel::{
     to_be_used_again, with_nonce,
 };
 pub use kvm_swap::{KvmCheck, KvmSwap, Module};
+pub use label::{Label, Labels, LabelsError, MOST_LABELS, NoLabel, labels};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,
