@@ -50,5 +50,5 @@ pub mod plan;
 pub mod reconcile;
 pub mod simulate;
 pub mod store;
-pub mod web;
 pub mod traces;
+pub mod web;

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use anyhow::Context;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;
 use orchestrator::auth::Role;
@@ -16,8 +16,8 @@ use orchestrator::fleet::Stands;
 use orchestrator::logs;
 use orchestrator::model::{Label, labels};
 use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
-
 use orchestrator::traces::Collector;
+
 /// Starts guests on this host, watches them, and swaps what runs them. Ending it harms no guest.
 #[derive(Debug, Parser)]
 #[command(name = "stillpointd", version, args_conflicts_with_subcommands = true)]
@@ -218,16 +218,16 @@ fn run(args: Args) -> anyhow::Result<()> {
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
-        carve_out: args.carve_out,
-        trust: args.trust,
-        host_name: args.host_name,
-        stands: Stands {
         // A variable that is empty is as one that isn't there, as OpenTelemetry has it.
         collector: args
             .otlp_endpoint
             .filter(|url| !url.is_empty())
             .map(|url| url.parse::<Collector>().context("--otlp-endpoint"))
             .transpose()?,
+        carve_out: args.carve_out,
+        trust: args.trust,
+        host_name: args.host_name,
+        stands: Stands {
             zone: args.zone,
             fault_domain: args.fault_domain,
             labels: labels(args.labels).context("--label")?,

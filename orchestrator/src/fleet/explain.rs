@@ -132,7 +132,13 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
     let waits = planned.waits().into();
     let whys = rollout.layout.units.iter_enumerated().zip(&record.units);
     let whys = whys.map(|((ix, unit), named)| {
-        let why = planned.whys[ix];
+        let why = match planned.whys[ix] {
+            // It is over, and waits for nothing.
+            Why::Held(state) if state.is_over() && named.phase != Phase::Waiting => {
+                Why::Phase(named.phase)
+            }
+            why => why,
+        };
         UnitWhy {
             host: named.host.clone(),
             vm: named.vm.clone(),
@@ -242,13 +248,13 @@ impl Fleet {
                 cordon: host.cordon.as_ref().map(|cordon| cordon.reason.clone()),
                 zone: card.map_or_else(String::new, |card| card.zone.clone()),
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),
+                labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
                 releases: card.map_or_else(Vec::new, |card| card.releases.clone()),
                 daemon: card.map_or_else(String::new, |card| card.daemon.clone()),
                 guests: guests.count(),
                 drives: driver.as_ref() == Some(name),
                 is_this: *name == self.me,
                 name: name.clone(),
-                labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
             }
         };
         Ok(look.hosts.iter().map(view).collect())

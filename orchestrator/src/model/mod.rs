@@ -19,8 +19,8 @@ mod reach;
 mod release;
 mod safeguards;
 mod swap;
-mod vm;
 mod url;
+mod vm;
 mod window;
 
 pub use amount::{Amount, NoAmount};
@@ -52,6 +52,6 @@ pub use safeguards::{
     Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,
 };
 pub use swap::{HOST, KVM, SwapId, SwapRecord, SwapState};
-pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use url::{HttpUrl, NoHttpUrl};
+pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};
