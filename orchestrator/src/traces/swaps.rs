@@ -9,8 +9,8 @@
 //! ```
 //!
 //! How long each phase took is measured, by clocks that both processes share; the wall clock is read once, when the
-//! handover is asked for. Phases lie one after the other from there. What passes between two of them, some
-//! microseconds for a message, is in none.
+//! handover is asked for. Phases lie one after the other from there. What passes between two of them is in none:
+//! microseconds for a message, and more where a side waits for a core; so they may add up to less than the pause.
 
 use std::time::Duration;
 
