@@ -78,7 +78,7 @@ bench-page: ## put the last bench's table and pictures into docs/blackout
 	cp -f target/bench/blackout.svg target/bench/phases.svg docs/blackout/
 
 .PHONY: etcd
-etcd: ## the shared store's suite on three members of etcd, killed in turn; a rollout through storms (SEED=n; needs root)
+etcd: ## the shared store's suite on three members of etcd, killed in turn, parted, and slow; a rollout through storms (SEED=n; needs root, and strace)
 	$(CARGO) test --quiet --locked -p stillpoint --test shared_store -- --ignored
 	$(if $(SEED),STILLPOINT_SEED=$(SEED)) $(CARGO) test --quiet --locked -p stillpoint --test storms -- --ignored --nocapture
 

@@ -32,12 +32,13 @@ use crate::fleet::record::Claim;
 use crate::fleet::{self, Fleet, Stands, driver};
 use crate::metadata::notices::Notices;
 use crate::metadata::ways::Ways;
-use crate::model::{HostName, Moment, nonce_of};
+use crate::model::{Event, HostName, Moment, nonce_of};
 use crate::orders;
 use crate::reconcile;
 use crate::store::Store;
 use crate::store::shared::etcd::{Etcd, EtcdConfig};
 use crate::store::shared::{Shared, Sqlite};
+use crate::traces::{self, Collector, Traces};
 use crate::web::{self, door};
 
 /// Events kept for a listener that is slow.
@@ -72,6 +73,8 @@ pub struct Config {
     pub rules: Rules,
     /// Where commands lie that rollouts may ask as gates.
     pub gate_dir: PathBuf,
+    /// The collector of spans; none when absent.
+    pub collector: Option<Collector>,
     /// The host's carve-out, if it has one.
     pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
@@ -133,6 +136,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         ),
     }
     let (events, _) = broadcast::channel(EVENTS);
+    let traces = tell_spans(&config, &fleet, &store, events.subscribe());
     let notices = Notices::open(&store, events.clone()).await?;
     let host = Host {
         store: store.clone(),
@@ -170,6 +174,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         waker,
         fleet,
         publisher,
+        traces: traces.clone(),
     };
     // An earlier daemon's key lets nobody in.
     let _ = std::fs::remove_file(door::path(&config.run_dir));
@@ -182,6 +187,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let mut belonging = vec![tokio::spawn(driver::drive(
         desk.fleet.clone(),
         config.gate_dir.clone(),
+        traces.clone(),
     ))];
     belonging.extend([publishing, tokio::spawn(orders::obey(desk.clone()))]);
     tokio::spawn(reaper::reap());
@@ -205,10 +211,27 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = tokio::time::timeout(LAST_REQUESTS, serving).await;
     let _ = std::fs::remove_file(&config.socket);
     leave(&fleet, &belonging).await;
+    traces.flush(LAST_REQUESTS).await;
     // One that can't be written makes the next daemon say that this one was cut off: no harm.
     let _ = store.end_journal().await;
     store.close().await;
     Ok(())
+}
+
+/// Spans of swaps go to the collector from now on, if there is one.
+fn tell_spans(
+    config: &Config,
+    fleet: &Fleet,
+    store: &Store,
+    events: broadcast::Receiver<Event>,
+) -> Traces {
+    let Some(collector) = config.collector.clone() else {
+        return Traces::default();
+    };
+    tracing::info!(%collector, "tells spans of swaps and rollouts");
+    let traces = Traces::to(collector, fleet.me.as_str());
+    tokio::spawn(traces::hear(store.clone(), events, traces.clone()));
+    traces
 }
 
 /// Leaves the fleet in order. Where that can't be, leases end by themselves.

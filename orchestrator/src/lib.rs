@@ -19,11 +19,13 @@
 //! | [`metadata`] | what guests see at 169.254.169.254: events, and the VM itself |
 //! | [`metrics`] | figures for a monitoring system, added up from the records |
 //! | [`reconcile`] | per VM: look, plan, execute, record |
+//! | [`traces`] | spans of swaps and rollouts, for a collector of OpenTelemetry |
 //! | [`simulate`] | rollouts over a fleet that isn't there, by the same planner |
 //! | [`api`] | HTTP over a Unix socket, with its OpenAPI |
 //! | [`auth`] | who calls, in which role: uids, certificates, and a small CA |
 //! | [`web`] | pages for a browser, to be looked at |
 //! | [`daemon`] | puts these together: directories, lock, start, end |
+//! | [`logs`] | where the daemon's log goes: journald with its fields, or standard error |
 //! | [`doctor`] | what this host can and can't do |
 //! | [`cli`] | the `stillpoint` command, one file per verb |
 //!
@@ -38,6 +40,8 @@ pub mod daemon;
 pub mod doctor;
 pub mod execute;
 pub mod fleet;
+mod http;
+pub mod logs;
 pub mod metadata;
 pub mod metrics;
 pub mod model;
@@ -46,4 +50,5 @@ pub mod plan;
 pub mod reconcile;
 pub mod simulate;
 pub mod store;
+pub mod traces;
 pub mod web;

@@ -1,6 +1,6 @@
 //! What a monitoring system reads: Prometheus' text format, made anew for each reader.
 //!
-//! Nothing is counted on the side. What was done is in the store, and is added up when it is asked for:
+//! Nothing of swaps is counted on the side. What was done is in the store, and is added up when it is asked for:
 //! so figures survive the daemon, and can't tell of anything else than the records do. Pure.
 
 use std::collections::BTreeMap;
@@ -11,6 +11,7 @@ use crate::fleet::explain::HostView;
 use crate::fleet::record::RolloutRecord;
 use crate::model::{HOST, KVM, SwapState, VMM, VmState};
 use crate::plan::rollout::seen::Phase;
+use crate::traces::SpanCounts;
 
 /// Upper bounds of blackouts and brownouts, in seconds.
 const TIMES: [f64; 12] = [
@@ -61,6 +62,8 @@ pub struct Figures {
     pub guests: Vec<VmState>,
     /// Guests of this host that were not well after their last swap.
     pub unwell: usize,
+    /// What became of spans, since this daemon began.
+    pub spans: SpanCounts,
     /// Rollouts of the fleet that aren't over, and the last one that is.
     pub rollouts: Vec<RolloutRecord>,
     /// Hosts of the fleet; none if its store is away.
@@ -74,6 +77,7 @@ pub fn text(figures: &Figures) -> String {
     page.guests(figures);
     page.fleet(figures.hosts.as_deref());
     page.rollouts(&figures.rollouts);
+    page.spans(figures.spans);
     page.text
 }
 
@@ -212,6 +216,15 @@ impl Page {
         self.line(name, &[], u8::from(elected));
     }
 
+    fn spans(&mut self, spans: SpanCounts) {
+        let name = "stillpoint_spans_total";
+        let help = "Spans of this daemon, by whether the collector took them or they were dropped.";
+        self.head(name, "counter", help);
+        for (became, count) in [("sent", spans.sent), ("dropped", spans.dropped)] {
+            self.line(name, &[("became", became)], count);
+        }
+    }
+
     fn rollouts(&mut self, rollouts: &[RolloutRecord]) {
         let name = "stillpoint_rollout_state";
         self.head(name, "gauge", "1 for what a rollout is.");
@@ -299,6 +312,7 @@ mod tests {
             r#"stillpoint_guests{state="crashed"} 0"#,
             "stillpoint_guests_unwell 0",
             "stillpoint_drives 0",
+            r#"stillpoint_spans_total{became="dropped"} 0"#,
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }

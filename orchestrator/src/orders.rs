@@ -150,10 +150,9 @@ impl Obedient {
         if record.release == order.to && record.state == VmState::Running {
             return Ok(say(Far::Settled, None));
         }
-        match desk
-            .ask_swap(vm.as_str(), wanted(order), order.id.clone())
-            .await
-        {
+        let rollout = Some(order.rollout.clone());
+        let asked = desk.ask_swap(vm.as_str(), wanted(order), order.id.clone(), rollout);
+        match asked.await {
             Ok(_) => Ok(say(Far::UnderWay, None)),
             Err(problem) if problem.code == Code::SwapInProgress => {
                 Ok(say(Far::UnderWay, Some(problem.message)))

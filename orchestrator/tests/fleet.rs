@@ -334,6 +334,7 @@ async fn a_host_whose_clock_disagrees_is_named_and_left_alone() {
     let card = HostCard {
         zone: "zone-0".into(),
         fault_domain: "rack-9".into(),
+        labels: Default::default(),
         releases: vec!["good".into(), "next".into()],
         daemon: "0".into(),
     };

@@ -2,7 +2,7 @@
 
 mod daemon;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -191,28 +191,30 @@ struct Prometheus {
 
 impl Prometheus {
     fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// By TLS, if there is a certificate for it.
+    fn start_with(tls: Option<Arc<rustls::ServerConfig>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let at = format!("http://{}", listener.local_addr().expect("address"));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let at = format!("{scheme}://{}", listener.local_addr().expect("address"));
         let answer = Arc::new(Mutex::new((200, String::new())));
         let asked: Arc<Mutex<Vec<String>>> = Arc::default();
         let (to_give, to_note) = (answer.clone(), asked.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let Ok(mut stream) = stream else { return };
-                let mut lines = BufReader::new(stream.try_clone().expect("clone")).lines();
-                let first = lines.next().and_then(Result::ok).unwrap_or_default();
-                while lines
-                    .next()
-                    .and_then(Result::ok)
-                    .is_some_and(|line| !line.is_empty())
-                {}
+                let Ok(stream) = stream else { return };
+                let answer = to_give.lock().expect("lock").clone();
+                let first = match &tls {
+                    None => serve_one(stream, answer),
+                    Some(config) => {
+                        let connection = rustls::ServerConnection::new(config.clone());
+                        let connection = connection.expect("TLS");
+                        serve_one(rustls::StreamOwned::new(connection, stream), answer)
+                    }
+                };
                 to_note.lock().expect("lock").push(first);
-                let (status, body) = to_give.lock().expect("lock").clone();
-                let length = body.len();
-                let _ = write!(
-                    stream,
-                    "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-                );
             }
         });
         Self { at, answer, asked }
@@ -230,6 +232,96 @@ impl Prometheus {
             ),
         );
     }
+}
+
+/// Answers one request; its first line.
+fn serve_one(mut stream: impl Read + Write, (status, body): (u16, String)) -> String {
+    let mut lines = BufReader::new(&mut stream).lines();
+    let first = lines.next().and_then(Result::ok).unwrap_or_default();
+    while lines
+        .next()
+        .and_then(Result::ok)
+        .is_some_and(|line| !line.is_empty())
+    {}
+    let length = body.len();
+    let _ = write!(
+        stream,
+        "HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+    );
+    first
+}
+
+#[test]
+fn a_prometheus_by_https_is_asked_if_the_machine_trusts_its_ca() {
+    use orchestrator::auth::ca::{CA_LASTS, Ca, Kind, Wanted};
+    use orchestrator::auth::certificate::{certificates, private_key};
+    let dir = tempfile::tempdir().expect("dir");
+    let issue = |called: &str| {
+        let ca = Ca::at(dir.path().join(called));
+        ca.init(called, CA_LASTS).expect("a CA");
+        let wanted = Wanted {
+            name: "prometheus".into(),
+            kind: Kind::Daemon,
+            role: None,
+            dns: Vec::new(),
+            addresses: vec!["127.0.0.1".parse().expect("an address")],
+            lasts: std::time::Duration::from_secs(3600),
+        };
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().expect("now");
+        let issued = ca.issue(&wanted, now.as_secs()).expect("issued");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(
+                certificates(&issued.certificate).expect("a certificate"),
+                private_key(&issued.key).expect("a key"),
+            );
+        (issued.ca, Arc::new(config.expect("TLS")))
+    };
+    let ((trusted, good), (_, foreign)) = (issue("trusted"), issue("foreign"));
+    let mut daemon = Daemon::prepare();
+    daemon.env("SSL_CERT_FILE", trusted.to_str().expect("UTF-8"));
+    daemon.env(
+        "SSL_CERT_DIR",
+        dir.path().join("none").to_str().expect("UTF-8"),
+    );
+    daemon.spawn();
+    daemon.add("good", None);
+    daemon.add("next", None);
+    daemon.run("web", "good").good();
+    let (good, foreign) = (
+        Prometheus::start_with(Some(good)),
+        Prometheus::start_with(Some(foreign)),
+    );
+    good.vector("1");
+    foreign.vector("1");
+    let gate = |prometheus: &Prometheus| format!("errors={} up", prometheus.at);
+    let first = id(start(&daemon, &["--gate-query", &gate(&foreign)]));
+    until("it says why it is not asked", || {
+        let why = explained(&daemon, "web");
+        why.contains("gives no answer") && why.contains("UnknownIssuer")
+    });
+    assert_eq!(swaps(&daemon), (0, 0));
+    daemon.ask(&["rollout", "abort", &first]).good();
+    until("it is over", || state(&daemon, &first) == "aborted");
+    // Called by a name that its certificate is not for.
+    let elsewhere = gate(&good).replace("127.0.0.1", "localhost");
+    let second = id(start(&daemon, &["--gate-query", &elsewhere]));
+    until("it says which name", || {
+        explained(&daemon, "web").contains("not valid for name")
+    });
+    daemon.ask(&["rollout", "abort", &second]).good();
+    until("it is over", || state(&daemon, &second) == "aborted");
+    let third = id(start(&daemon, &["--gate-query", &gate(&good)]));
+    until("it goes on", || state(&daemon, &third) == "finished");
+    assert_eq!(swaps(&daemon), (1, 1));
+    let asked = good.asked.lock().expect("lock").clone();
+    let queries = asked
+        .iter()
+        .filter(|line| line.starts_with("GET /api/v1/query?query=up "));
+    assert!(queries.count() >= 2, "{asked:?}");
 }
 
 #[test]
@@ -274,7 +366,7 @@ fn a_query_of_prometheus_is_a_gate() {
     args.extend(["--gate-query", &gate]);
     daemon.ask(&args).good();
     says("does not answer: Connection refused");
-    let (code, message) = start(&daemon, &["--gate-query", "x=https://h up"]).bad();
+    let (code, message) = start(&daemon, &["--gate-query", "x=ftp://h up"]).bad();
     assert_eq!(code, "bad_request");
     assert!(message.contains("http://HOST:PORT"), "{message}");
     assert_eq!(swaps(&daemon), (2, 2));

@@ -398,3 +398,43 @@ fn a_browser_with_a_certificate_sees_pages_and_no_other_site_acts_by_it() {
     let log = daemon.ask(&["audit", "ls"]).good().to_string();
     assert!(!log.contains(&key), "the key of a form is in the log");
 }
+
+#[test]
+fn whether_a_certificate_was_revoked_is_told_by_its_ca_or_by_the_list_and_is_never_guessed() {
+    let papers = Papers::new();
+    papers.client("alice", "operate");
+    papers.client("bob", "read");
+    papers.auth(&["revoke", "alice"]).good();
+    let standing = |args: &[&str]| papers.auth(args).good()["standing"].clone();
+    let alice = standing(&["show", "alice"]);
+    assert_eq!(alice["state"], "revoked");
+    assert!(alice["revoked_at_unix_s"].as_u64().is_some(), "{alice}");
+    assert_eq!(standing(&["show", "bob"])["state"], "good");
+    // Where there is no register: the list knows, and without it nobody does.
+    let file = |name: &str| papers.file(name).display().to_string();
+    let elsewhere = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_stillpoint"));
+        command
+            .args(["--json", "auth", "--dir"])
+            .arg(papers.file("none"));
+        papers::said(command.args(args).output().expect("stillpoint"))
+    };
+    let (alice, list) = (file("issued/alice.pem"), file("revoked.pem"));
+    let bob = file("issued/bob.pem");
+    let unknown = elsewhere(&["show", &alice]).good();
+    assert!(unknown["standing"]["state"].is_null(), "{unknown}");
+    assert!(
+        unknown["standing"]["by"].to_string().contains("no CA in"),
+        "{unknown}"
+    );
+    for (certificate, state) in [(&alice, "revoked"), (&bob, "good")] {
+        let said = elsewhere(&["show", certificate, "--revoked", &list]).good();
+        assert_eq!(said["standing"]["state"], state, "{said}");
+    }
+    // Another CA's list says nothing of it.
+    let other = Papers::new();
+    let foreign = other.file("revoked.pem").display().to_string();
+    let (code, message) = elsewhere(&["show", &alice, "--revoked", &foreign]).bad();
+    assert_eq!(code, "bad_request");
+    assert!(message.contains("it says nothing of it"), "{message}");
+}

@@ -198,6 +198,31 @@ fn a_person_clicks_approve_and_the_page_goes_on_by_itself() {
     browser.click("nav a[href='/fleet']");
     browser.until("document.body.innerText.includes('Guests by update domain')");
     browser.picture(&pictures, "fleet");
+    // A rollout, with what it measured against its limit.
+    let started = daemon.ask(&[
+        "rollout",
+        "start",
+        "--detach",
+        "--to",
+        "1.0.0",
+        "--vm",
+        "web-1",
+        "--bake",
+        "0s",
+        "--well-for",
+        "50ms",
+        "--notice",
+        "0s",
+        "--max-blackout",
+        "50ms",
+    ]);
+    let id = started.good()["rollout"]["id"].clone();
+    browser.until("document.body.innerText.includes('1 of 1')");
+    let id = id.as_str().expect("an id");
+    assert!(browser.text().contains(id), "{}", browser.text());
+    browser.go(&format!("{site}/rollouts/{id}"));
+    browser.until("document.body.innerText.includes('VM web-1 is done')");
+    browser.picture(&pictures, "rollout");
 }
 
 #[test]

@@ -105,6 +105,29 @@ fn a_rollout_goes_canary_first_and_one_update_domain_at_a_time() {
 }
 
 #[test]
+fn hosts_have_labels_and_a_rollout_takes_those_that_have_all_it_asks_for() {
+    let mut daemon = Daemon::prepare();
+    daemon.more(&["--label", "class=big", "--label", "example.com/gpu="]);
+    daemon.spawn();
+    daemon.add("good", None);
+    daemon.add("next", None);
+    daemon.run("web", "good").good();
+    let hosts = daemon.ask(&["host", "ls"]).good();
+    let labels = serde_json::json!({ "class": "big", "example.com/gpu": "" });
+    assert_eq!(hosts[0]["labels"], labels);
+    let plan = |labels: &[&str]| rollout(&daemon, "plan", "next", labels);
+    let planned = plan(&["--label", "class=big", "--label", "example.com/gpu="]).good();
+    let units = planned["rollout"]["units"].as_array().map(Vec::len);
+    assert_eq!(units, Some(1), "{planned}");
+    let (code, message) = plan(&["--label", "class=big", "--label", "zone=x"]).bad();
+    assert_eq!(code, "not_found");
+    assert!(message.contains("class=big, zone=x"), "{message}");
+    let mut wrong = Daemon::prepare();
+    wrong.more(&["--label", "class=a", "--label", "class=b"]);
+    assert!(wrong.refused().contains("the label `class` is given twice"));
+}
+
+#[test]
 fn what_cannot_be_rolled_out_is_refused_and_nothing_moves() {
     let daemon = with_set(2);
     let bad = |to: &str, more: &[&str], why: &str| {
@@ -116,6 +139,12 @@ fn what_cannot_be_rolled_out_is_refused_and_nothing_moves() {
     bad("next", &["--set", "db"], "set `db`");
     bad("next", &["--vm", "web-9"], "`web-9`");
     bad("next", &["--host", "elsewhere"], "no host `elsewhere`");
+    bad(
+        "next",
+        &["--label", "class=big"],
+        "no host has the labels class=big",
+    );
+    bad("next", &["--label", "a=1", "--label", "a=2"], "given twice");
     bad("next", &["--tries", "0"], "tries is 0");
     bad(
         "next",

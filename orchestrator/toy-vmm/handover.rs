@@ -39,6 +39,7 @@ struct Offer {
     swaps: u64,
     next: Epoch,
     budget: u64,
+    began_unix_ns: u64,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +47,11 @@ enum Word {
     Loaded,
     Go(Epoch),
     Running,
+}
+
+fn now_unix_ns() -> u64 {
+    let now = std::time::SystemTime::UNIX_EPOCH.elapsed();
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(0))
 }
 
 fn report(offer: &Offer, to: ReleaseName, outcome: Outcome, reason: Option<String>) -> SwapReport {
@@ -57,7 +63,7 @@ fn report(offer: &Offer, to: ReleaseName, outcome: Outcome, reason: Option<Strin
         to,
         outcome,
         reason,
-        started_at_unix_ns: 0,
+        started_at_unix_ns: offer.began_unix_ns,
         vcpus: offer.spec.cpus.into(),
         memory_bytes: offer.spec.memory.size,
         state_format: 1,
@@ -116,6 +122,7 @@ pub(super) fn offer(
             swaps: now.swaps,
             next: now.owner.epoch().next(),
             budget: budget_ns.unwrap_or(1_000_000_000),
+            began_unix_ns: now_unix_ns(),
         }
     };
     match give(toy, client, &socket, &offer) {

@@ -266,6 +266,7 @@ impl Desk {
         Ok(SwapRecord {
             id: SwapId(format!("{}.{}", swap.id, vm.name)),
             part_of: Some(swap.id.clone()),
+            rollout: None,
             vm: vm.name.clone(),
             component: swap.component().into(),
             from: release.clone(),

@@ -32,6 +32,7 @@ pub(super) async fn metrics(State(desk): State<Desk>) -> Result<impl IntoRespons
         swaps: store.swap_figures().await?,
         guests: vms.iter().map(|vm| vm.state).collect(),
         unwell: last.iter().filter(|swap| is_unwell(swap)).count(),
+        spans: desk.traces.counts(),
         ..Figures::default()
     };
     // A fleet that is away is itself a figure.

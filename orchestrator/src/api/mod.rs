@@ -31,6 +31,7 @@ use crate::fleet::Fleet;
 use crate::fleet::publish::Publisher;
 use crate::model::Event;
 use crate::reconcile::Waker;
+use crate::traces::Traces;
 
 pub use audit::Known;
 pub use host::{NewHostSwap, NewKvm};
@@ -56,6 +57,8 @@ pub struct Desk {
     pub fleet: Fleet,
     /// Tells the fleet of this host.
     pub publisher: Publisher,
+    /// Where spans are told.
+    pub traces: Traces,
 }
 
 #[derive(OpenApi)]

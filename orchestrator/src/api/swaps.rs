@@ -12,8 +12,8 @@ use super::Desk;
 use super::refusal::{Body, Refusal};
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Release, Safeguards,
-    SwapId, SwapRecord, SwapState, VMM, VmRecord, VmState, Wanted,
+    Code, DEFAULT_WATCH_NS, MAX_NOTICE_NS, MAX_WATCH_NS, Preflight, Problem, Release, RolloutId,
+    Safeguards, SwapId, SwapRecord, SwapState, VMM, VmRecord, VmState, Wanted,
 };
 
 /// The longest reason for a swap without notice.
@@ -69,7 +69,7 @@ pub(super) async fn ask(
     Path(name): Path<String>,
     Body(new): Body<NewSwap>,
 ) -> Result<(StatusCode, Json<SwapRecord>), Refusal> {
-    let swap = desk.ask_swap(&name, new, new_id()?).await?;
+    let swap = desk.ask_swap(&name, new, new_id()?, None).await?;
     Ok((StatusCode::ACCEPTED, Json(swap)))
 }
 
@@ -105,18 +105,19 @@ pub(super) async fn check(
 }
 
 impl Desk {
-    /// Asks for a swap by that id.
+    /// Asks for a swap by that id, for that rollout if it is one's.
     pub(crate) async fn ask_swap(
         &self,
         name: &str,
         new: NewSwap,
         id: SwapId,
+        rollout: Option<RolloutId>,
     ) -> Result<SwapRecord, Problem> {
         let mut swap = self
             .check_swap(name, new)
             .await
             .map_err(|refusal| refusal.0)?;
-        swap.id = id;
+        (swap.id, swap.rollout) = (id, rollout);
         self.add_swap(swap).await
     }
 
@@ -194,6 +195,7 @@ impl Desk {
         Ok(SwapRecord {
             id: new_id()?,
             part_of: None,
+            rollout: None,
             vm: vm.name,
             component: new.component,
             from: from.name(),

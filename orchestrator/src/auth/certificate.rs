@@ -175,6 +175,13 @@ pub fn revoked(
     }
 }
 
+/// Whose list of revoked certificates it is.
+pub fn issuer(list: &CertificateRevocationListDer<'_>) -> Result<String, CertificateError> {
+    let (_, read) = x509_parser::revocation_list::CertificateRevocationList::from_der(list)
+        .map_err(|e| CertificateError::Malformed(e.to_string()))?;
+    Ok(common_name(read.issuer()))
+}
+
 /// The serial numbers in a list of revoked certificates.
 pub fn serials(list: &CertificateRevocationListDer<'_>) -> Result<Vec<String>, CertificateError> {
     let (_, read) = x509_parser::revocation_list::CertificateRevocationList::from_der(list)

@@ -1,10 +1,10 @@
 //! The daemon, one per host.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use orchestrator::agent::launch::launch;
 use orchestrator::auth::Role;
@@ -13,7 +13,10 @@ use orchestrator::auth::files::TlsFiles;
 use orchestrator::auth::peer;
 use orchestrator::daemon::{self, Config};
 use orchestrator::fleet::Stands;
+use orchestrator::logs;
+use orchestrator::model::{Label, labels};
 use orchestrator::store::shared::etcd::{Endpoint, EtcdConfig, PREFIX};
+use orchestrator::traces::Collector;
 
 /// Starts guests on this host, watches them, and swaps what runs them. Ending it harms no guest.
 #[derive(Debug, Parser)]
@@ -44,6 +47,9 @@ struct Args {
     /// The fault domain it stands in: a rack, or whatever fails together.
     #[arg(long, value_name = "NAME", default_value = "rack-0")]
     fault_domain: String,
+    /// What else the host is called by, for rollouts over some hosts (`rollout start --label`); may be given again.
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<Label>,
     #[command(flatten)]
     shared: SharedArgs,
     /// Where pages are served, such as 127.0.0.1:8080, and figures for Prometheus beside them (/metrics).
@@ -65,7 +71,11 @@ struct Args {
     read_group: Option<u32>,
     #[command(flatten)]
     listen: ListenArgs,
-    /// Logs as JSON, one object a line.
+    /// The collector of OpenTelemetry that is told spans of swaps and rollouts, by HTTP, such as http://127.0.0.1:4318;
+    /// /v1/traces comes after it [told nowhere].
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
+    /// Logs to standard error as JSON, one object a line, also where systemd connects that to journald.
     #[arg(long)]
     json_logs: bool,
     /// Prints the API's OpenAPI document and exits.
@@ -203,17 +213,24 @@ fn run(args: Args) -> anyhow::Result<()> {
         print!("{}", orchestrator::api::openapi_json()?);
         return Ok(());
     }
-    log(args.json_logs);
+    logs::begin(args.json_logs);
     let run_dir = args.run_dir.unwrap_or_else(daemon::default_run_dir);
     let config = Config {
         socket: args.socket.unwrap_or_else(|| daemon::socket_in(&run_dir)),
         run_dir: std::path::absolute(run_dir)?,
+        // A variable that is empty is as one that isn't there, as OpenTelemetry has it.
+        collector: args
+            .otlp_endpoint
+            .filter(|url| !url.is_empty())
+            .map(|url| url.parse::<Collector>().context("--otlp-endpoint"))
+            .transpose()?,
         carve_out: args.carve_out,
         trust: args.trust,
         host_name: args.host_name,
         stands: Stands {
             zone: args.zone,
             fault_domain: args.fault_domain,
+            labels: labels(args.labels).context("--label")?,
         },
         etcd: args.shared.etcd()?,
         gate_dir: args.gate_dir.unwrap_or_else(|| config_dir().join("gates")),
@@ -233,20 +250,4 @@ fn run(args: Args) -> anyhow::Result<()> {
     // A blocking exchange with a VMM may still wait for its answer; the guest needs neither.
     runtime.shutdown_background();
     result
-}
-
-fn log(json: bool) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        // It would complain of a log that can't be written by a panic, in whatever task just logs.
-        .log_internal_errors(false)
-        .with_writer(std::io::stderr);
-    if json {
-        logs.json().init();
-    } else {
-        logs.init();
-    }
 }

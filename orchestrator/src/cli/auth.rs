@@ -1,5 +1,7 @@
 //! `stillpoint auth`: a small CA in a directory, for those who have none. All but `whoami` needs no daemon.
 
+mod show;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,7 +13,6 @@ use super::{Desk, format, say, say_json};
 use crate::api::Known;
 use crate::auth::Role;
 use crate::auth::ca::{CA_LASTS, Ca, CaError, Entry, Is, Issued, Kind, Wanted, day, default_dir};
-use crate::auth::certificate::Certificate;
 use crate::execute::unix_ns;
 use crate::model::{Code, Problem};
 
@@ -62,11 +63,8 @@ enum Act {
     },
     /// Lists what was issued.
     Ls,
-    /// Shows a certificate: of a name, or any in a PEM file.
-    Show {
-        /// The name, or the file.
-        which: String,
-    },
+    /// Shows a certificate, of a name or any in a PEM file, and whether it still counts.
+    Show(show::Args),
     /// Issues the certificate of a name anew, with a new key; the one before it stays good until its end.
     Renew {
         /// The name.
@@ -158,7 +156,7 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         }
         Act::Renew { name, lifetime } => issued(desk, &ca, &ca.renew(&name, lifetime, now())?)?,
         Act::Ls => ls(desk, &ca)?,
-        Act::Show { which } => show(desk, &ca, &which)?,
+        Act::Show(args) => show::run(desk, &ca, &args)?,
         Act::Revoke { name } => revoke(desk, &ca, &name)?,
         Act::Whoami => whoami(desk).await?,
     }
@@ -254,57 +252,13 @@ fn row(shown: &Shown) -> Vec<String> {
         Kind::Daemon => format!("daemon at {}", entry.names.join(", ")),
         Kind::Client => format!("role {}", entry.role.map_or("none", Role::word)),
     };
-    let state = match shown.state {
-        Is::Good => "good",
-        Is::Expired => "expired",
-        Is::Revoked => "revoked",
-    };
     vec![
         entry.name.clone(),
         what,
-        state.into(),
+        shown.state.word().into(),
         day(entry.until_unix_s),
         entry.serial.clone(),
     ]
-}
-
-fn show(desk: &Desk, ca: &Ca, which: &str) -> Result<(), Problem> {
-    let (issued, _) = ca.of_name(which);
-    let path = match !which.contains('/') && issued.exists() {
-        true => issued,
-        false => PathBuf::from(which),
-    };
-    if !path.exists() {
-        let message = format!(
-            "`{which}` is neither a name that something was issued to (`stillpoint auth ls`) nor a file"
-        );
-        return Err(Problem::new(Code::NotFound, message));
-    }
-    let read = Certificate::of_file(&path);
-    let read = read.map_err(|e| Problem::new(Code::BadRequest, e.to_string()))?;
-    let is_over = now() > read.until_unix_s;
-    if desk.json {
-        return say_json(
-            &serde_json::json!({ "file": path, "certificate": read, "expired": is_over }),
-        );
-    }
-    let over = if is_over { ": it has expired" } else { "" };
-    let names = match read.names.is_empty() {
-        true => "none".into(),
-        false => read.names.join(", "),
-    };
-    let role = match (read.is_ca, read.role) {
-        (true, _) => "none: it is a CA",
-        (false, role) => role.map_or("none", Role::word),
-    };
-    say(&format!(
-        "name     {}\nrole     {role}\nnames    {names}\nissuer   {}\nserial   {}\nfrom     {}\nuntil    {}{over}",
-        read.name,
-        read.issuer,
-        read.serial,
-        day(read.from_unix_s),
-        day(read.until_unix_s)
-    ))
 }
 
 async fn whoami(desk: &Desk) -> Result<(), Problem> {

@@ -66,11 +66,12 @@ pub(super) async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         "IS",
         "ZONE",
         "FAULT DOMAIN",
+        "LABELS",
         "GUESTS",
         "RELEASES",
         "NOTES",
     ];
-    say(&format::table(&head, &[4], &rows))?;
+    say(&format::table(&head, &[5], &rows))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -90,11 +91,14 @@ fn row(host: &HostView) -> Vec<String> {
     if let Some(reason) = &host.cordon {
         notes.push(format!("cordoned: {reason}"));
     }
+    let labels = host.labels.iter();
+    let labels = labels.map(|(name, value)| format!("{name}={value}"));
     vec![
         host.name.to_string(),
         if host.alive { "heard" } else { "not heard" }.into(),
         host.zone.clone(),
         host.fault_domain.clone(),
+        labels.collect::<Vec<_>>().join(" "),
         host.guests.to_string(),
         host.releases.join(" "),
         notes.join("; "),

@@ -13,7 +13,7 @@ use crate::api::{Explained, NewAct};
 use crate::fleet::ask::{Act, NewRollout};
 use crate::fleet::explain::{RolloutSummary, RolloutView};
 use crate::fleet::record::HistoryStep;
-use crate::model::{Code, Problem, VMM};
+use crate::model::{Code, Label, Problem, VMM, labels};
 use crate::plan::rollout::State;
 
 #[derive(Debug, clap::Args)]
@@ -84,6 +84,9 @@ struct NewArgs {
     /// Only VMs on this host; may be given again [all].
     #[arg(long = "host", value_name = "NAME")]
     hosts: Vec<String>,
+    /// Only VMs on hosts that have this label (`stillpointd --label`); may be given again, and each counts [all].
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    labels: Vec<Label>,
     /// Only this VM, as NAME or HOST/NAME; may be given again [all].
     #[arg(long = "vm", value_name = "NAME")]
     vms: Vec<String>,
@@ -111,6 +114,8 @@ impl NewArgs {
             policy: self.policy.policy()?,
             sets: self.sets,
             hosts: self.hosts,
+            labels: labels(self.labels)
+                .map_err(|e| Problem::new(Code::BadRequest, format!("--label: {e}")))?,
             vms: self.vms,
             exclude: self.exclude,
             allow_downgrade: self.allow_downgrade,

@@ -189,6 +189,7 @@ fn way_back(swap: &SwapRecord, why: &str) -> SwapRecord {
     SwapRecord {
         id: SwapId(format!("{}-back", swap.id)),
         part_of: None,
+        rollout: swap.rollout.clone(),
         vm: swap.vm.clone(),
         component: swap.component.clone(),
         from: swap.to.clone(),

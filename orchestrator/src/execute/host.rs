@@ -57,7 +57,7 @@ pub(super) struct Stood {
 }
 
 /// Carries it out, from its announcement to its end.
-#[tracing::instrument(name = "host_swap", skip_all, fields(id = %swap.id))]
+#[tracing::instrument(name = "host_swap", skip_all, fields(swap = %swap.id))]
 pub async fn host_swap(host: Host, mut swap: HostSwap) {
     let done = match swap.kernel {
         None => carry_out(&host, &mut swap).await,

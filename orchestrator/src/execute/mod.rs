@@ -167,6 +167,10 @@ impl Host {
             tracing::error!(vm = %swap.vm, swap = %swap.id, "not recorded, will be tried again: {error}");
             tokio::time::sleep(RETRY).await;
         }
+        tracing::info!(
+            swap = %swap.id, vm = %swap.vm, rollout = swap.rollout.as_ref().map(tracing::field::display), outcome = %swap.state,
+            reason = swap.reason, "the swap is over"
+        );
         if let Some(Observed { state, reason, .. }) = observed {
             let vm = swap.vm.clone();
             self.tell(Event::Vm { vm, state, reason });

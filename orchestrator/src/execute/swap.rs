@@ -56,7 +56,10 @@ struct Prepared {
 /// `Err` the swap could not be recorded, and nothing was done.
 #[tracing::instrument(
     name = "swap", skip_all,
-    fields(id = %swap.id, vm = %vm.name, from = swap.from.version, to = swap.to.version)
+    fields(
+        swap = %swap.id, vm = %vm.name, rollout = swap.rollout.as_ref().map(tracing::field::display),
+        from = swap.from.version, to = swap.to.version
+    )
 )]
 pub async fn swap(
     host: &Host,
@@ -289,7 +292,10 @@ async fn answer(
 
 async fn tell_phases(host: Host, swap: SwapRecord, mut phases: mpsc::UnboundedReceiver<Phase>) {
     while let Some(phase) = phases.recv().await {
-        tracing::info!(swap = %swap.id, vm = %swap.vm, phase = phase.name, took = ?phase.duration);
+        tracing::info!(
+            swap = %swap.id, vm = %swap.vm, rollout = swap.rollout.as_ref().map(tracing::field::display),
+            phase = phase.name, took = ?phase.duration, "a phase is over"
+        );
         host.tell(Event::Phase {
             swap: swap.id.clone(),
             vm: swap.vm.clone(),

@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::look::{Look, Place, Versioned, is_held};
 use super::record::{HistoryStep, RolloutId, RolloutRecord, UnitRecord, VmCard};
 use super::{Fleet, LIVE, OPEN, keys, written};
-use crate::model::{Code, HostName, Moment, Policy, Problem, Rung, VMM};
+use crate::model::{Code, HostName, Labels, Moment, Policy, Problem, Rung, VMM};
 use crate::plan::rollout::State;
 use crate::plan::rollout::layout::{Layout, Remedy};
 use crate::store::shared::{Change, Committed, Expect};
@@ -37,6 +37,9 @@ pub struct NewRollout {
     /// Only VMs on these hosts; all when empty.
     #[serde(default)]
     pub hosts: Vec<String>,
+    /// Only VMs on hosts that have all these labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Only these VMs, as NAME or HOST/NAME; all when empty.
     #[serde(default)]
     pub vms: Vec<String>,
@@ -187,6 +190,22 @@ fn select(look: &Look, new: &NewRollout) -> Result<Vec<Place>, Problem> {
             return Err(Problem::new(Code::NotFound, message));
         }
     }
+    let has_labels = |host: &HostName| {
+        let card = look.hosts.get(host).and_then(|host| host.card.as_ref());
+        let has = |(name, value)| card.is_some_and(|card| card.labels.get(name) == Some(value));
+        new.labels.iter().all(has)
+    };
+    if !new.labels.is_empty() && !look.hosts.keys().any(has_labels) {
+        let labels = new
+            .labels
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"));
+        let message = format!(
+            "no host has the labels {}; `stillpoint host ls` shows those there are",
+            labels.collect::<Vec<_>>().join(", ")
+        );
+        return Err(Problem::new(Code::NotFound, message));
+    }
     let chosen = |names: &[String]| -> Result<BTreeSet<Place>, Problem> {
         let places = names.iter().map(|name| the_vm(look, name).cloned());
         places.collect()
@@ -199,6 +218,7 @@ fn select(look: &Look, new: &NewRollout) -> Result<Vec<Place>, Problem> {
         let of_host = new.hosts.iter().any(|host| host == place.0.as_str());
         let asked_for = (new.sets.is_empty() || of_set)
             && (new.hosts.is_empty() || of_host)
+            && has_labels(&place.0)
             && (only.is_empty() || only.contains(place))
             && !not.contains(place)
             && card.state.is_active();

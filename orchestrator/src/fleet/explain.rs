@@ -8,7 +8,7 @@ use super::driver::hear;
 use super::look::{Look, Place};
 use super::record::{DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
-use crate::model::{GateSaid, HostName, Moment, Problem, VmName};
+use crate::model::{GateSaid, HostName, Labels, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
 use crate::plan::rollout::{Cause, State, Waits, Why, plan};
 
@@ -106,6 +106,9 @@ pub struct HostView {
     pub zone: String,
     /// Its fault domain.
     pub fault_domain: String,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
     /// Version of its daemon.
@@ -129,7 +132,13 @@ pub fn view(look: &Look, record: &RolloutRecord, now: Moment) -> RolloutView {
     let waits = planned.waits().into();
     let whys = rollout.layout.units.iter_enumerated().zip(&record.units);
     let whys = whys.map(|((ix, unit), named)| {
-        let why = planned.whys[ix];
+        let why = match planned.whys[ix] {
+            // It is over, and waits for nothing.
+            Why::Held(state) if state.is_over() && named.phase != Phase::Waiting => {
+                Why::Phase(named.phase)
+            }
+            why => why,
+        };
         UnitWhy {
             host: named.host.clone(),
             vm: named.vm.clone(),
@@ -239,6 +248,7 @@ impl Fleet {
                 cordon: host.cordon.as_ref().map(|cordon| cordon.reason.clone()),
                 zone: card.map_or_else(String::new, |card| card.zone.clone()),
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),
+                labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
                 releases: card.map_or_else(Vec::new, |card| card.releases.clone()),
                 daemon: card.map_or_else(String::new, |card| card.daemon.clone()),
                 guests: guests.count(),

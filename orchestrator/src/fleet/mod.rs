@@ -52,7 +52,7 @@ pub use keys::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::model::HostName;
+use crate::model::{HostName, Labels};
 use crate::store::shared::{Entry, Shared, SharedError};
 
 /// This daemon's place in its fleet. Clones are the same.
@@ -79,6 +79,8 @@ pub struct Stands {
     pub zone: String,
     /// Its fault domain: a rack, or whatever fails together.
     pub fault_domain: String,
+    /// What else it is called by.
+    pub labels: Labels,
 }
 
 impl Default for Stands {
@@ -86,6 +88,7 @@ impl Default for Stands {
         Self {
             zone: "zone-0".into(),
             fault_domain: "rack-0".into(),
+            labels: Labels::new(),
         }
     }
 }

@@ -142,6 +142,7 @@ async fn cards(
     let card = HostCard {
         zone: fleet.stands.zone.clone(),
         fault_domain: fleet.stands.fault_domain.clone(),
+        labels: fleet.stands.labels.clone(),
         releases: releases
             .into_iter()
             .map(|release| release.manifest.version)

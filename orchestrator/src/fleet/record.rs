@@ -5,23 +5,12 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::clocks::Skew;
+pub use crate::model::RolloutId;
 use crate::model::{
-    Domain, GateSaid, HostName, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
+    Domain, GateSaid, HostName, Labels, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
 };
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
-
-/// A rollout's id.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
-#[serde(transparent)]
-#[schema(value_type = String)]
-pub struct RolloutId(pub String);
-
-impl std::fmt::Display for RolloutId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(&self.0)
-    }
-}
 
 /// What a host says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +19,9 @@ pub struct HostCard {
     pub zone: String,
     /// Its fault domain.
     pub fault_domain: String,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "Labels::is_empty")]
+    pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
     /// Version of its daemon.

@@ -7,6 +7,7 @@ use stillpoint_control::nanos;
 use utoipa::ToSchema;
 
 use super::moment::Moment;
+use super::url::HttpUrl;
 
 /// The longest a gate may take for its answer.
 pub const MAX_GATE: Duration = Duration::from_secs(60);
@@ -42,7 +43,7 @@ pub enum GateAsk {
     },
     /// A query of Prometheus. It passes if there is an answer and none of its values is 0.
     Prometheus {
-        /// Where it is: `http://HOST:PORT`.
+        /// Where it is: `http://HOST:PORT`, or `https://` for TLS by a CA that the driving host trusts.
         url: String,
         /// The query: a comparison with `bool`.
         query: String,
@@ -110,7 +111,9 @@ pub enum GateError {
     )]
     Program(String, String),
     /// Its address.
-    #[error("gate `{0}`: `{1}` is no address of Prometheus; write http://HOST:PORT")]
+    #[error(
+        "gate `{0}`: `{1}` is no address of Prometheus; write http://HOST:PORT, or https://HOST:PORT"
+    )]
     Url(String, String),
     /// Its query.
     #[error("gate `{0}` has no query")]
@@ -120,20 +123,6 @@ pub enum GateError {
 fn is_plain(name: &str, most: usize) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     !name.is_empty() && name.len() <= most && name.chars().all(plain) && !name.starts_with('.')
-}
-
-/// Host and port, and the path that comes before the API's.
-pub fn prometheus_place(url: &str) -> Option<(String, String)> {
-    let rest = url.strip_prefix("http://")?;
-    let (place, path) = rest.split_once('/').unwrap_or((rest, ""));
-    let plain = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
-    let (host, port) = place.rsplit_once(':').unwrap_or((place, "80"));
-    let fits = !host.is_empty() && plain(place) && plain(path) && !path.contains(['?', '#']);
-    port.parse::<u16>().ok().filter(|_| fits)?;
-    Some((
-        format!("{host}:{port}"),
-        format!("/{}", path.trim_end_matches('/')),
-    ))
 }
 
 impl GateSpec {
@@ -161,7 +150,7 @@ impl GateSpec {
                 GateAsk::Command { program, .. } if !is_plain(program, 255) => {
                     return Err(GateError::Program(name, program.clone()));
                 }
-                GateAsk::Prometheus { url, .. } if prometheus_place(url).is_none() => {
+                GateAsk::Prometheus { url, .. } if url.parse::<HttpUrl>().is_err() => {
                     return Err(GateError::Url(name, url.clone()));
                 }
                 GateAsk::Prometheus { query, .. } if query.trim().is_empty() => {
@@ -222,7 +211,7 @@ mod tests {
         }
         for url in [
             "p:9090",
-            "https://p:9090",
+            "ftp://p:9090",
             "http://",
             "http://p:x",
             "http://p/a?b",

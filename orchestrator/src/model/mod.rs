@@ -9,6 +9,7 @@ mod host_swap;
 mod journal;
 mod kernel;
 mod kvm_swap;
+mod label;
 mod moment;
 mod pause;
 mod policy;
@@ -18,16 +19,17 @@ mod reach;
 mod release;
 mod safeguards;
 mod swap;
+mod url;
 mod vm;
 mod window;
 
 pub use amount::{Amount, NoAmount};
 pub use audit::{AuditEntry, Outcome};
 pub use event::Event;
-pub use fleet::{DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, Rung};
-pub use gate::{
-    Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES, prometheus_place,
+pub use fleet::{
+    DOMAINS, Domain, DomainCount, DomainError, HostName, MOST_DOMAINS, RolloutId, Rung,
 };
+pub use gate::{Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATES};
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
 pub use kernel::{
@@ -35,6 +37,7 @@ pub use kernel::{
     to_be_used_again, with_nonce,
 };
 pub use kvm_swap::{KvmCheck, KvmSwap, Module};
+pub use label::{Label, Labels, LabelsError, MOST_LABELS, NoLabel, labels};
 pub use moment::Moment;
 pub use pause::{
     Approval, Approver, EventId, Group, MAX_NOTICE_NS, Measured, Notice, Pause, PauseId,
@@ -49,5 +52,6 @@ pub use safeguards::{
     Before, DEFAULT_WATCH_NS, Health, HealthState, MAX_WATCH_NS, Rehearsed, Safeguards,
 };
 pub use swap::{HOST, KVM, SwapId, SwapRecord, SwapState};
+pub use url::{HttpUrl, NoHttpUrl};
 pub use vm::{VmName, VmRecord, VmState, Wanted};
 pub use window::{NoWindow, Opening, Window, opening};

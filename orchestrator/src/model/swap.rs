@@ -6,6 +6,7 @@ use stillpoint_control::message::ProcessId;
 use stillpoint_control::report::{Outcome, ReleaseName, SwapReport};
 use utoipa::ToSchema;
 
+use super::fleet::RolloutId;
 use super::safeguards::Safeguards;
 use super::vm::VmName;
 
@@ -97,6 +98,9 @@ pub struct SwapRecord {
     /// The swap of the host that this is a guest's part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part_of: Option<SwapId>,
+    /// The rollout that ordered it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutId>,
     /// The machine.
     pub vm: VmName,
     /// Component: `vmm`, or `host` for anything of the host itself.

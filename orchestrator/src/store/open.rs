@@ -21,6 +21,7 @@ const STEPS: &[M<'static>] = &[
     M::up(include_str!("schema-7.sql")),
     M::up(include_str!("schema-8.sql")),
     M::up(include_str!("schema-9.sql")),
+    M::up(include_str!("schema-10.sql")),
 ];
 const MIGRATIONS: Migrations<'static> = Migrations::from_slice(STEPS);
 

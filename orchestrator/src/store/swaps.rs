@@ -12,7 +12,7 @@ use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
 const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
-     clock, notice_ns, no_notice, part_of, safeguards_json FROM swaps";
+     clock, notice_ns, no_notice, part_of, safeguards_json, rollout FROM swaps";
 pub(super) const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
 fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
@@ -36,6 +36,7 @@ fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
         no_notice: row.get(16)?,
         part_of: from_word_option(row, 17)?,
         safeguards: from_json_option(row, 18)?.unwrap_or_default(),
+        rollout: from_word_option(row, 19)?,
     })
 }
 
@@ -43,9 +44,9 @@ pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqli
     tx.execute(
         "INSERT OR REPLACE INTO swaps (id, vm, component, from_json, to_json, state, step, \
          reason, budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, \
-         report_json, clock, notice_ns, no_notice, part_of, safeguards_json) \
+         report_json, clock, notice_ns, no_notice, part_of, safeguards_json, rollout) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, \
-         ?18, ?19)",
+         ?18, ?19, ?20)",
         params![
             swap.id.0,
             swap.vm.as_str(),
@@ -66,6 +67,7 @@ pub(super) fn write(tx: &rusqlite::Transaction<'_>, swap: &SwapRecord) -> rusqli
             swap.no_notice,
             swap.part_of.as_ref().map(|id| id.0.as_str()),
             json(&swap.safeguards)?,
+            swap.rollout.as_ref().map(|id| id.0.as_str()),
         ],
     )?;
     journal::got_on(tx, swap)

@@ -6,8 +6,8 @@ use stillpoint_control::spec::MachineSpec;
 
 use super::*;
 use crate::model::{
-    Health, HealthState, HostSwap, HostSwapState, JournalKind, Manifest, Release, Safeguards,
-    SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
+    Health, HealthState, HostSwap, HostSwapState, JournalKind, Manifest, Release, RolloutId,
+    Safeguards, SwapId, SwapRecord, SwapState, VMM, VmName, VmRecord, VmState, Wanted,
 };
 
 fn name(text: &str) -> VmName {
@@ -36,6 +36,7 @@ fn swap(id: &str, vm: &str, state: SwapState) -> SwapRecord {
     SwapRecord {
         id: SwapId(id.into()),
         part_of: None,
+        rollout: Some(RolloutId("r1".into())),
         vm: name(vm),
         component: VMM.into(),
         from: ReleaseName::default(),

@@ -98,7 +98,10 @@ fn hosts(hosts: &[HostView]) -> Markup {
                     tr {
                         td { (host.name) }
                         td { @if host.alive { span class="done" { "heard" } } @else { span class="failed" { "not heard" } } }
-                        td { (host.zone) " / " (host.fault_domain) }
+                        td {
+                            (host.zone) " / " (host.fault_domain)
+                            @for (name, value) in &host.labels { " " span class="soft" { (name) "=" (value) } }
+                        }
                         td { (host.guests) }
                         td { (host.releases.join(" ")) }
                         td {
@@ -166,7 +169,7 @@ fn domains(units: &[UnitRecord]) -> Markup {
         table class="bars" { tbody {
             @for ((set, domain), units) in &domains {
                 @let done = units.iter().filter(|unit| unit.phase == Phase::Done).count();
-                tr { td { (set) " " (domain) } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
+                tr { td { (set) @if units[0].set.is_some() { " " (domain) } } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
             }
         } }
         p class="key" {

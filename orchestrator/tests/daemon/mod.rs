@@ -19,6 +19,8 @@ pub(crate) struct Daemon {
     trust: Vec<String>,
     /// Further arguments.
     more: Vec<String>,
+    /// Further variables of its environment.
+    env: Vec<(String, String)>,
 }
 
 /// What a `stillpoint --json` said.
@@ -53,6 +55,7 @@ impl Daemon {
             child: None,
             trust: Vec::new(),
             more: Vec::new(),
+            env: Vec::new(),
         };
         daemon.spawn();
         daemon
@@ -74,6 +77,7 @@ impl Daemon {
             child: None,
             trust: Vec::new(),
             more: Vec::new(),
+            env: Vec::new(),
         }
     }
 
@@ -85,6 +89,11 @@ impl Daemon {
     /// Further arguments from its next start on.
     pub(crate) fn more(&mut self, more: &[&str]) {
         self.more = more.iter().map(|&arg| arg.to_owned()).collect();
+    }
+
+    /// A variable of its environment from its next start on.
+    pub(crate) fn env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
     }
 
     /// The directory of everything.
@@ -104,6 +113,8 @@ impl Daemon {
             .args(&self.more)
             .env_remove("NOTIFY_SOCKET")
             .env_remove("STILLPOINT_STORE")
+            .env_remove("OTEL_EXPORTER_OTLP_ENDPOINT")
+            .envs(self.env.clone())
             .stdin(Stdio::null());
         command
     }

@@ -1,14 +1,21 @@
-//! An etcd of three members, each in a network namespace of its own, that can be cut off from each other.
+//! An etcd of three members, each in a network namespace of its own, that can be cut off from each other, and whose
+//! disks can be slow.
+
+mod disk;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::daemon::until;
+pub(crate) use disk::SlowDisk;
 
 const MEMBERS: usize = 3;
+/// Their namespaces are named after this process: one at a time.
+static ONE: Mutex<()> = Mutex::new(());
 
 struct Member {
     space: String,
@@ -22,6 +29,7 @@ pub(crate) struct Storm {
     bridge: String,
     net: String,
     members: Vec<Member>,
+    _one: MutexGuard<'static, ()>,
 }
 
 fn ip(args: &str) -> bool {
@@ -39,6 +47,7 @@ fn must(args: &str) {
 impl Storm {
     /// Starts it; `None` where namespaces can't be made.
     pub(crate) fn start(server: &Path) -> Option<Self> {
+        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let id = std::process::id();
         let bridge = format!("sp{id}b");
         if !ip(&format!("link add {bridge} type bridge")) {
@@ -50,6 +59,7 @@ impl Storm {
             bridge: bridge.clone(),
             net: format!("10.213.{}", id % 250 + 1),
             members: Vec::new(),
+            _one: one,
         };
         must(&format!("addr add {}.254/24 dev {bridge}", storm.net));
         must(&format!("link set {bridge} up"));
@@ -162,6 +172,13 @@ impl Storm {
             .expect("a pid");
         let signal = if still { Signal::STOP } else { Signal::CONT };
         kill_process(pid, signal).expect("a signal");
+    }
+
+    /// From now on a member waits so long for its disk whenever it needs it to have written, until what is given back is
+    /// dropped; `None` where that can't be done.
+    pub(crate) fn slow_disk(&self, number: usize, by: Duration) -> Option<SlowDisk> {
+        let child = self.members[number].child.as_ref();
+        SlowDisk::of(child.expect("a member that runs").id(), by)
     }
 
     /// Cuts a member off from its peers, and not from daemons, or joins it again.

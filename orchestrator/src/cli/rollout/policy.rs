@@ -76,7 +76,7 @@ pub(super) struct Args {
     /// host (`stillpointd --gate-dir`), and passes with exit code 0; may be given again.
     #[arg(long = "gate-command", value_name = "COMMAND")]
     gate_commands: Vec<String>,
-    /// A query of Prometheus that is asked before and after each step, as `NAME=http://HOST:PORT QUERY`: it passes if
+    /// A query of Prometheus that is asked before and after each step, as `NAME=http://HOST:PORT QUERY`, or by https: it passes if
     /// there is an answer without a 0 in it, so compare with `bool`; may be given again.
     #[arg(long = "gate-query", value_name = "NAME=URL QUERY")]
     gate_queries: Vec<String>,

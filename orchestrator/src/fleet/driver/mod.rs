@@ -11,6 +11,7 @@
 
 mod gates;
 mod prune;
+mod spans;
 mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ use super::{CLOCKS, DRIVER, Fleet, LIVE, clocks, written};
 use crate::execute::unix_ns;
 use crate::model::{HostName, Moment};
 use crate::store::shared::{Change, Committed, Expect, Guard, Keep, Lease, SharedError};
+use crate::traces::Traces;
 
 use gates::Gates;
 pub(in crate::fleet) use step::hear;
@@ -43,7 +45,7 @@ const TICK: Duration = Duration::from_secs(1);
 const BREATH: Duration = Duration::from_millis(50);
 
 /// Stands for election again and again, and drives while elected.
-pub async fn drive(fleet: Fleet, gate_dir: PathBuf) {
+pub async fn drive(fleet: Fleet, gate_dir: PathBuf, traces: Traces) {
     let mut told = BTreeSet::new();
     let mut rests: Option<Instant> = None;
     loop {
@@ -59,7 +61,7 @@ pub async fn drive(fleet: Fleet, gate_dir: PathBuf) {
             Ok(Some(term)) => {
                 tracing::info!(epoch = term.guard.created, "drives the fleet's rollouts");
                 let mut gates = Gates::new(gate_dir.clone(), fleet.me.clone());
-                match term.serve(&fleet, &mut told, &mut gates).await {
+                match term.serve(&fleet, &mut told, &mut gates, &traces).await {
                     Ok(End::Over) => {}
                     Ok(End::WrongClock) => {
                         tracing::error!(
@@ -126,6 +128,7 @@ impl Term {
         fleet: &Fleet,
         told: &mut BTreeSet<String>,
         gates: &mut Gates,
+        traces: &Traces,
     ) -> Result<End, SharedError> {
         let keep = self.keep(fleet);
         tokio::pin!(keep);
@@ -134,7 +137,7 @@ impl Term {
             changes.mark_unchanged();
             let looked = tokio::select! {
                 ended = &mut keep => return ended.map(|()| End::Over),
-                looked = self.look(fleet, told, gates) => looked,
+                looked = self.look(fleet, told, gates, traces) => looked,
             };
             let wait = match looked {
                 Ok(Some(wait)) => wait,
@@ -175,6 +178,7 @@ impl Term {
         fleet: &Fleet,
         told: &mut BTreeSet<String>,
         gates: &mut Gates,
+        traces: &Traces,
     ) -> Result<Option<Duration>, SharedError> {
         let begun = Instant::now();
         let mut look = Look::of(&fleet.shared.list(LIVE).await?);
@@ -207,7 +211,10 @@ impl Term {
                 continue;
             }
             // Refused: a hand was quicker, or this driver is none any more. The next look shows.
-            fleet.shared.commit(step.changes, Some(&self.guard)).await?;
+            let done = fleet.shared.commit(step.changes, Some(&self.guard)).await?;
+            if let (Committed::Done(_), Some(after)) = (done, &step.record) {
+                traces.tell(spans::of_step(&rollout.record, after));
+            }
             if step.moved {
                 gates.forget(&rollout.record.id);
             }

@@ -19,6 +19,8 @@ const MOST: usize = 50;
 pub struct Step {
     /// To be committed as a whole; nothing if nothing changed.
     pub changes: Vec<Change>,
+    /// What the rollout is with that, if anything changed.
+    pub record: Option<RolloutRecord>,
     /// What was done and why, for people.
     pub lines: Vec<String>,
     /// Whether any unit got on: what gates said before says nothing of that.
@@ -52,6 +54,7 @@ pub fn step(
     let ordered = apply(&tables.fleet, &mut record, &planned, now, &mut lines);
     let mut step = Step {
         changes: Vec::new(),
+        record: None,
         moved: heard || !ordered.is_empty() || !planned.verdicts.is_empty(),
         look_again: planned.look_again,
         lines,
@@ -73,6 +76,7 @@ pub fn step(
     }
     let (key, seen) = (keys::rollout(&record.id), Expect::Version(rollout.version));
     step.changes.push(Change::put(key, seen, written(&record)));
+    step.record = Some(record);
     Some(step)
 }
 

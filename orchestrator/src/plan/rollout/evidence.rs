@@ -89,6 +89,7 @@ mod tests {
         SwapRecord {
             id: SwapId("s".into()),
             part_of: None,
+            rollout: None,
             vm: "web-1".to_owned().try_into().expect("name"),
             component: "vmm".into(),
             from: ReleaseName::default(),

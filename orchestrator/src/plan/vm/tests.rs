@@ -28,6 +28,7 @@ fn swap(state: SwapState) -> SwapRecord {
     SwapRecord {
         id: SwapId("1".into()),
         part_of: None,
+        rollout: None,
         vm: VmName::try_from("a".to_owned()).expect("name"),
         component: "vmm".into(),
         from: ReleaseName::default(),

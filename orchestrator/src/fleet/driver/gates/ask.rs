@@ -5,18 +5,15 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use http_body_util::{BodyExt, Empty, Limited};
+use hyper::Method;
 use hyper::body::Bytes;
-use hyper::header::HOST;
-use hyper::{Method, Request};
-use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tokio::net::TcpStream;
 use tokio::process::Command;
 
 use crate::execute::unix_ns;
 use crate::fleet::record::RolloutId;
-use crate::model::{Gate, GateAsk, GateSaid, GateSpec, HostName, Moment, prometheus_place};
+use crate::http::{self, Asked};
+use crate::model::{Gate, GateAsk, GateSaid, GateSpec, HostName, HttpUrl, Moment, NoHttpUrl};
 
 /// The most that Prometheus may answer.
 const LARGEST: usize = 1 << 20;
@@ -151,27 +148,15 @@ fn printed(output: &std::process::Output) -> String {
 }
 
 async fn ask(url: &str, query: &str) -> Result<Value, String> {
-    let (place, path) = prometheus_place(url).ok_or_else(|| format!("{url} is no address"))?;
-    let away = |e: &dyn std::fmt::Display| format!("{url} does not answer: {e}");
-    let stream = TcpStream::connect(&place).await.map_err(|e| away(&e))?;
-    let made = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-    let (mut sender, connection) = made.map_err(|e| away(&e))?;
-    tokio::spawn(connection);
-    let path = format!(
-        "{}/api/v1/query?query={}",
-        path.trim_end_matches('/'),
-        encoded(query)
-    );
-    let request = Request::builder()
-        .method(Method::GET)
-        .uri(path)
-        .header(HOST, &place)
-        .body(Empty::<Bytes>::new())
-        .map_err(|e| away(&e))?;
-    let response = sender.send_request(request).await.map_err(|e| away(&e))?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), LARGEST).collect().await;
-    let bytes = body.map_err(|e| away(&e))?.to_bytes();
+    let at: HttpUrl = url.parse().map_err(|e: NoHttpUrl| e.to_string())?;
+    let asked = Asked {
+        method: Method::GET,
+        path: format!("/api/v1/query?query={}", encoded(query)),
+        kind: None,
+        body: Bytes::new(),
+    };
+    let answered = http::ask(&at, asked, LARGEST).await;
+    let (status, bytes) = answered.map_err(|e| format!("{url} does not answer: {e}"))?;
     let answer: Result<Value, _> = serde_json::from_slice(&bytes);
     match answer {
         Ok(answer) if answer["status"] == "success" => Ok(answer["data"].clone()),

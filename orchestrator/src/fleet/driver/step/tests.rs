@@ -3,7 +3,7 @@
 use super::*;
 use crate::fleet::ask::{NewRollout, lay_out};
 use crate::fleet::record::{Alive, HostCard, RolloutId, VmCard};
-use crate::model::{Policy, VmName, VmState};
+use crate::model::{Labels, Policy, VmName, VmState};
 use crate::plan::rollout::seen::Health;
 
 const NOW: Moment = Moment(1_000_000_000_000);
@@ -23,6 +23,7 @@ fn look() -> Look {
     of_host.card = Some(HostCard {
         zone: "z".into(),
         fault_domain: "r".into(),
+        labels: Labels::new(),
         releases: vec!["good".into(), "next".into()],
         daemon: "0".into(),
     });
@@ -54,6 +55,7 @@ fn rollout(look: &Look) -> Versioned<RolloutRecord> {
         policy: Policy::default(),
         sets: Vec::new(),
         hosts: Vec::new(),
+        labels: Labels::new(),
         vms: Vec::new(),
         exclude: Vec::new(),
         allow_downgrade: false,

@@ -9,6 +9,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
+use hyper::http::request::Builder;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
@@ -31,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 const CONNECT: Duration = Duration::from_secs(2);
 /// Connections that are kept for later.
 const KEPT: usize = 4;
+/// Of a stream, that a member which has lost its peers is to end it: it would stay open, and nothing come by it.
+const WITH_LEADER: (&str, &str) = ("Grpc-Metadata-hasleader", "true");
 
 type Sender = SendRequest<Full<Bytes>>;
 
@@ -159,7 +162,8 @@ impl Connections {
     ) -> Result<(u16, Bytes), Failure> {
         let mut sender = self.sender(member).await?;
         let asked = async {
-            let response = self.send(&mut sender, member, path, request, token).await?;
+            let asked = self.request(member, path, token);
+            let response = send(&mut sender, asked.body(body(request))).await?;
             let status = response.status().as_u16();
             let body = response.into_body().collect().await;
             Ok((status, body.map_err(|e| whole(&e))?.to_bytes()))
@@ -186,11 +190,15 @@ impl Connections {
             let member = (first + at) % self.endpoints.len();
             let opened = async {
                 let mut sender = self.connect(member).await.map_err(said)?;
-                self.send(&mut sender, member, path, request, token.as_deref())
-                    .await
+                let asked = self.request(member, path, token.as_deref());
+                let asked = asked.header(WITH_LEADER.0, WITH_LEADER.1);
+                send(&mut sender, asked.body(body(request))).await
             };
             match tokio::time::timeout(PATIENCE, opened).await {
-                Ok(Ok(response)) => return Ok(response.into_body()),
+                Ok(Ok(response)) if response.status().is_success() => {
+                    return Ok(response.into_body());
+                }
+                Ok(Ok(response)) => problems.push(format!("it answers {}", response.status())),
                 Ok(Err(problem)) => problems.push(problem),
                 Err(_) => problems.push(format!("no answer in {PATIENCE:?}")),
             }
@@ -198,26 +206,17 @@ impl Connections {
         Err(EtcdError::Away(problems.join("; ")))
     }
 
-    async fn send(
-        &self,
-        sender: &mut Sender,
-        member: usize,
-        path: &str,
-        request: &Value,
-        token: Option<&str>,
-    ) -> Result<Response<Incoming>, String> {
+    fn request(&self, member: usize, path: &str, token: Option<&str>) -> Builder {
         let endpoint = &self.endpoints[member];
-        let mut builder = Request::builder()
+        let builder = Request::builder()
             .method(Method::POST)
             .uri(path)
             .header(HOST, format!("{}:{}", endpoint.host, endpoint.port))
             .header(CONTENT_TYPE, "application/json");
-        if let Some(token) = token {
-            builder = builder.header(AUTHORIZATION, token);
+        match token {
+            Some(token) => builder.header(AUTHORIZATION, token),
+            None => builder,
         }
-        let body = Full::new(Bytes::from(request.to_string()));
-        let request = builder.body(body).map_err(|e| e.to_string())?;
-        sender.send_request(request).await.map_err(|e| whole(&e))
     }
 
     /// A free connection to that member, or a new one.
@@ -301,6 +300,18 @@ impl Connections {
         *lock(&self.token) = Some(token.clone());
         Ok(Some(token))
     }
+}
+
+fn body(request: &Value) -> Full<Bytes> {
+    Full::new(Bytes::from(request.to_string()))
+}
+
+async fn send(
+    sender: &mut Sender,
+    request: hyper::http::Result<Request<Full<Bytes>>>,
+) -> Result<Response<Incoming>, String> {
+    let request = request.map_err(|e| e.to_string())?;
+    sender.send_request(request).await.map_err(|e| whole(&e))
 }
 
 async fn handshake<S>(stream: S) -> Result<Sender, String>
