@@ -40,6 +40,11 @@ pub enum Found {
     Unknown(String),
 }
 
+/// Which kernel an image is, if it says so.
+pub fn release(image: &Path) -> Option<String> {
+    release_of(&mut File::open(image).ok()?).ok()?
+}
+
 /// Looks for them.
 pub fn look(image: &Path, initrd: Option<&Path>) -> Found {
     let loaded = |name: &&str| Path::new("/sys/module").join(name).is_dir();

@@ -1,11 +1,14 @@
 //! A swap of the host's kernel: its guests are stored beside their RAM, which no kernel counts as its
-//! own, and the host jumps into another kernel by kexec. What happens there is in [`super::adopt`].
+//! own or which live update keeps for the next, and the host jumps into another kernel by kexec. What happens
+//! there is in [`super::adopt`].
 //!
 //! ```text
-//!  load ▶ announce ▶ wait ▶ record ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
-//!    │         │                                │         │            │        └▶ it failed ─┐
-//!    └─────────┴─▶ refused                      └─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
+//!  load ▶ announce ▶ wait ▶ record ▶ preserve ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
+//!    │         │                        │                  │         │            │        └▶ it failed ─┐
+//!    └─────────┴─▶ refused              └──────────────────┴─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
 //! ```
+//!
+//! Memfds are preserved while the guests run: every hole of them is filled then, which takes seconds.
 //!
 //! What can fail is tried before a guest stands still: the next kernel is loaded, with its command line,
 //! while they run. Between the first record that is stored and the jump everything is taken back in the
@@ -162,10 +165,15 @@ async fn left_out(host: &Host, swap: &HostSwap) -> Result<Option<String>, StoreE
 /// Stores the guests and jumps. Says why the host is still here.
 async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -> String {
     let budget = Duration::from_nanos(swap.budget_ns);
-    let began = Instant::now();
     let Some(mut jump) = swap.kernel.clone() else {
         return "it is no jump".into();
     };
+    match preserve(host, parts).await {
+        Ok(None) => {}
+        Ok(Some(took)) => jump.phases.push(phase("preserve", Share::Ours, false, took)),
+        Err(why) => return why,
+    }
+    let began = Instant::now();
     if let Err(why) = host::store_all(swap, parts, &jump.nonce).await {
         return why;
     }
@@ -197,6 +205,22 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
         Ok(error) => format!("the jump failed: {error}"),
         Err(error) => format!("the jump failed: {error}"),
     }
+}
+
+/// Has live update keep the guests' memory, where that is what outlives the kernel; tells what it took.
+async fn preserve(host: &Host, parts: &[Part]) -> Result<Option<Duration>, String> {
+    if !host.carve_out.is_live_update() {
+        return Ok(None);
+    }
+    let began = Instant::now();
+    let vms: Vec<_> = parts.iter().map(Part::vm).collect();
+    let guests = super::kernel_check::memfds(host, &vms).await?;
+    let carve_out = host.carve_out.clone();
+    let kept = tokio::task::spawn_blocking(move || carve_out.preserve(&guests)).await;
+    kept.map_err(|e| e.to_string())
+        .and_then(|done| done)
+        .map_err(|why| format!("the guests' memory is not preserved: {why}"))?;
+    Ok(Some(began.elapsed()))
 }
 
 /// Writes into the directory that the jump comes, with all that the next daemon needs.
@@ -247,6 +271,9 @@ async fn give_up(host: &Host) {
         Ok(())
     });
     if let Err(error) = cleared {
-        tracing::error!("the jump stays in the carve-out's directory: {error}");
+        tracing::error!("the jump stays in the directory: {error}");
     }
+    // Pages are given back one by one: it takes its time, and a guest need not wait for it.
+    let carve_out = host.carve_out.clone();
+    tokio::task::spawn_blocking(move || carve_out.release());
 }
