@@ -96,7 +96,7 @@ pub async fn checks(
         },
         kexec_known(),
         command_line(jump, host.carve_out.is_live_update()),
-        modules(jump).await,
+        modules(jump, !host.carve_out.is_live_update()).await,
         time(&host.store.host_swaps().await?, budget_ns),
     ];
     checks.push(Check::ok("wall clock", "carried over by the TSC"));
@@ -161,10 +161,10 @@ fn command_line(jump: &KernelJump, is_live_update: bool) -> Check {
 }
 
 /// What the next kernel needs for guests to be revived.
-async fn modules(jump: &KernelJump) -> Check {
+async fn modules(jump: &KernelJump, carve_out: bool) -> Check {
     const NAME: &str = "modules";
     let (image, initrd) = (jump.image.clone(), jump.initrd.clone());
-    let looked = move || next_kernel::look(&image, initrd.as_deref());
+    let looked = move || next_kernel::look(&image, initrd.as_deref(), carve_out);
     match tokio::task::spawn_blocking(looked).await {
         Ok(Found::There(found)) => Check::ok(NAME, found),
         Ok(Found::Missing { release, modules }) => Check::new(

@@ -46,6 +46,7 @@ pub(super) struct Emulator<'a> {
     pub(super) memory_mib: u32,
     pub(super) scratch: bool,
     pub(super) carve_out_mib: u32,
+    pub(super) live_update: bool,
     pub(super) network: bool,
 }
 
@@ -109,7 +110,12 @@ impl Emulator<'_> {
             0 => String::new(),
             mib => format!(" memmap={mib}M!{CARVE_OUT_MIB}M"),
         };
-        format!("{}{carve_out}", cmdline(nested_kvm().is_ok()))
+        let live_update = match self.live_update {
+            true => " kho=on liveupdate=on",
+            false => "",
+        };
+        let hardware = nested_kvm().is_ok();
+        format!("{}{carve_out}{live_update}", cmdline(hardware))
     }
 
     fn common(&self) -> Command {

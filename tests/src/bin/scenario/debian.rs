@@ -59,7 +59,7 @@ pub(crate) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
         Ok((lines > 20).then_some(lines))
     })?;
     println!(
-        "scenario: Debian runs in the carve-out: it writes its disk, and computes on both vCPUs"
+        "scenario: Debian runs: it writes its disk, and computes on both vCPUs"
     );
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
     let late = late_ms(&guest)?;
