@@ -25,7 +25,9 @@ use tokio::time::Instant;
 use super::host::{self, Part, Stood};
 use super::{Host, unix_ns};
 use crate::agent::kexec;
-use crate::model::{HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, with_nonce};
+use crate::model::{
+    HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, nonce_of, with_nonce,
+};
 use crate::store::StoreError;
 
 /// How long guests stand still at the most while their kernel shuts down: it may wait for disks that
@@ -89,11 +91,17 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
     unload().await;
     swap.pause_ns = host::longest(&reports);
     let parts = host::ended(parts, reports, unix_ns());
+    let line = kexec::command_line();
+    let jump = swap.kernel.as_ref();
+    let why = match jump.is_some_and(|jump| nonce_of(&line) == Some(&jump.nonce)) {
+        true => {
+            "the daemon ended while it adopted its guests, and what came along of the others ended with it"
+        }
+        false => "the daemon ended in the middle of it, and the host came by no jump of it to where it is",
+    };
     let stood = Stood {
         ended: None,
-        reason: Some(
-            "the daemon ended in the middle of it, and the host came by no jump of it to where it is".into(),
-        ),
+        reason: Some(why.into()),
         output: String::new(),
     };
     host::conclude(host, swap, parts, stood).await
@@ -273,7 +281,7 @@ async fn give_up(host: &Host) {
     if let Err(error) = cleared {
         tracing::error!("the jump stays in the directory: {error}");
     }
-    // Pages are given back one by one: it takes its time, and a guest need not wait for it.
-    let carve_out = host.carve_out.clone();
-    tokio::task::spawn_blocking(move || carve_out.release());
+    // No guest need wait for that.
+    let session = host.carve_out.release();
+    tokio::task::spawn_blocking(move || drop(session));
 }

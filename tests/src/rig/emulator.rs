@@ -50,6 +50,11 @@ pub(super) struct Emulator<'a> {
     pub(super) network: bool,
 }
 
+/// What switches live update on. The memory that the next kernel boots in, which nothing that is preserved may lie in, would be
+/// a multiple of the initramfs: 2.1 of 2.5 GiB. And much of the memory is not counted yet when the first file system is
+/// made: a tmpfs, of half of what is, might hold no initramfs.
+const LIVE_UPDATE: &str = " kho=on liveupdate=on kho_scratch=320M,0,64M rootfstype=ramfs";
+
 /// Where memory is left alone for a carve-out, MiB: behind what a kernel needs to start, and before the
 /// initramfs, which QEMU puts at the end.
 const CARVE_OUT_MIB: u32 = 640;
@@ -111,7 +116,7 @@ impl Emulator<'_> {
             mib => format!(" memmap={mib}M!{CARVE_OUT_MIB}M"),
         };
         let live_update = match self.live_update {
-            true => " kho=on liveupdate=on",
+            true => LIVE_UPDATE,
             false => "",
         };
         let hardware = nested_kvm().is_ok();

@@ -142,7 +142,7 @@ impl CarveOut {
         })?;
         let session = self.session(guests).map_err(|e| e.to_string());
         if session.is_err() {
-            self.release();
+            drop(self.release());
         }
         *held(&memfds.going) = Some(session?);
         Ok(())
@@ -159,12 +159,11 @@ impl CarveOut {
         Ok(session)
     }
 
-    /// There is no jump: the guests' memfds are as any others.
-    pub fn release(&self) {
-        let Some(memfds) = self.memfds() else {
-            return;
-        };
-        drop(held(&memfds.going).take());
+    /// There is no jump: the guests' memfds are as any others when the session is dropped, which gives pages back one
+    /// by one and takes its time.
+    pub fn release(&self) -> Option<Outgoing> {
+        let memfds = self.memfds()?;
+        let session = held(&memfds.going).take();
         let forgotten = self.change(|directory| {
             let came = held(&memfds.came);
             directory.entries.retain(|entry| came.contains_key(&entry.vm));
@@ -173,6 +172,7 @@ impl CarveOut {
         if let Err(error) = forgotten {
             tracing::warn!("guests stay in the directory of what live update keeps: {error}");
         }
+        session
     }
 }
 
