@@ -5,8 +5,8 @@ mod machines;
 
 use std::fs::File;
 use std::net::SocketAddr;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,11 +19,11 @@ use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
 use crate::agent::carve_out::CarveOut;
+use crate::agent::custody::{self, Keeping};
+use crate::agent::kexec;
 use crate::agent::places::{private_dir, run_dir};
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
-use crate::agent::custody::{self, Keeping};
-use crate::agent::kexec;
 use crate::api::{self, Desk, NewRelease};
 use crate::auth::Role;
 use crate::auth::files::TlsFiles;
@@ -294,10 +294,7 @@ fn own_name() -> String {
 
 /// What outlives the kernel here: the carve-out that the daemon was told of, or else what live update keeps, where the
 /// kernel has that. A kernel without either keeps no guest from starting.
-fn open_carve_out(
-    path: Option<&Path>,
-    came: Vec<(Keeping, OwnedFd)>,
-) -> anyhow::Result<CarveOut> {
+fn open_carve_out(path: Option<&Path>, came: Vec<(Keeping, OwnedFd)>) -> anyhow::Result<CarveOut> {
     if let Some(path) = path {
         let came_by_jump = nonce_of(&kexec::command_line()).is_some();
         return Ok(CarveOut::open(path, came_by_jump)?);

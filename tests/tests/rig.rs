@@ -199,7 +199,14 @@ fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
     const JUMPS: usize = 10;
     let jumps = JUMPS.to_string();
     let kernel = Kernel::Luo.name();
-    let scenario = ["scenario", "live-update", "--into", kernel, "--jumps", &jumps];
+    let scenario = [
+        "scenario",
+        "live-update",
+        "--into",
+        kernel,
+        "--jumps",
+        &jumps,
+    ];
     let outcome = Rig::new(name, Kernel::Luo)
         .memory_mib(2560)
         .scratch_mib(512)

@@ -270,9 +270,10 @@ impl Work {
 /// The first line of ours that is not in the configuration.
 fn refused(ours: &str, config: &str) -> Option<String> {
     let holds = |line: &&str| match line.split_once("=n") {
-        Some((option, "")) => !config
-            .lines()
-            .any(|line| line.strip_prefix(option).is_some_and(|rest| rest.starts_with('='))),
+        Some((option, "")) => !config.lines().any(|line| {
+            line.strip_prefix(option)
+                .is_some_and(|rest| rest.starts_with('='))
+        }),
         _ => config.lines().any(|other| other == *line),
     };
     let lines = ours.lines().filter(|line| line.starts_with("CONFIG_"));

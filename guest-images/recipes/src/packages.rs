@@ -106,7 +106,9 @@ pub enum FetchError {
     #[error(transparent)]
     Unpack(#[from] UnpackError),
     /// Nobody packages it.
-    #[error("the kernel with live update is not built here, or of another configuration; run `make rig-luo`")]
+    #[error(
+        "the kernel with live update is not built here, or of another configuration; run `make rig-luo`"
+    )]
     NotBuilt,
 }
 

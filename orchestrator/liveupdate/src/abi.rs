@@ -44,10 +44,7 @@ pub(crate) fn retrieve_session(device: BorrowedFd<'_>, name: [u8; NAME]) -> Resu
     session::<{ opcode::none(TYPE, 0x01) }>(device, name)
 }
 
-fn session<const CODE: Opcode>(
-    device: BorrowedFd<'_>,
-    name: [u8; NAME],
-) -> Result<OwnedFd, Errno> {
+fn session<const CODE: Opcode>(device: BorrowedFd<'_>, name: [u8; NAME]) -> Result<OwnedFd, Errno> {
     let mut asked = SessionByName {
         size: size_of::<SessionByName>() as u32,
         fd: -1,
@@ -90,7 +87,12 @@ pub(crate) fn finish(session: BorrowedFd<'_>) -> Result<(), Errno> {
         reserved: 0,
     };
     // SAFETY: this code takes such a struct, and reads it.
-    unsafe { ioctl(session, Updater::<{ opcode::none(TYPE, 0x42) }, _>::new(&mut asked)) }
+    unsafe {
+        ioctl(
+            session,
+            Updater::<{ opcode::none(TYPE, 0x42) }, _>::new(&mut asked),
+        )
+    }
 }
 
 /// A descriptor that the kernel just made for this process.

@@ -46,7 +46,9 @@ pub enum Error {
     #[error("{0} is of a kind that this kernel does not preserve")]
     Kind(String),
     /// There is too little memory for it.
-    #[error("there is too little memory to preserve {0}: its holes are filled, and pages are moved")]
+    #[error(
+        "there is too little memory to preserve {0}: its holes are filled, and pages are moved"
+    )]
     Memory(String),
     /// Anything else.
     #[error("cannot {what}: {errno}")]

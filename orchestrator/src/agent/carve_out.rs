@@ -202,8 +202,9 @@ impl CarveOut {
         let opened = self.opened()?;
         let place = match self.memory_of(entry)? {
             None => Place::of(opened.area.device(), entry.record),
-            Some(memfd) => Device::of(&opened.path, memfd)
-                .and_then(|device| Place::of(&device, entry.record)),
+            Some(memfd) => {
+                Device::of(&opened.path, memfd).and_then(|device| Place::of(&device, entry.record))
+            }
         };
         place.map_err(|e| e.to_string())
     }

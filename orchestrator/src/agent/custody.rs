@@ -149,10 +149,16 @@ mod tests {
         let fd = || OwnedFd::from(std::fs::File::open("/dev/null").expect("a file"));
         let names = ["ram-a", "came-a", DIRECTORY, "own-a", "came-directory"];
         let mut received = names.map(|name| (name.to_owned(), fd())).into();
-        let came: Vec<_> = came(&mut received).into_iter().map(|(what, _)| what).collect();
+        let came: Vec<_> = came(&mut received)
+            .into_iter()
+            .map(|(what, _)| what)
+            .collect();
         let guest = |vm: &str| Keeping::Guest(vm.into());
         assert_eq!(came, [guest("a"), Keeping::Directory, guest("directory")]);
-        assert!(came.iter().all(|what| Keeping::of(&what.name()) == Some(what.clone())));
+        assert!(
+            came.iter()
+                .all(|what| Keeping::of(&what.name()) == Some(what.clone()))
+        );
         let rest: Vec<_> = received.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(rest, ["ram-a", "own-a"]);
     }

@@ -345,7 +345,11 @@ mod tests {
         assert!(off.found.contains("kho=on liveupdate=on"), "{off:?}");
         let without = live_update(false, "# CONFIG_LIVEUPDATE is not set\n");
         assert!(without.found.contains("built without"), "{without:?}");
-        assert!([off, without].iter().all(|check| check.status == Status::Warn));
+        assert!(
+            [off, without]
+                .iter()
+                .all(|check| check.status == Status::Warn)
+        );
     }
 
     #[test]

@@ -97,7 +97,9 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
         true => {
             "the daemon ended while it adopted its guests, and what came along of the others ended with it"
         }
-        false => "the daemon ended in the middle of it, and the host came by no jump of it to where it is",
+        false => {
+            "the daemon ended in the middle of it, and the host came by no jump of it to where it is"
+        }
     };
     let stood = Stood {
         ended: None,
@@ -178,7 +180,9 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
     };
     match preserve(host, parts).await {
         Ok(None) => {}
-        Ok(Some(took)) => jump.phases.push(phase("preserve", Share::Ours, false, took)),
+        Ok(Some(took)) => jump
+            .phases
+            .push(phase("preserve", Share::Ours, false, took)),
         Err(why) => return why,
     }
     let began = Instant::now();

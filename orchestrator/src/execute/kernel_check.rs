@@ -56,7 +56,10 @@ fn kernel_rung(host: &Host, vm: &VmRecord) -> Check {
     if at.is_memfd() != host.carve_out.is_live_update() {
         let path = at.path.display();
         let found = match host.carve_out.path() {
-            Some(ours) => format!("it counts on {path}, and this host's guests on {}", ours.display()),
+            Some(ours) => format!(
+                "it counts on {path}, and this host's guests on {}",
+                ours.display()
+            ),
             None => format!("it counts on {path}, which this daemon does not use"),
         };
         return fail(&found, "stop it and start it anew");

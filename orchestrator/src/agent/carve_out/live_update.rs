@@ -82,10 +82,12 @@ impl CarveOut {
             Some(session) => Opened::came(session),
             None => Opened::left(left),
         };
-        opened.map(|opened| Self(Ok(Arc::new(opened)))).map_err(|error| Error::Failed {
-            what: format!("keep a directory: {error}"),
-            errno: rustix::io::Errno::IO,
-        })
+        opened
+            .map(|opened| Self(Ok(Arc::new(opened))))
+            .map_err(|error| Error::Failed {
+                what: format!("keep a directory: {error}"),
+                errno: rustix::io::Errno::IO,
+            })
     }
 
     /// Whether it is memfds.
@@ -166,7 +168,9 @@ impl CarveOut {
         let session = held(&memfds.going).take();
         let forgotten = self.change(|directory| {
             let came = held(&memfds.came);
-            directory.entries.retain(|entry| came.contains_key(&entry.vm));
+            directory
+                .entries
+                .retain(|entry| came.contains_key(&entry.vm));
             Ok(())
         });
         if let Err(error) = forgotten {

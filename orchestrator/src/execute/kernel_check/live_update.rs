@@ -27,7 +27,8 @@ pub(in crate::execute) async fn memfds(
         let place = vm.spec.memory.carve_out.clone();
         guests.push(Guest {
             vm: vm.name.to_string(),
-            place: place.ok_or_else(|| format!("`{}` was started without `--survive kernel`", vm.name))?,
+            place: place
+                .ok_or_else(|| format!("`{}` was started without `--survive kernel`", vm.name))?,
             memory: held.memory,
         });
     }
@@ -102,13 +103,18 @@ fn judge_next(
     let warn = |found: String, remedy: &str| Check::new(NAME, Status::Warn, found, remedy);
     let Some(next) = next else {
         let found = "its image does not say which kernel it is".to_owned();
-        return warn(found, "see that it has live update: without it every guest is lost");
+        return warn(
+            found,
+            "see that it has live update: without it every guest is lost",
+        );
     };
     if next == running {
         return Check::ok(NAME, format!("{next}, which runs now and has live update"));
     }
     let Some(config) = config_of(next) else {
-        let found = format!("{next}: whether it has live update can't be told, as there is no config-{next}");
+        let found = format!(
+            "{next}: whether it has live update can't be told, as there is no config-{next}"
+        );
         return warn(found, "see that it has: without it every guest is lost");
     };
     let set = |option: &&str| config.lines().any(|line| line == format!("{option}=y"));
@@ -117,7 +123,10 @@ fn judge_next(
         return Check::new(
             NAME,
             Status::Fail,
-            format!("{next} is built without {}: every guest would be lost", missing.join(", ")),
+            format!(
+                "{next} is built without {}: every guest would be lost",
+                missing.join(", ")
+            ),
             "give a kernel that has them",
         );
     }
@@ -139,10 +148,14 @@ mod tests {
         assert_eq!(unknown.status, Status::Warn);
         assert!(unknown.found.contains("config-7.4"), "{unknown:?}");
         assert_eq!(judge_next("7.3-a", None, none).status, Status::Warn);
-        let without = |_: &str| Some("CONFIG_LIVEUPDATE=y\n# CONFIG_KEXEC_HANDOVER is not set\n".into());
+        let without =
+            |_: &str| Some("CONFIG_LIVEUPDATE=y\n# CONFIG_KEXEC_HANDOVER is not set\n".into());
         let refused = judge_next("7.3-a", Some("7.4"), without);
         assert_eq!(refused.status, Status::Fail);
-        assert!(refused.found.contains("CONFIG_KEXEC_HANDOVER, "), "{refused:?}");
+        assert!(
+            refused.found.contains("CONFIG_KEXEC_HANDOVER, "),
+            "{refused:?}"
+        );
         let with = |_: &str| Some(WANTED.map(|option| format!("{option}=y\n")).concat());
         assert_eq!(judge_next("7.3-a", Some("7.4"), with).status, Status::Warn);
     }

@@ -53,7 +53,11 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
     done.with_context(|| {
         let host = Path::new(stages::HOST);
         let vmm = |name: &str| host.join("run/vms").join(name).join("vmm.log");
-        let logs = [vmm(PULSES[0]), vmm(debian::GUEST), host.join("stillpointd.log")];
+        let logs = [
+            vmm(PULSES[0]),
+            vmm(debian::GUEST),
+            host.join("stillpointd.log"),
+        ];
         let texts = logs.map(|log| std::fs::read_to_string(log).unwrap_or_default());
         format!("what was logged:\n{}", texts.join("\n"))
     })
@@ -70,8 +74,10 @@ fn begin(args: &Args) -> anyhow::Result<Value> {
         let rungs = shown["rungs"].as_array().into_iter().flatten();
         let mut kernel = rungs.filter(|rung| rung["check"] == "kernel");
         ensure!(
-            kernel.next().is_some_and(|rung| rung["status"] == "ok"
-                && rung["found"].to_string().contains("live update")),
+            kernel
+                .next()
+                .is_some_and(|rung| rung["status"] == "ok"
+                    && rung["found"].to_string().contains("live update")),
             "{shown:#}"
         );
     }
@@ -122,8 +128,13 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
     ensure!(swap["state"] == "done", "{swap:#}");
     ensure!(swap["kernel"]["to"].is_string(), "{swap:#}");
     let clock = &swap["kernel"]["clock"];
-    let left = clock["left_ns"].as_i64().context("the wall clock's error")?;
-    ensure!(clock["problem"].is_null() && left.abs() < 50_000, "{clock:#}");
+    let left = clock["left_ns"]
+        .as_i64()
+        .context("the wall clock's error")?;
+    ensure!(
+        clock["problem"].is_null() && left.abs() < 50_000,
+        "{clock:#}"
+    );
     for (name, before) in PULSES.iter().zip(&mut state.pulses) {
         *before = goes_on(&daemon, name, before)?;
     }
@@ -137,13 +148,19 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
     for guest in kept["guests"].as_array().into_iter().flatten() {
         ensure!(guest["record"] == "consumed", "{kept:#}");
     }
-    ensure!(kept["guests"].as_array().map(Vec::len) == Some(names.len()), "{kept:#}");
+    ensure!(
+        kept["guests"].as_array().map(Vec::len) == Some(names.len()),
+        "{kept:#}"
+    );
     let reports = names
         .iter()
         .map(|name| Ok(daemon.must(&["report", name])?["report"].clone()))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let number = state.told.len() + 1;
-    println!("scenario: jump {number} arrived, pause {} ns", swap["pause_ns"]);
+    println!(
+        "scenario: jump {number} arrived, pause {} ns",
+        swap["pause_ns"]
+    );
     state.told.push(json!({
         "pause_ns": swap["pause_ns"], "phases": swap["kernel"]["phases"], "clock": clock, "reports": reports,
     }));

@@ -115,6 +115,9 @@ fn what_preserving_takes_is_the_size_less_what_is_there() {
         ..room
     };
     assert!(!none.is_enough());
-    assert_eq!(available("MemFree: 1 kB\nMemAvailable:   20 kB\n"), Some(20 << 10));
+    assert_eq!(
+        available("MemFree: 1 kB\nMemAvailable:   20 kB\n"),
+        Some(20 << 10)
+    );
     assert_eq!(available("MemFree: 1 kB\n"), None);
 }
