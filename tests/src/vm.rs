@@ -230,30 +230,29 @@ impl Vm {
     /// Ends the VMM as a jump into another kernel does, and has the same release revive the guest from
     /// its record.
     pub fn revive(&mut self, nonce: &str) -> anyhow::Result<()> {
+        let place = self.spec.memory.carve_out.clone();
+        let place = place.context("its RAM ends with the kernel")?;
         // As the daemon holds it; what is in a carve-out is found by its path.
-        let (memory, _) = self.client()?.lend_guest()?;
+        let memory = match place.is_memfd() {
+            true => Some(self.client()?.lend_guest()?.0),
+            false => None,
+        };
         self.kill()?;
-        let place = self
-            .spec
-            .memory
-            .carve_out
-            .as_ref()
-            .context("no carve-out")?;
         let (reader, writer) = std::io::pipe()?;
         let writer = OwnedFd::from(writer);
         let log = self.dir.path().join("vmm.log");
         let mut command = command(&Release::Current.binary()?, &log, self.manner)?;
         command.args(["revive", "--nonce", nonce, "--place"]);
-        command.arg(serde_json::to_string(place)?);
+        command.arg(serde_json::to_string(&place)?);
         command.arg("--dir").arg(self.dir());
         command
             .arg("--ready-fd")
             .arg(writer.as_raw_fd().to_string());
         let mut handed = vec![&writer];
-        if place.is_memfd() {
+        if let Some(memory) = &memory {
             command.arg("--memory-fd");
             command.arg(memory.as_raw_fd().to_string());
-            handed.push(&memory);
+            handed.push(memory);
         }
         self.child = start(&mut command, &handed)?;
         drop(writer);

@@ -1,5 +1,5 @@
 //! What of this host outlives its kernel, and who has which part of it: a carve-out, or memfds that live
-//! update keeps ([`live_update`]). Both have the same directory, and the same records; of a carve-out all
+//! update keeps (`live_update`). Both have the same directory, and the same records; of a carve-out all
 //! that is given out is in it, of memfds only what goes to another kernel or came from one.
 //!
 //! What must be true: a guest's memory is given to nobody else while the guest's record may still be run.
