@@ -30,6 +30,11 @@ images: pulse ## the guests: pulse, and Linux from Debian's packages (IMAGES="--
 	$(CARGO) build --release --quiet --locked -p stillpoint-images
 	target/release/images --agent $(BUILT)/stillpoint-agent --load $(BUILT)/load $(IMAGES)
 
+.PHONY: rig-luo
+rig-luo: ## build a kernel with live update for emulated hosts, of Debian's source, in the cache (20 minutes of CPU time)
+	$(CARGO) build --release --quiet --locked -p stillpoint-images
+	target/release/images --luo
+
 .PHONY: rig-static rig-shell
 rig-static: ## build what the rig runs inside, linked statically
 	@mkdir -p target/static/releases/compat target/static/releases/faulty target/static/releases/current
@@ -166,6 +171,10 @@ test: releases programs images-if-any rig-static ## run every test; prints each 
 .PHONY: linux
 linux: images rig-static ## every scenario of Debian guests on emulated hosts with either kernel (20 minutes)
 	$(CARGO) test --quiet --locked -p stillpoint-tests --test rig -- --ignored --test-threads=1 every_scenario
+
+.PHONY: luo
+luo: rig-luo images rig-static ## guests in memfds that live update keeps, under ten kexecs of an emulated host (5 minutes, and the kernel's build once)
+	$(CARGO) test --quiet --locked -p stillpoint-tests --test rig -- --ignored --test-threads=1 live_update
 
 .PHONY: fmt lint
 fmt: ## check the formatting

@@ -5,6 +5,7 @@ mod machines;
 
 use std::fs::File;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,10 +19,11 @@ use tokio::sync::broadcast;
 
 use crate::agent::binaries::Binaries;
 use crate::agent::carve_out::CarveOut;
+use crate::agent::custody::{self, Keeping};
 use crate::agent::places::{private_dir, run_dir};
 use crate::agent::scope::Scopes;
 use crate::agent::trust::Trust;
-use crate::agent::{custody, kexec, reaper};
+use crate::agent::{kexec, reaper};
 use crate::api::{self, Desk, NewRelease};
 use crate::auth::Role;
 use crate::auth::files::TlsFiles;
@@ -75,7 +77,7 @@ pub struct Config {
     pub gate_dir: PathBuf,
     /// The collector of spans; none when absent.
     pub collector: Option<Collector>,
-    /// The host's carve-out, if it has one.
+    /// The host's carve-out, if it has one; without one live update is used, where the kernel has it.
     pub carve_out: Option<PathBuf>,
     /// Keys whose signatures of releases count, as `FILE` or `FILE,until=DATE`.
     pub trust: Vec<String>,
@@ -116,13 +118,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     private_dir(&config.run_dir.join("vms"))?;
     let _lock = lock(&config.run_dir)?;
     let trust = Trust::load(&config.trust)?;
-    let carve_out = open_carve_out(config.carve_out.as_deref())?;
+    let mut received = custody::received();
+    let carve_out = open_carve_out(config.carve_out.as_deref(), custody::came(&mut received))?;
     let store = Store::open(&config.state_dir.join("store.sqlite"))?;
     let binaries = Binaries::new(&config.state_dir, trust);
     let verified = execute::Verified::ahead(&binaries, &store);
     let fleet = fleet(&config, &store).await?;
     let known: Vec<_> = store.vms().await?.into_iter().map(|vm| vm.name).collect();
-    custody::take_over(&known);
+    custody::settle(received, &known);
     for line in store.begin_journal(env!("CARGO_PKG_VERSION")).await? {
         match line.vm {
             Some(vm) => tracing::warn!(%vm, "{}", line.text),
@@ -314,12 +317,18 @@ fn own_name() -> String {
     }
 }
 
-fn open_carve_out(path: Option<&Path>) -> anyhow::Result<CarveOut> {
-    let came_by_jump = nonce_of(&kexec::command_line()).is_some();
-    match path {
-        Some(path) => Ok(CarveOut::open(path, came_by_jump)?),
-        None => Ok(CarveOut::default()),
+/// What outlives the kernel here: the carve-out that the daemon was told of, or else what live update keeps, where the
+/// kernel has that. A kernel without either keeps no guest from starting.
+fn open_carve_out(path: Option<&Path>, came: Vec<(Keeping, OwnedFd)>) -> anyhow::Result<CarveOut> {
+    if let Some(path) = path {
+        let came_by_jump = nonce_of(&kexec::command_line()).is_some();
+        return Ok(CarveOut::open(path, came_by_jump)?);
     }
+    Ok(CarveOut::by_live_update(came).unwrap_or_else(|why| {
+        let why = why.to_string();
+        tracing::info!("no guest of this host can outlive its kernel: {why}");
+        CarveOut::none(&why)
+    }))
 }
 
 fn notify(state: &[NotifyState<'_>]) {

@@ -388,6 +388,7 @@ impl Rig {
             memory_mib: self.memory_mib,
             scratch: self.scratch_mib > 0,
             carve_out_mib: self.carve_out_mib,
+            live_update: self.kernel == Kernel::Luo,
             network: self.with_peer,
         }
     }
@@ -495,6 +496,16 @@ pub(crate) fn ingredients(kernel: Kernel, progress: Progress) -> anyhow::Result<
         iproute: Set::Iproute.fetch(&cache, false, progress)?,
         qemu: Qemu::of(&Set::Qemu.fetch(&cache, false, progress)?),
     })
+}
+
+/// Why there can be no rig with live update here, for [`crate::needs!`].
+pub fn missing_luo() -> Option<String> {
+    let not_built = |error: anyhow::Error| match error.downcast_ref::<FetchError>() {
+        Some(FetchError::NotBuilt) => Some(error.to_string()),
+        _ => None,
+    };
+    let kernel = ingredients(Kernel::Luo, Progress::Silent);
+    missing().or_else(|| kernel.err().and_then(not_built))
 }
 
 /// Why there can be no rig here, for [`crate::needs!`]: packages that are neither in the cache nor

@@ -41,8 +41,20 @@ pub struct Recipe {
     pub devices: Devices,
     /// Its clock.
     pub clock: ClockSpec,
-    /// Its RAM lies in a carve-out, a file in the guest's folder.
-    pub carved: bool,
+    /// What its RAM lies in.
+    pub ram: Ram,
+}
+
+/// What a guest's RAM lies in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ram {
+    /// A memfd, which ends with the kernel.
+    #[default]
+    Plain,
+    /// A carve-out, a file in the guest's folder.
+    Carved,
+    /// A memfd that live update could keep: its record lies behind RAM.
+    Kept,
 }
 
 impl Recipe {
@@ -59,7 +71,7 @@ impl Recipe {
             manner: Manner::default(),
             devices: Devices::default(),
             clock: ClockSpec::default(),
-            carved: false,
+            ram: Ram::default(),
         }
     }
 
@@ -118,9 +130,17 @@ impl Vm {
             kernel = copy_for_all(&kernel, dir.path())?;
         }
         let mut spec = recipe.spec(kernel);
-        if recipe.carved {
+        let place = match recipe.ram {
+            Ram::Plain => None,
+            Ram::Carved => Some(carve_out(dir.path(), &spec)?),
+            Ram::Kept => Some(CarveOutSpec::memfd(
+                spec.memory.size,
+                record::room(spec.cpus),
+            )),
+        };
+        if place.is_some() {
             spec.memory.survive = Survive::Kernel;
-            spec.memory.carve_out = Some(carve_out(dir.path(), &spec)?);
+            spec.memory.carve_out = place;
         }
         let child = boot(recipe, &spec, dir.path())?;
         // From here on a failure ends the process by the drop of what holds it.
@@ -214,24 +234,31 @@ impl Vm {
     /// Ends the VMM as a jump into another kernel does, and has the same release revive the guest from
     /// its record.
     pub fn revive(&mut self, nonce: &str) -> anyhow::Result<()> {
+        let place = self.spec.memory.carve_out.clone();
+        let place = place.context("its RAM ends with the kernel")?;
+        // As the daemon holds it; what is in a carve-out is found by its path.
+        let memory = match place.is_memfd() {
+            true => Some(self.client()?.lend_guest()?.0),
+            false => None,
+        };
         self.kill()?;
-        let place = self
-            .spec
-            .memory
-            .carve_out
-            .as_ref()
-            .context("no carve-out")?;
         let (reader, writer) = std::io::pipe()?;
         let writer = OwnedFd::from(writer);
         let log = self.dir.path().join("vmm.log");
         let mut command = command(&Release::Current.binary()?, &log, self.manner)?;
         command.args(["revive", "--nonce", nonce, "--place"]);
-        command.arg(serde_json::to_string(place)?);
+        command.arg(serde_json::to_string(&place)?);
         command.arg("--dir").arg(self.dir());
         command
             .arg("--ready-fd")
             .arg(writer.as_raw_fd().to_string());
-        self.child = start(&mut command, &[&writer])?;
+        let mut handed = vec![&writer];
+        if let Some(memory) = &memory {
+            command.arg("--memory-fd");
+            command.arg(memory.as_raw_fd().to_string());
+            handed.push(memory);
+        }
+        self.child = start(&mut command, &handed)?;
         drop(writer);
         wait_ready(reader, "the VMM that revives", &log)?;
         let (ram, ownership) = self.client()?.lend_guest()?;

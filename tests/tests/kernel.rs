@@ -18,7 +18,7 @@ use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::swap::Terms;
-use stillpoint_tests::vm::{Recipe, Vm};
+use stillpoint_tests::vm::{Ram, Recipe, Vm};
 
 const SWAP: &str = "k1";
 const NONCE: &str = "0123456789abcdef";
@@ -26,8 +26,12 @@ const NONCE: &str = "0123456789abcdef";
 const LONG: Duration = Duration::from_secs(30);
 
 fn guest() -> anyhow::Result<Vm> {
+    guest_in(Ram::Carved)
+}
+
+fn guest_in(ram: Ram) -> anyhow::Result<Vm> {
     Vm::up(&Recipe {
-        carved: true,
+        ram,
         memory_mib: 64,
         ..Recipe::pulse(2, "ram=16M duty=50")
     })
@@ -40,7 +44,11 @@ fn place(vm: &Vm) -> anyhow::Result<Place> {
         start: at.record,
         len: at.record_len,
     };
-    Ok(Place::of(&Device::open(&at.path)?, extent)?)
+    let device = match at.is_memfd() {
+        true => Device::of(&at.path, vm.client()?.lend_guest()?.0)?,
+        false => Device::open(&at.path)?,
+    };
+    Ok(Place::of(&device, extent)?)
 }
 
 fn counters(vm: &Vm) -> anyhow::Result<Vec<u64>> {
@@ -106,7 +114,17 @@ fn a_guest_that_nobody_takes_along_runs_on_and_its_record_is_of_the_past() -> an
 #[test]
 fn a_stored_guest_goes_on_elsewhere_once() -> anyhow::Result<()> {
     needs_kvm!();
-    let mut vm = guest()?;
+    goes_on_elsewhere_once(guest()?)
+}
+
+/// Its memfd is all that there is of it, as live update hands it over.
+#[test]
+fn a_guest_that_is_stored_in_its_memfd_goes_on_elsewhere_once() -> anyhow::Result<()> {
+    needs_kvm!();
+    goes_on_elsewhere_once(guest_in(Ram::Kept)?)
+}
+
+fn goes_on_elsewhere_once(mut vm: Vm) -> anyhow::Result<()> {
     let record = place(&vm)?;
     vm.client()?.store(SWAP, NONCE, LONG)?;
     let before = counters(&vm)?;

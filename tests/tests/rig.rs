@@ -201,6 +201,56 @@ fn what_goes_wrong_on_the_way_to_another_kernel() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Ten jumps in a row under guests whose memory live update keeps: `make luo`.
+fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
+    const JUMPS: usize = 10;
+    let jumps = JUMPS.to_string();
+    let kernel = Kernel::Luo.name();
+    let scenario = [
+        "scenario",
+        "live-update",
+        "--into",
+        kernel,
+        "--jumps",
+        &jumps,
+    ];
+    let outcome = Rig::new(name, Kernel::Luo)
+        .memory_mib(2560)
+        .scratch_mib(512)
+        .scenario()?
+        .jump(kernel, Kernel::Luo, &["scenario", "live-update"])
+        .images(Kernel::Backports, &["vmlinux", "initramfs"])
+        .command(&[&scenario[..], more].concat())
+        .time_limit(Duration::from_secs(1200))
+        .run()?;
+    outcome.succeeded()?;
+    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let told: Value = serde_json::from_slice(&told)?;
+    let jumps = told["jumps"].as_array().context("the jumps")?;
+    ensure!(jumps.len() == JUMPS, "{told:#}");
+    for jump in jumps {
+        let phases = jump["phases"].as_array().context("its phases")?;
+        let preserve = phases.iter().find(|phase| phase["name"] == "preserve");
+        let preserve = preserve.context("guests were preserved")?;
+        ensure!(preserve["in_blackout"] == false, "{preserve:#}");
+    }
+    Ok(())
+}
+
+#[test]
+#[ignore = "needs a kernel that is built for it, and minutes; `make luo` does both"]
+fn live_update_keeps_pulse_over_ten_kernels() -> anyhow::Result<()> {
+    needs!(rig::missing_luo);
+    live_update_keeps("luo-pulse", &[])
+}
+
+#[test]
+#[ignore = "needs a kernel that is built for it, and minutes; `make luo` does both"]
+fn live_update_keeps_debian_over_ten_kernels() -> anyhow::Result<()> {
+    needs!(rig::missing_luo);
+    live_update_keeps("luo-debian", &["--debian"])
+}
+
 /// Scenarios of `linux.rs` on a host with this kernel: those whose names hold one of these words, or all of
 /// them. A host with hardware KVM runs them directly.
 fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Result<()> {

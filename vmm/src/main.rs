@@ -39,7 +39,7 @@ enum Command {
     Run(Run),
     /// Take a guest over from its predecessor (started by the daemon).
     Adopt(Adopt),
-    /// Revive a guest from its record in the carve-out (started by the daemon).
+    /// Revive a guest from its record in what outlived the kernel (started by the daemon).
     Revive(Revive),
     /// Rehearse taking a guest over: nothing comes of it but the answer (started by the daemon).
     Rehearse(Adopt),
@@ -117,6 +117,9 @@ struct Revive {
     /// The guest's place, as JSON: path, ram, record and record_len.
     #[arg(long, value_name = "JSON", value_parser = parse_place)]
     place: CarveOutSpec,
+    /// The memfd that it lies in, if that is its own.
+    #[arg(long, value_name = "FD")]
+    memory_fd: Option<RawFd>,
     /// The nonce of the jump, as it is on this kernel's command line.
     #[arg(long)]
     nonce: String,
@@ -246,9 +249,10 @@ fn revive(args: Revive) -> anyhow::Result<()> {
         let release = release::name(args.told.release_version, args.told.release_sha256);
         let source = Source {
             at: &args.place,
+            memory: args.memory_fd.map(inherited).transpose()?,
             nonce: &args.nonce,
         };
-        Process::revive(&source, &args.dir, Start { release, secret })
+        Process::revive(source, &args.dir, Start { release, secret })
     });
     let process = told(&mut ready, revived)?;
     tell(ready, &Ready::Yes);

@@ -1,5 +1,6 @@
-//! Guest RAM over its memory backend: a memfd of sealed size, or a part of the host's carve-out, which
-//! outlives the kernel.
+//! Guest RAM over its memory backend: a memfd of sealed size, or a part of the host's carve-out. Of these a
+//! carve-out outlives the kernel, and so does a memfd that live update keeps; behind RAM such a one has
+//! room for the guest's record.
 //!
 //! The file outlives any process that maps it: predecessor, successor and daemon all hold it.
 //! Layout: RAM from 0 to [`HOLE_START`], then from [`HOLE_END`] on; the hole holds device
@@ -82,7 +83,7 @@ pub enum MemoryError {
     CarveOut(#[from] MapError),
     /// Nobody said where in the carve-out.
     #[error(
-        "machine spec: field `memory.survive`: `kernel` needs a place in the host's carve-out, which \
+        "machine spec: field `memory.survive`: `kernel` needs a place in what outlives the kernel, which \
          the daemon finds; start the guest by `stillpoint run --survive kernel`"
     )]
     NoPlace,
@@ -138,11 +139,22 @@ fn not_to(what: &'static str) -> impl Fn(Errno) -> MemoryError {
     }
 }
 
+/// The place, if it is one in a carve-out.
+fn carved_at(spec: &MemorySpec) -> Option<&CarveOutSpec> {
+    spec.carve_out.as_ref().filter(|at| !at.is_memfd())
+}
+
+/// Bytes of a memfd of RAM: with the room of the record, where it has one.
+fn file_size(spec: &MemorySpec) -> u64 {
+    let record = spec.carve_out.as_ref().filter(|at| at.is_memfd());
+    spec.size + record.map_or(0, |at| at.record_len)
+}
+
 /// A file of RAM is as large as the spec says; `what` is what can't be done if it isn't.
 fn check_size(fd: &OwnedFd, spec: &MemorySpec, what: &'static str) -> Result<(), MemoryError> {
     let len = rustix::fs::fstat(fd).map_err(not_to("look at"))?.st_size;
     match u64::try_from(len) {
-        Ok(len) if len == spec.size => Ok(()),
+        Ok(len) if len == file_size(spec) => Ok(()),
         _ => Err(not_to(what)(Errno::INVAL)),
     }
 }
@@ -152,7 +164,10 @@ impl GuestRam {
     pub fn create(spec: &MemorySpec) -> Result<Self, MemoryError> {
         let wanted = spec.size >> 20;
         if spec.survive == Survive::Kernel {
-            return Self::in_carve_out(spec);
+            let place = spec.carve_out.as_ref().ok_or(MemoryError::NoPlace)?;
+            if !place.is_memfd() {
+                return Self::in_carve_out(place, spec);
+            }
         }
         if let Some(total) = mem_total_mib().filter(|&total| wanted > total) {
             return Err(MemoryError::TooLarge { wanted, total });
@@ -172,7 +187,7 @@ impl GuestRam {
         };
         let fd = rustix::fs::memfd_create("stillpoint-ram", memfd_flags(spec.pages))
             .map_err(file("create"))?;
-        rustix::fs::ftruncate(&fd, spec.size).map_err(file("size"))?;
+        rustix::fs::ftruncate(&fd, file_size(spec)).map_err(file("size"))?;
         if huge {
             // Now, and with an error: a huge page that is missing later kills the process.
             let flags = rustix::fs::FallocateFlags::empty();
@@ -185,8 +200,7 @@ impl GuestRam {
     }
 
     /// RAM at its place in the carve-out, zeroed: it may hold what another guest left.
-    fn in_carve_out(spec: &MemorySpec) -> Result<Self, MemoryError> {
-        let place = spec.carve_out.as_ref().ok_or(MemoryError::NoPlace)?;
+    fn in_carve_out(place: &CarveOutSpec, spec: &MemorySpec) -> Result<Self, MemoryError> {
         let device = Device::open(&place.path)?;
         let ram = Self::carved(&device, place, spec)?;
         ram.zero();
@@ -194,7 +208,7 @@ impl GuestRam {
     }
 
     /// RAM at its place in the carve-out, as it is.
-    pub fn carved(
+    fn carved(
         device: &Device,
         place: &CarveOutSpec,
         spec: &MemorySpec,
@@ -237,7 +251,7 @@ impl GuestRam {
 
     /// RAM that another process made.
     pub fn adopt(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        if let Some(place) = &spec.carve_out {
+        if let Some(place) = carved_at(spec) {
             let device = Device::of(&place.path, fd)?;
             return Self::carved(&device, place, spec);
         }
@@ -275,7 +289,7 @@ impl GuestRam {
     /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process. The
     /// file may be open for reading only.
     pub fn view(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        if spec.carve_out.is_some() {
+        if carved_at(spec).is_some() {
             return Err(MemoryError::NoView);
         }
         check_size(&fd, spec, "view: its size is not the spec's;")?;
@@ -367,11 +381,14 @@ impl GuestRam {
             return Ok(());
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.fd, flags, 0, self.size).map_err(|source| MemoryError::File {
-            what: "clear",
-            source,
-            remedy: "",
-        })
+        match fallocate(&self.fd, flags, 0, self.size) {
+            // Live update keeps it right now, and lets nobody take a page out of it.
+            Err(Errno::PERM) => {
+                self.zero();
+                Ok(())
+            }
+            done => done.map_err(not_to("clear")),
+        }
     }
 
     /// Fills this process's page tables for every page the file already holds, and for no other:
@@ -435,7 +452,9 @@ impl GuestRam {
         }
         let start = rustix::fs::seek(&self.fd, SeekFrom::Data(at)).ok()?;
         let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(self.size);
-        Some(start..end)
+        // Behind RAM a file may hold a record.
+        let end = end.min(self.size);
+        (start < end).then_some(start..end)
     }
 
     /// Advises on a range of the file, in every region that maps a part of it.

@@ -11,6 +11,7 @@
 //! | [`cache`] | the folder outside the work tree, and its lock |
 //! | [`packages`] | what is wanted, fetched and unpacked |
 //! | [`unpack`] | packages taken apart |
+//! | [`luo`] | a kernel with live update, built of Debian's source |
 //! | [`kernel`] | `vmlinux` out of a `bzImage` |
 //! | [`modules`] | kernel modules in the order they load in |
 //! | [`initramfs`] | a cpio archive being written |
@@ -26,6 +27,7 @@ pub mod etcd;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;
+pub mod luo;
 pub mod modules;
 pub mod packages;
 pub mod programs;

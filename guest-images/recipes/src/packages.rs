@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::apt::{Apt, AptError, Deb};
 use crate::cache::{Cache, CacheError};
+use crate::luo;
 use crate::progress::Progress;
 use crate::sources::{Mirror, NoMirror};
 use crate::unpack::{KernelFiles, UnpackError, extract, kernel_files, write_vmlinux};
@@ -25,10 +26,12 @@ pub enum Kernel {
     Bookworm,
     /// The newest in trixie-backports.
     Backports,
+    /// 7.3 with live update, which Debian builds without: built on this machine ([`crate::luo`]). For hosts alone.
+    Luo,
 }
 
 impl Kernel {
-    /// Both.
+    /// Those that Debian has.
     pub const ALL: [Self; 2] = [Self::Bookworm, Self::Backports];
 
     /// Its name in commands and folders.
@@ -36,6 +39,7 @@ impl Kernel {
         match self {
             Self::Bookworm => "bookworm",
             Self::Backports => "backports",
+            Self::Luo => "luo",
         }
     }
 }
@@ -44,9 +48,12 @@ impl std::str::FromStr for Kernel {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        let found = Self::ALL.into_iter().find(|kernel| kernel.name() == name);
-        found.ok_or_else(|| {
-            format!("no kernel {name:?}; there are bookworm (6.1) and backports (the newest)")
+        let mut all = Self::ALL.into_iter().chain([Self::Luo]);
+        all.find(|kernel| kernel.name() == name).ok_or_else(|| {
+            format!(
+                "no kernel {name:?}; there are bookworm (6.1), backports (the newest), and luo, which `make \
+                 rig-luo` builds"
+            )
         })
     }
 }
@@ -70,6 +77,10 @@ pub enum Set {
     Iproute,
     /// etcd, the store that a fleet shares.
     Etcd,
+    /// The source of Linux 7.3.
+    LinuxSource,
+    /// What building a kernel needs beside a C compiler, make and tar.
+    BuildTools,
 }
 
 /// Why a set can't be had.
@@ -94,14 +105,30 @@ pub enum FetchError {
     /// Unpacking.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+    /// Nobody packages it.
+    #[error(
+        "the kernel with live update is not built here, or of another configuration; run `make rig-luo`"
+    )]
+    NotBuilt,
 }
 
 /// What a set consists of, as it is written down in the cache.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Manifest {
+pub(crate) struct Manifest {
     recipe: u32,
     packages: Vec<String>,
     tree: String,
+}
+
+impl Manifest {
+    /// For a tree of this name in the cache, made of these packages.
+    pub(crate) fn new(tree: String, packages: Vec<String>) -> Self {
+        Self {
+            recipe: RECIPE,
+            packages,
+            tree,
+        }
+    }
 }
 
 /// A set, unpacked.
@@ -114,7 +141,7 @@ pub struct Unpacked {
 }
 
 impl Set {
-    /// Every set.
+    /// Every set that tests and images need.
     pub const ALL: [Self; 8] = [
         Self::Kernel(Kernel::Bookworm),
         Self::Kernel(Kernel::Backports),
@@ -131,12 +158,15 @@ impl Set {
         match self {
             Self::Kernel(Kernel::Bookworm) => "kernel-bookworm",
             Self::Kernel(Kernel::Backports) => "kernel-backports",
+            Self::Kernel(Kernel::Luo) => "kernel-luo",
             Self::Qemu => "qemu",
             Self::Busybox => "busybox",
             Self::Phc2sys => "phc2sys",
             Self::Curl => "curl",
             Self::Iproute => "iproute2",
             Self::Etcd => "etcd-server",
+            Self::LinuxSource => "linux-source-7.3",
+            Self::BuildTools => "build-tools",
         }
     }
 
@@ -144,8 +174,9 @@ impl Set {
     pub fn cached(self, cache: &Cache) -> Option<Unpacked> {
         let text = std::fs::read(self.manifest(cache)).ok()?;
         let manifest: Manifest = serde_json::from_slice(&text).ok()?;
+        let is_current = self != Self::Kernel(Kernel::Luo) || luo::is_current(&manifest.tree);
         let tree = cache.dir().join(manifest.tree);
-        (manifest.recipe == RECIPE && tree.is_dir()).then_some(Unpacked {
+        (manifest.recipe == RECIPE && is_current && tree.is_dir()).then_some(Unpacked {
             tree,
             packages: manifest.packages,
         })
@@ -160,6 +191,9 @@ impl Set {
     ) -> Result<Unpacked, FetchError> {
         if let Some(unpacked) = self.cached(cache).filter(|_| !refresh) {
             return Ok(unpacked);
+        }
+        if self == Self::Kernel(Kernel::Luo) {
+            return Err(FetchError::NotBuilt);
         }
         let lock = cache.lock(progress)?;
         // Another program may have fetched it while this one waited.
@@ -217,7 +251,9 @@ impl Set {
         let mirror = Mirror::of_this_machine(Path::new("/etc/apt"))?;
         let archive = |suite| (mirror.archive.as_str(), suite);
         let (dir, suites) = match self {
-            Self::Kernel(Kernel::Backports) => ("apt-trixie", vec![archive("trixie-backports")]),
+            Self::Kernel(Kernel::Backports) | Self::LinuxSource => {
+                ("apt-trixie", vec![archive("trixie-backports")])
+            }
             _ => {
                 let mut suites = ["bookworm", "bookworm-updates", "bookworm-backports"]
                     .map(archive)
@@ -248,7 +284,8 @@ impl Set {
             }
             Self::Busybox => apt.alone(&["busybox-static".to_owned()])?,
             // A Go program: it needs nothing but libc.
-            Self::Etcd => apt.alone(&[self.name().to_owned()])?,
+            Self::Etcd | Self::LinuxSource => apt.alone(&[self.name().to_owned()])?,
+            Self::BuildTools => apt.alone(&luo::TOOLS.map(str::to_owned))?,
             Self::Phc2sys => apt.alone(&["linuxptp".to_owned(), "libc6".to_owned()])?,
             Self::Curl | Self::Iproute => apt.with_dependencies(&[self.name().to_owned()])?,
         };
@@ -287,20 +324,28 @@ impl Set {
         let _ = std::fs::remove_dir_all(&tree);
         std::fs::rename(&scratch, &tree).map_err(failed(&tree))?;
         let _ = std::fs::remove_dir_all(debs);
-        let manifest = Manifest {
-            recipe: RECIPE,
-            packages,
-            tree: name,
-        };
-        let path = self.manifest(cache);
-        let new = path.with_extension("json.new");
-        let text = serde_json::to_vec_pretty(&manifest).unwrap_or_default();
-        std::fs::write(&new, text).map_err(failed(&new))?;
-        std::fs::rename(&new, &path).map_err(failed(&path))?;
+        let manifest = Manifest::new(name, packages);
+        self.write(cache, &manifest)?;
         Ok(Unpacked {
             tree,
             packages: manifest.packages,
         })
+    }
+
+    /// Writes down what it consists of: from then on it is complete.
+    pub(crate) fn write(self, cache: &Cache, manifest: &Manifest) -> Result<(), UnpackError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |error: std::io::Error| UnpackError::File {
+                path,
+                why: error.to_string(),
+            }
+        };
+        let path = self.manifest(cache);
+        let new = path.with_extension("json.new");
+        let text = serde_json::to_vec_pretty(manifest).unwrap_or_default();
+        std::fs::write(&new, text).map_err(failed(&new))?;
+        std::fs::rename(&new, &path).map_err(failed(&path))
     }
 }
 

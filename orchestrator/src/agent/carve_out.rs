@@ -1,30 +1,41 @@
-//! The host's carve-out, if it has one: who has which part of it.
+//! What of this host outlives its kernel, and who has which part of it: a carve-out, or memfds that live
+//! update keeps (`live_update`). Both have the same directory, and the same records; of a carve-out all
+//! that is given out is in it, of memfds only what goes to another kernel or came from one.
 //!
 //! What must be true: a guest's memory is given to nobody else while the guest's record may still be run.
 //! Must never: look into saved state.
+
+mod live_update;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stillpoint_carveout::area::{Area, AreaError, Place};
 use stillpoint_carveout::directory::{Directory, DirectoryError, Entry};
+use stillpoint_carveout::map::Device;
 use stillpoint_carveout::mark::Mark;
 use stillpoint_carveout::record::{self, Label};
 use stillpoint_control::spec::{CarveOutSpec, MachineSpec};
 
-/// See the module.
-#[derive(Clone, Debug, Default)]
-pub struct CarveOut(Option<Arc<Opened>>);
+use live_update::Memfds;
+pub use live_update::{Guest, Room};
+
+/// See the module. Without one, why there is none.
+#[derive(Clone, Debug)]
+pub struct CarveOut(Result<Arc<Opened>, Arc<str>>);
 
 #[derive(Debug)]
 struct Opened {
     path: PathBuf,
     area: Area,
     directory: Mutex<Result<Directory, String>>,
+    /// Those of guests, where they have memfds of their own.
+    memfds: Option<Memfds>,
 }
 
-const NONE: &str = "this host has no carve-out, or the daemon was not told of it (`stillpointd --carve-out \
-                    /dev/dax0.0`); `stillpoint host prepare` says what is missing";
+const NONE: &str = "no memory of this host outlives its kernel: it has no carve-out that the daemon was told of \
+                    (`stillpointd --carve-out /dev/dax0.0`), and";
+const PREPARE: &str = "`stillpoint host prepare` says what is missing";
 
 impl CarveOut {
     /// Opens it. One without a directory gets one, unless this kernel was jumped into: then there must
@@ -46,20 +57,26 @@ impl CarveOut {
             )),
             other => Ok(other?),
         };
-        Ok(Self(Some(Arc::new(Opened {
+        Ok(Self(Ok(Arc::new(Opened {
             path: path.to_owned(),
             area,
             directory: Mutex::new(directory),
+            memfds: None,
         }))))
     }
 
+    /// None, as there is no live update for this reason either.
+    pub fn none(why: &str) -> Self {
+        Self(Err(format!("{NONE} {why}; {PREPARE}").into()))
+    }
+
     fn opened(&self) -> Result<&Opened, String> {
-        self.0.as_deref().ok_or_else(|| NONE.to_owned())
+        self.0.as_deref().map_err(|why| why.to_string())
     }
 
     /// Its path, if there is one.
     pub fn path(&self) -> Option<&Path> {
-        self.0.as_ref().map(|opened| opened.path.as_path())
+        self.0.as_ref().ok().map(|opened| opened.path.as_path())
     }
 
     /// The directory as it is.
@@ -70,8 +87,11 @@ impl CarveOut {
 
     /// Why what lies in it would not outlive the kernel; `None` if it would.
     pub fn is_lost_by_kexec(&self) -> Option<String> {
-        let opened = self.0.as_ref()?;
-        opened.area.device().is_lost_by_kexec()
+        let opened = self.0.as_ref().ok()?;
+        match opened.memfds {
+            Some(_) => None,
+            None => opened.area.device().is_lost_by_kexec(),
+        }
     }
 
     /// Changes the directory; what `change` refuses is not written.
@@ -91,8 +111,11 @@ impl CarveOut {
     /// Begins it anew, with nothing in it.
     pub fn forget_all(&self) -> Result<(), String> {
         let opened = self.opened()?;
+        if let Some(memfds) = &opened.memfds {
+            memfds.forget_all();
+        }
         let mut held = opened.lock();
-        let mut new = Directory::new(opened.area.device().size());
+        let mut new = opened.empty();
         // Twice: whatever is left of an old one may not be the newest.
         new.generation = held.as_ref().map_or(1 << 32, |old| old.generation);
         for _ in 0..2 {
@@ -106,6 +129,10 @@ impl CarveOut {
     pub fn place(&self, spec: &MachineSpec) -> Result<CarveOutSpec, String> {
         let (name, size) = (spec.name.as_str(), spec.memory.size);
         let room = record::room(spec.cpus);
+        if self.opened()?.memfds.is_some() {
+            self.give_back(name, false)?;
+            return Ok(CarveOutSpec::memfd(size, room));
+        }
         if let Some(entry) = self.directory()?.entry(name) {
             if let Some(why) = self.open_fate(entry) {
                 return Err(why);
@@ -146,7 +173,7 @@ impl CarveOut {
         let name = &entry.vm;
         stored.then(|| {
             format!(
-                "`{name}` is stored in the carve-out and may yet be run from there: `stillpoint adopt --retry \
+                "`{name}` is stored for another kernel and may yet be run from there: `stillpoint adopt --retry \
                  {name}` does, `stillpoint adopt --forget {name}` gives it up"
             )
         })
@@ -154,7 +181,7 @@ impl CarveOut {
 
     /// Gives a machine's memory back. With `anyhow` also that of one which may yet be run.
     pub fn give_back(&self, vm: &str, anyhow: bool) -> Result<bool, String> {
-        if self.0.is_none() {
+        if self.0.is_err() {
             return Ok(false);
         }
         let directory = self.directory()?;
@@ -164,18 +191,30 @@ impl CarveOut {
         if let Some(why) = self.open_fate(entry).filter(|_| !anyhow) {
             return Err(why);
         }
-        self.record(entry)?.clear().map_err(|e| e.to_string())?;
+        match (&self.opened()?.memfds, entry.token) {
+            (Some(memfds), Some(_)) => memfds.forget(vm),
+            _ => self.record(entry)?.clear().map_err(|e| e.to_string())?,
+        }
         self.change(|directory| Ok(directory.free_of(vm)))
     }
 
     fn record(&self, entry: &Entry) -> Result<Place, String> {
         let opened = self.opened()?;
-        Place::of(opened.area.device(), entry.record).map_err(|e| e.to_string())
+        let place = match self.memory_of(entry)? {
+            None => Place::of(opened.area.device(), entry.record),
+            Some(memfd) => {
+                Device::of(&opened.path, memfd).and_then(|device| Place::of(&device, entry.record))
+            }
+        };
+        place.map_err(|e| e.to_string())
     }
 
     /// What the mark of a machine's record says.
     pub fn mark(&self, entry: &Entry) -> Result<Mark, String> {
-        Ok(self.record(entry)?.mark())
+        match &self.opened()?.memfds {
+            Some(memfds) if memfds.is_let_go(entry) => Ok(Mark::Consumed),
+            _ => Ok(self.record(entry)?.mark()),
+        }
     }
 
     /// What is said of a machine's record.
@@ -186,6 +225,14 @@ impl CarveOut {
 }
 
 impl Opened {
+    /// A directory with nothing in it.
+    fn empty(&self) -> Directory {
+        match self.memfds {
+            Some(_) => Directory::default(),
+            None => Directory::new(self.area.device().size()),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Result<Directory, String>> {
         self.directory
             .lock()
@@ -245,9 +292,12 @@ mod tests {
 
     #[test]
     fn without_one_nothing_is_promised() {
-        let none = CarveOut::default();
+        let none = CarveOut::none("this kernel has no live update");
         let why = none.place(&spec("a", 16)).expect_err("none");
-        assert!(why.contains("--carve-out"), "{why}");
+        assert!(
+            why.contains("--carve-out") && why.contains("no live update"),
+            "{why}"
+        );
         assert_eq!(none.give_back("a", false), Ok(false));
     }
 }

@@ -9,18 +9,17 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// Modules that adoption may need: of the carve-out's device, and of KVM.
-const WANTED: [&str; 9] = [
+/// Modules that adoption may need of a carve-out's device.
+const OF_CARVE_OUT: [&str; 6] = [
     "nd_e820",
     "nfit",
     "libnvdimm",
     "nd_pmem",
     "dax_pmem",
     "device_dax",
-    "kvm",
-    "kvm_amd",
-    "kvm_intel",
 ];
+/// Modules that it may need of KVM.
+const OF_KVM: [&str; 3] = ["kvm", "kvm_amd", "kvm_intel"];
 /// The longest name in an archive.
 const LONGEST: u64 = 4096;
 
@@ -40,11 +39,18 @@ pub enum Found {
     Unknown(String),
 }
 
-/// Looks for them.
-pub fn look(image: &Path, initrd: Option<&Path>) -> Found {
+/// Which kernel an image is, if it says so.
+pub fn release(image: &Path) -> Option<String> {
+    release_of(&mut File::open(image).ok()?).ok()?
+}
+
+/// Looks for them; for those of a carve-out only if guests lie in one.
+pub fn look(image: &Path, initrd: Option<&Path>, carve_out: bool) -> Found {
+    let of_carve_out = OF_CARVE_OUT.iter().filter(|_| carve_out);
+    let wanted = of_carve_out.chain(&OF_KVM).copied();
     let loaded = |name: &&str| Path::new("/sys/module").join(name).is_dir();
     // What this kernel has them for, the next will.
-    let needed: Vec<_> = WANTED.into_iter().filter(loaded).collect();
+    let needed: Vec<_> = wanted.filter(loaded).collect();
     look_in(Path::new("/lib/modules"), image, initrd, &needed)
 }
 

@@ -23,6 +23,8 @@ use super::process::{Exit, HoldError, Process};
 pub const READY_FD: i32 = 3;
 /// The fd at which it finds its secret, or its end of the handover socketpair.
 pub const GIVEN_FD: i32 = 4;
+/// The fd at which it finds its guest's memory, if that came from the kernel before.
+pub const MEMORY_FD: i32 = 5;
 /// Lines of a log that are shown for a process that died without a word.
 const LAST_LINES: usize = 8;
 /// What of the daemon's environment a VMM gets to see. Not `NOTIFY_SOCKET`: it is no part of
@@ -69,6 +71,8 @@ pub struct Job<'a> {
     pub args: Vec<String>,
     /// Its secret (as a pipe) or its end of the handover socketpair; becomes [`GIVEN_FD`].
     pub given: OwnedFd,
+    /// Its guest's memory, if that came from the kernel before; becomes [`MEMORY_FD`].
+    pub memory: Option<OwnedFd>,
     /// Its log.
     pub log: &'a Path,
 }
@@ -103,6 +107,21 @@ pub fn spawn(job: Job<'_>) -> Result<Gated, SpawnError> {
     };
     let (gate_in, gate) = std::io::pipe()?;
     let (ready, ready_in) = std::io::pipe()?;
+    let memory = job.memory.map(|memory| FdMapping {
+        parent_fd: memory,
+        child_fd: MEMORY_FD,
+    });
+    let mut mappings = vec![
+        FdMapping {
+            parent_fd: ready_in.into(),
+            child_fd: READY_FD,
+        },
+        FdMapping {
+            parent_fd: job.given,
+            child_fd: GIVEN_FD,
+        },
+    ];
+    mappings.extend(memory);
     // The running daemon's own binary, even if another was installed in its place meanwhile.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -118,16 +137,7 @@ pub fn spawn(job: Job<'_>) -> Result<Gated, SpawnError> {
         .stdin(Stdio::from(gate_in))
         .stdout(Stdio::from(job.binary))
         .stderr(Stdio::from(log))
-        .fd_mappings(vec![
-            FdMapping {
-                parent_fd: ready_in.into(),
-                child_fd: READY_FD,
-            },
-            FdMapping {
-                parent_fd: job.given,
-                child_fd: GIVEN_FD,
-            },
-        ])?;
+        .fd_mappings(mappings)?;
     let child = command.spawn()?;
     // Dropping the command closes our copies of the child's ends.
     drop(command);

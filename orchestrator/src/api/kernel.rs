@@ -42,12 +42,12 @@ pub struct NewKernelSwap {
     pub no_notice: Option<String>,
 }
 
-/// What lies in the carve-out.
+/// What outlives the kernel: what lies in the carve-out, or what live update kept and keeps.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CarveOutView {
-    /// Its device.
+    /// Its device; `/dev/liveupdate` where each guest has a memfd of its own.
     pub path: String,
-    /// Bytes of it that can be given to guests.
+    /// Bytes of it that can be given to guests; 0 where each has a memfd of its own.
     pub size: u64,
     /// Bytes that nobody has.
     pub free: u64,
@@ -64,7 +64,7 @@ pub struct CarvedGuest {
     pub vm: String,
     /// What it is, if the daemon knows it.
     pub state: Option<VmState>,
-    /// Where its RAM begins, bytes from the carve-out's beginning.
+    /// Where its RAM begins, bytes from the carve-out's beginning, or its memfd's.
     pub ram: u64,
     /// Bytes of it.
     pub ram_len: u64,

@@ -31,7 +31,8 @@ struct Args {
     /// The API's socket [api.sock in the run directory].
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// The host's carve-out, memory that outlives its kernel, such as /dev/dax0.0.
+    /// The host's carve-out, memory that outlives its kernel, such as /dev/dax0.0. Without one guests that are to
+    /// outlive it have memfds that live update keeps, on a kernel that has /dev/liveupdate.
     #[arg(long, value_name = "PATH", env = "STILLPOINT_CARVE_OUT")]
     carve_out: Option<PathBuf>,
     /// A public key of minisign's whose signatures of releases count, to a date if there is one; may

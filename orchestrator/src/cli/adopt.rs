@@ -16,7 +16,7 @@ pub(super) struct Args {
     /// Give back the memory of a guest that is not to be run from its record any more.
     #[arg(long, value_name = "NAME", group = "act")]
     forget: Option<String>,
-    /// Begin the carve-out anew: whatever lies in it is given up. For one whose directory is damaged.
+    /// Begin the directory anew: whatever is in it is given up. For one that is damaged.
     #[arg(long, group = "act")]
     forget_all: bool,
 }
@@ -50,12 +50,15 @@ fn text(view: &CarveOutView) -> String {
     if let Some(problem) = &view.problem {
         return problem.clone();
     }
-    let mut text = format!(
-        "{}: {} of {} free\n",
-        view.path,
-        format::size(view.free),
-        format::size(view.size)
-    );
+    let mut text = match view.size {
+        0 => format!("{}: memfds, each a guest's own\n", view.path),
+        size => format!(
+            "{}: {} of {} free\n",
+            view.path,
+            format::size(view.free),
+            format::size(size)
+        ),
+    };
     let rows: Vec<_> = view
         .guests
         .iter()

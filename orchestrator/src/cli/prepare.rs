@@ -18,6 +18,7 @@ use crate::model::{Code, Problem};
 const MODULES: [&str; 4] = ["nd_e820", "nd_pmem", "dax_pmem", "device_dax"];
 /// The device of the first, and as a rule the only, carve-out.
 const DEVICE: &str = "/dev/dax0.0";
+const DEVICE_OF_LIVE_UPDATE: &str = stillpoint_liveupdate::DEVICE;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -58,7 +59,7 @@ struct Told {
 /// `stillpoint host prepare`
 pub(super) fn run(desk: &Desk, args: &Args) -> Result<ExitCode, Problem> {
     desk.must_be_local("preparing a host")?;
-    let checks = checks(&args.root);
+    let checks = checks(&args.root, args.carve_out.is_some());
     let files = match args.carve_out {
         Some(size) => files(&args.root, size)?,
         None => Vec::new(),
@@ -97,18 +98,24 @@ pub(super) fn run(desk: &Desk, args: &Args) -> Result<ExitCode, Problem> {
     })
 }
 
-fn checks(root: &Path) -> Vec<Check> {
-    vec![
+/// Of a host with live update a carve-out is looked for only if one is asked for: it needs none.
+fn checks(root: &Path, carve_out: bool) -> Vec<Check> {
+    let mut checks = vec![
         match kexec::is_known() {
             Ok(()) => Check::ok("kexec", "this kernel can load another"),
             Err(why) => Check::new("kexec", Status::Fail, why, "boot a kernel that can"),
         },
-        left_alone(&kexec::command_line()),
-        modules(root),
-        device(),
-        service(root),
-        live_update(),
-    ]
+        live_update(Path::new(DEVICE_OF_LIVE_UPDATE).exists(), &config(root)),
+    ];
+    if carve_out || checks.iter().any(|check| check.status != Status::Ok) {
+        checks.extend([
+            left_alone(&kexec::command_line()),
+            modules(root),
+            device(),
+            service(root),
+        ]);
+    }
+    checks
 }
 
 fn left_alone(command_line: &str) -> Check {
@@ -196,19 +203,29 @@ fn service(root: &Path) -> Check {
     }
 }
 
-fn live_update() -> Check {
+/// The running kernel's configuration, where its package left it.
+fn config(root: &Path) -> String {
+    let path = root.join(format!("boot/config-{}", kexec::running()));
+    std::fs::read_to_string(path).unwrap_or_default()
+}
+
+fn live_update(is_there: bool, config: &str) -> Check {
     const NAME: &str = "live update orchestrator";
-    let found = match Path::new("/dev/liveupdate").exists() {
-        true => "this kernel has it; guests' memory is not kept by it yet: unavailable",
-        false => {
-            "unavailable: this kernel has no /dev/liveupdate (CONFIG_LIVEUPDATE), which would keep memfds"
-        }
+    if is_there {
+        return Check::ok(
+            NAME,
+            "this kernel has it: it keeps the memfds of guests that are to outlive it, and no carve-out is needed",
+        );
+    }
+    let found = match config.lines().any(|line| line == "CONFIG_LIVEUPDATE=y") {
+        true => "unavailable: this kernel has it, and was booted without `kho=on liveupdate=on`",
+        false => "unavailable: this kernel is built without it (CONFIG_LIVEUPDATE)",
     };
     Check::new(
         NAME,
         Status::Warn,
         found,
-        "none needed: the carve-out does without",
+        "none needed: a carve-out does without",
     )
 }
 
@@ -318,6 +335,21 @@ mod tests {
             ..file
         };
         assert!(difference(&same).contains("as it should be"));
+    }
+
+    #[test]
+    fn live_update_is_told_apart_from_a_kernel_that_could_have_it() {
+        let built = "CONFIG_LIVEUPDATE=y\n";
+        assert_eq!(live_update(true, "").status, Status::Ok);
+        let off = live_update(false, built);
+        assert!(off.found.contains("kho=on liveupdate=on"), "{off:?}");
+        let without = live_update(false, "# CONFIG_LIVEUPDATE is not set\n");
+        assert!(without.found.contains("built without"), "{without:?}");
+        assert!(
+            [off, without]
+                .iter()
+                .all(|check| check.status == Status::Warn)
+        );
     }
 
     #[test]

@@ -49,7 +49,8 @@ pub(super) struct Args {
     #[arg(long, conflicts_with = "spec", value_enum)]
     pages: Option<PagesArg>,
     /// What guest RAM outlives, and so what can be swapped under the guest: vmm (its process), or kernel
-    /// (the host's too: RAM in the carve-out) [vmm].
+    /// (the host's too: RAM in the carve-out that the daemon was told of, or else a memfd that live update
+    /// keeps, where the kernel has that) [vmm].
     #[arg(long, conflicts_with = "spec", value_enum)]
     survive: Option<SurviveArg>,
     /// A network interface over a tap that exists on this host, such as tap=tap0 or

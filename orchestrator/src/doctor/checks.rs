@@ -16,7 +16,30 @@ pub(super) fn host() -> Vec<Check> {
         huge_pages(),
         shmem_thp(),
         memory(),
+        outlives(),
     ]
+}
+
+/// What of this host outlives its kernel.
+fn outlives() -> Check {
+    const NAME: &str = "outlives the kernel";
+    if Path::new(stillpoint_liveupdate::DEVICE).exists() {
+        return Check::ok(
+            NAME,
+            "memfds that live update keeps, unless the daemon was told of a carve-out",
+        );
+    }
+    let devices = std::fs::read_dir("/sys/bus/dax/devices");
+    match devices.is_ok_and(|mut devices| devices.next().is_some()) {
+        true => Check::ok(NAME, "a carve-out, if the daemon was told of it"),
+        false => Check::new(
+            NAME,
+            Status::Warn,
+            "nothing: there is neither live update nor a device-dax",
+            "none needed unless the host's kernel is to be swapped under guests; `stillpoint host prepare` \
+             says what is missing",
+        ),
+    }
 }
 
 /// A directory of ours: there, ours, closed to others; or to be made.

@@ -1,11 +1,14 @@
 //! A swap of the host's kernel: its guests are stored beside their RAM, which no kernel counts as its
-//! own, and the host jumps into another kernel by kexec. What happens there is in [`super::adopt`].
+//! own or which live update keeps for the next, and the host jumps into another kernel by kexec. What happens
+//! there is in [`super::adopt`].
 //!
 //! ```text
-//!  load ▶ announce ▶ wait ▶ record ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
-//!    │         │                                │         │            │        └▶ it failed ─┐
-//!    └─────────┴─▶ refused                      └─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
+//!  load ▶ announce ▶ wait ▶ record ▶ preserve ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
+//!    │         │                        │                  │         │            │        └▶ it failed ─┐
+//!    └─────────┴─▶ refused              └──────────────────┴─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
 //! ```
+//!
+//! Memfds are preserved while the guests run: every hole of them is filled then, which takes seconds.
 //!
 //! What can fail is tried before a guest stands still: the next kernel is loaded, with its command line,
 //! while they run. Between the first record that is stored and the jump everything is taken back in the
@@ -22,7 +25,9 @@ use tokio::time::Instant;
 use super::host::{self, Part, Stood};
 use super::{Host, unix_ns};
 use crate::agent::kexec;
-use crate::model::{HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, with_nonce};
+use crate::model::{
+    HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, nonce_of, with_nonce,
+};
 use crate::store::StoreError;
 
 /// How long guests stand still at the most while their kernel shuts down: it may wait for disks that
@@ -86,11 +91,19 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
     unload().await;
     swap.pause_ns = host::longest(&reports);
     let parts = host::ended(parts, reports, unix_ns());
+    let line = kexec::command_line();
+    let jump = swap.kernel.as_ref();
+    let why = match jump.is_some_and(|jump| nonce_of(&line) == Some(&jump.nonce)) {
+        true => {
+            "the daemon ended while it adopted its guests, and what came along of the others ended with it"
+        }
+        false => {
+            "the daemon ended in the middle of it, and the host came by no jump of it to where it is"
+        }
+    };
     let stood = Stood {
         ended: None,
-        reason: Some(
-            "the daemon ended in the middle of it, and the host came by no jump of it to where it is".into(),
-        ),
+        reason: Some(why.into()),
         output: String::new(),
     };
     host::conclude(host, swap, parts, stood).await
@@ -162,10 +175,17 @@ async fn left_out(host: &Host, swap: &HostSwap) -> Result<Option<String>, StoreE
 /// Stores the guests and jumps. Says why the host is still here.
 async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -> String {
     let budget = Duration::from_nanos(swap.budget_ns);
-    let began = Instant::now();
     let Some(mut jump) = swap.kernel.clone() else {
         return "it is no jump".into();
     };
+    match preserve(host, parts).await {
+        Ok(None) => {}
+        Ok(Some(took)) => jump
+            .phases
+            .push(phase("preserve", Share::Ours, false, took)),
+        Err(why) => return why,
+    }
+    let began = Instant::now();
     if let Err(why) = host::store_all(swap, parts, &jump.nonce).await {
         return why;
     }
@@ -197,6 +217,22 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
         Ok(error) => format!("the jump failed: {error}"),
         Err(error) => format!("the jump failed: {error}"),
     }
+}
+
+/// Has live update keep the guests' memory, where that is what outlives the kernel; tells what it took.
+async fn preserve(host: &Host, parts: &[Part]) -> Result<Option<Duration>, String> {
+    if !host.carve_out.is_live_update() {
+        return Ok(None);
+    }
+    let began = Instant::now();
+    let vms: Vec<_> = parts.iter().map(Part::vm).collect();
+    let guests = super::kernel_check::memfds(host, &vms).await?;
+    let carve_out = host.carve_out.clone();
+    let kept = tokio::task::spawn_blocking(move || carve_out.preserve(&guests)).await;
+    kept.map_err(|e| e.to_string())
+        .and_then(|done| done)
+        .map_err(|why| format!("the guests' memory is not preserved: {why}"))?;
+    Ok(Some(began.elapsed()))
 }
 
 /// Writes into the directory that the jump comes, with all that the next daemon needs.
@@ -247,6 +283,9 @@ async fn give_up(host: &Host) {
         Ok(())
     });
     if let Err(error) = cleared {
-        tracing::error!("the jump stays in the carve-out's directory: {error}");
+        tracing::error!("the jump stays in the directory: {error}");
     }
+    // No guest need wait for that.
+    let session = host.carve_out.release();
+    tokio::task::spawn_blocking(move || drop(session));
 }

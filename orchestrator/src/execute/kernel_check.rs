@@ -12,9 +12,14 @@ use crate::agent::kexec;
 use crate::agent::next_kernel::{self, Found};
 use crate::doctor::{Check, Status};
 use crate::model::{
-    HostSwap, KernelJump, VmRecord, VmState, Wanted, bad_command_line, forgets_memory, with_nonce,
+    HostSwap, KernelJump, VmRecord, VmState, Wanted, bad_command_line, forgets_live_update,
+    forgets_memory, with_nonce,
 };
 use crate::store::StoreError;
+
+mod live_update;
+
+pub(super) use live_update::memfds;
 
 /// What can be swapped under a guest, and why not the rest.
 pub fn rungs(host: &Host, vm: &VmRecord) -> Vec<Check> {
@@ -44,9 +49,24 @@ fn kernel_rung(host: &Host, vm: &VmRecord) -> Check {
     let Some(at) = &vm.spec.memory.carve_out else {
         return fail(
             "its RAM is a memfd, which ends with the kernel",
-            "start it with `--survive kernel`, which needs a carve-out (`stillpoint host prepare`)",
+            "start it with `--survive kernel`, which needs a carve-out or a kernel with live update \
+             (`stillpoint host prepare`)",
         );
     };
+    if at.is_memfd() != host.carve_out.is_live_update() {
+        let path = at.path.display();
+        let found = match host.carve_out.path() {
+            Some(ours) => format!(
+                "it counts on {path}, and this host's guests on {}",
+                ours.display()
+            ),
+            None => format!("it counts on {path}, which this daemon does not use"),
+        };
+        return fail(&found, "stop it and start it anew");
+    }
+    if at.is_memfd() {
+        return Check::ok(NAME, "its RAM is a memfd that live update keeps");
+    }
     if let Some(why) = host.carve_out.is_lost_by_kexec() {
         return fail(
             &why,
@@ -73,13 +93,19 @@ pub async fn checks(
     budget_ns: u64,
 ) -> Result<Vec<Check>, StoreError> {
     let mut checks = vec![
-        carve_out(host),
+        match host.carve_out.is_live_update() {
+            true => live_update::room(host).await?,
+            false => carve_out(host),
+        },
         kexec_known(),
-        command_line(jump),
-        modules(jump).await,
+        command_line(jump, host.carve_out.is_live_update()),
+        modules(jump, !host.carve_out.is_live_update()).await,
         time(&host.store.host_swaps().await?, budget_ns),
     ];
     checks.push(Check::ok("wall clock", "carried over by the TSC"));
+    if host.carve_out.is_live_update() {
+        checks.push(live_update::next_kernel(jump));
+    }
     let vms = host.store.vms().await?;
     let active = vms.iter().filter(|vm| vm.state.is_active());
     checks.extend(active.map(|vm| guest(host, vm)));
@@ -115,10 +141,17 @@ fn kexec_known() -> Check {
     }
 }
 
-fn command_line(jump: &KernelJump) -> Check {
+fn command_line(jump: &KernelJump, is_live_update: bool) -> Check {
     const NAME: &str = "command line";
     let line = with_nonce(&jump.command_line, &jump.nonce);
-    let problem = bad_command_line(&line).or_else(|| forgets_memory(&kexec::command_line(), &line));
+    let running = kexec::command_line();
+    let forgets = |line: &str| match is_live_update {
+        true => forgets_live_update(&running, line),
+        false => None,
+    };
+    let problem = bad_command_line(&line)
+        .or_else(|| forgets_memory(&running, &line))
+        .or_else(|| forgets(&line));
     match problem {
         None => Check::ok(NAME, jump.command_line.clone()),
         Some(why) => Check::new(
@@ -131,10 +164,10 @@ fn command_line(jump: &KernelJump) -> Check {
 }
 
 /// What the next kernel needs for guests to be revived.
-async fn modules(jump: &KernelJump) -> Check {
+async fn modules(jump: &KernelJump, carve_out: bool) -> Check {
     const NAME: &str = "modules";
     let (image, initrd) = (jump.image.clone(), jump.initrd.clone());
-    let looked = move || next_kernel::look(&image, initrd.as_deref());
+    let looked = move || next_kernel::look(&image, initrd.as_deref(), carve_out);
     match tokio::task::spawn_blocking(looked).await {
         Ok(Found::There(found)) => Check::ok(NAME, found),
         Ok(Found::Missing { release, modules }) => Check::new(

@@ -15,7 +15,6 @@ use stillpoint_control::client::ClientError;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::message::Request;
 use stillpoint_control::rehearsal::{Rehearsal, Verdict};
-use stillpoint_control::spec::Survive;
 use tokio::time::Instant;
 
 use super::Host;
@@ -57,7 +56,8 @@ pub(super) async fn rehearse(
 ) -> Result<Rehearsed, String> {
     let began = Instant::now();
     let version = &release.manifest.version;
-    if vm.spec.memory.survive == Survive::Kernel {
+    let carved = vm.spec.memory.carve_out.as_ref();
+    if carved.is_some_and(|at| !at.is_memfd()) {
         let why = "its RAM lies in a carve-out, of which there is no private view to rehearse with";
         return Ok(Rehearsed::Unknown { why: why.into() });
     }
@@ -75,6 +75,7 @@ pub(super) async fn rehearse(
         binary: verified(host, release).await?,
         args,
         given: theirs,
+        memory: None,
         log: &host.dir(&vm.name).log(),
     };
     let gated = spawn::spawn(job).map_err(|e| e.to_string())?;

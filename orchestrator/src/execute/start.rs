@@ -13,7 +13,7 @@ use super::Host;
 use crate::agent::binaries::Binaries;
 use crate::agent::find::{FindError, Held};
 use crate::agent::places::VmDir;
-use crate::agent::spawn::{self, GIVEN_FD, Job, READY_FD};
+use crate::agent::spawn::{self, GIVEN_FD, Job, MEMORY_FD, READY_FD};
 use crate::model::{Release, VmRecord, VmState};
 
 /// How long a VMM may take until its guest runs: huge pages of a large guest are zeroed meanwhile.
@@ -41,6 +41,8 @@ pub(super) enum How {
         nonce: String,
         /// The release's binary, verified.
         binary: Arc<File>,
+        /// Its memfd, if it lies in one.
+        memory: Option<Arc<OwnedFd>>,
     },
 }
 
@@ -106,14 +108,29 @@ async fn spawn_gated(
     };
     let mut args = match how {
         How::Boot => vec!["run".to_owned(), format!("--spec={}", dir.spec().display())],
-        How::Revive { place, nonce, .. } => {
+        How::Revive {
+            place,
+            nonce,
+            memory,
+            ..
+        } => {
             let place = serde_json::to_string(place).map_err(|e| e.to_string())?;
-            vec![
+            let mut args = vec![
                 "revive".to_owned(),
                 format!("--place={place}"),
                 format!("--nonce={nonce}"),
-            ]
+            ];
+            // A release from before there was this does without, and refuses the place.
+            args.extend(memory.as_ref().map(|_| format!("--memory-fd={MEMORY_FD}")));
+            args
         }
+    };
+    let memory = match how {
+        How::Revive {
+            memory: Some(memory),
+            ..
+        } => Some(memory.try_clone().map_err(|e| e.to_string())?),
+        _ => None,
     };
     args.extend([
         format!("--dir={}", dir.path().display()),
@@ -127,6 +144,7 @@ async fn spawn_gated(
         binary,
         args,
         given,
+        memory,
         log,
     };
     spawn::spawn(job).map_err(|e| e.to_string())

@@ -154,6 +154,7 @@ async fn prepare(host: &Host, vm: &VmRecord, swap: &mut SwapRecord) -> Result<Pr
         binary,
         args,
         given: successor,
+        memory: None,
         log: &host.dir(&vm.name).log(),
     };
     let gated = spawn::spawn(job).map_err(|e| e.to_string())?;

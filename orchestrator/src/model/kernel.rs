@@ -22,7 +22,7 @@ pub struct KernelJump {
     pub initrd: Option<PathBuf>,
     /// Its command line, without the jump's own parameter.
     pub command_line: String,
-    /// What the directory in the carve-out and the next kernel's command line have in common.
+    /// What the directory beside the guests' memory and the next kernel's command line have in common.
     pub nonce: String,
     /// The kernel that is left (`uname -r`).
     pub from: String,
@@ -50,7 +50,7 @@ pub enum Share {
 /// A phase of a jump, for the host as a whole; each guest's own are in its report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JumpPhase {
-    /// `load`, `store`, `sync`, `kernel`, `start`, `open`, `clock`, `adopt`.
+    /// `load`, `preserve`, `store`, `sync`, `kernel`, `start`, `open`, `clock`, `adopt`.
     pub name: String,
     /// Whose time it is.
     pub share: Share,
@@ -119,6 +119,24 @@ pub fn forgets_memory(running: &str, next: &str) -> Option<String> {
     ))
 }
 
+/// Why the kernel with this command line would not look for what live update keeps for it: it lacks a word by which
+/// the running one has live update (`kho=`, `liveupdate=`).
+pub fn forgets_live_update(running: &str, next: &str) -> Option<String> {
+    let words = |line: &str| -> Vec<String> {
+        let words = line.split_ascii_whitespace();
+        let ours = words.filter(|word| word.starts_with("kho=") || word.starts_with("liveupdate="));
+        ours.map(str::to_owned).collect()
+    };
+    let next = words(next);
+    let missing = words(running)
+        .into_iter()
+        .find(|word| !next.contains(word))?;
+    Some(format!(
+        "the next kernel's command line lacks `{missing}`, which the running one has: the next would use the \
+         guests' memory for itself"
+    ))
+}
+
 /// Why this can't be a command line; `None` if it can.
 pub fn bad_command_line(text: &str) -> Option<String> {
     if text.len() > MAX_COMMAND_LINE {
@@ -163,6 +181,16 @@ mod tests {
         assert!(why.contains("`memmap=512M$8G`"), "{why}");
         assert!(forgets_memory(running, "").is_some());
         assert_eq!(forgets_memory("quiet", ""), None);
+    }
+
+    #[test]
+    fn words_without_which_live_update_is_off_are_named() {
+        let running = "quiet kho=on liveupdate=on";
+        assert_eq!(forgets_live_update(running, running), None);
+        let why = forgets_live_update(running, "quiet kho=on").expect("one is missing");
+        assert!(why.contains("`liveupdate=on`"), "{why}");
+        assert!(forgets_live_update(running, "kho=off liveupdate=on").is_some());
+        assert_eq!(forgets_live_update("quiet", ""), None);
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub use gate::{Gate, GateAsk, GateError, GateSaid, GateSpec, MAX_GATE, MOST_GATE
 pub use host_swap::{CommandEnd, HostSwap, HostSwapState};
 pub use journal::{JournalEntry, JournalKind};
 pub use kernel::{
-    JUMP, JumpPhase, KernelJump, Share, WallCorrection, bad_command_line, forgets_memory, nonce_of,
-    to_be_used_again, with_nonce,
+    JUMP, JumpPhase, KernelJump, Share, WallCorrection, bad_command_line, forgets_live_update,
+    forgets_memory, nonce_of, to_be_used_again, with_nonce,
 };
 pub use kvm_swap::{KvmCheck, KvmSwap, Module};
 pub use label::{Label, Labels, LabelsError, MOST_LABELS, NoLabel, labels};

@@ -50,11 +50,18 @@ impl Area {
     /// Opens it for the one who writes it. The lock ends with the process.
     pub fn open(path: &Path) -> Result<Self, AreaError> {
         let device = Device::open(path)?;
-        let shown = path.display().to_string();
-        if device.size() < 4 * DIRECTORY {
-            let size = device.size();
-            return Err(AreaError::TooSmall { path: shown, size });
+        match device.size() {
+            size if size < 4 * DIRECTORY => Err(AreaError::TooSmall {
+                path: path.display().to_string(),
+                size,
+            }),
+            _ => Self::of(device),
         }
+    }
+
+    /// One that was opened by somebody else; it may be a file that holds the directory alone.
+    pub fn of(device: Device) -> Result<Self, AreaError> {
+        let shown = device.path().display().to_string();
         let lock = FlockOperation::NonBlockingLockExclusive;
         rustix::fs::flock(&device, lock).map_err(|_| AreaError::Locked(shown))?;
         let mapping = device.map(Extent {

@@ -59,9 +59,29 @@ pub struct Entry {
     pub ram: Extent,
     /// Its record.
     pub record: Extent,
+    /// The token by which live update keeps the memfd that both lie in, the guest's own; absent where they lie
+    /// in a carve-out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<u64>,
     /// The daemon's record of the machine, in its own words.
     #[serde(default)]
     pub kept: String,
+}
+
+impl Entry {
+    /// Whether RAM and record are a file with nothing else in it.
+    fn is_a_file(&self) -> bool {
+        let whole = |extent: &Extent| {
+            extent.len > 0
+                && extent.len.is_multiple_of(layout::ALIGN)
+                && extent.start.is_multiple_of(layout::ALIGN)
+        };
+        self.ram.start == 0
+            && self.ram.end() == Some(self.record.start)
+            && self.record.end().is_some()
+            && whole(&self.ram)
+            && whole(&self.record)
+    }
 }
 
 /// Why there is no directory.
@@ -113,9 +133,11 @@ impl Directory {
         self.entries.iter().find(|entry| entry.vm == vm)
     }
 
+    /// Extents of the carve-out itself.
     fn taken(&self) -> Vec<Extent> {
         let of = |entry: &Entry| [entry.ram, entry.record];
-        self.entries.iter().flat_map(of).collect()
+        let carved = self.entries.iter().filter(|entry| entry.token.is_none());
+        carved.flat_map(of).collect()
     }
 
     /// Bytes that nobody has.
@@ -147,6 +169,7 @@ impl Directory {
             vm: vm.to_owned(),
             ram,
             record,
+            token: None,
             kept,
         });
         Ok(&self.entries[self.entries.len() - 1])
@@ -171,11 +194,16 @@ impl Directory {
             }
         }
         for (number, entry) in self.entries.iter().enumerate() {
-            if self.entries[..number]
-                .iter()
-                .any(|other| other.vm == entry.vm)
-            {
+            let others = &self.entries[..number];
+            if others.iter().any(|other| other.vm == entry.vm) {
                 return Some(format!("`{}` is there twice", entry.vm));
+            }
+            let same = |other: &Entry| entry.token.is_some() && other.token == entry.token;
+            if others.iter().any(same) {
+                return Some(format!("`{}` has the token of another", entry.vm));
+            }
+            if entry.token.is_some() && !entry.is_a_file() {
+                return Some(format!("`{}` has a memfd that can't be", entry.vm));
             }
         }
         None
@@ -324,6 +352,36 @@ mod tests {
             (outside, "can't be"),
             (twice, "twice"),
         ] {
+            let bytes = bad.encode().expect("it fits");
+            let error = Directory::newest([&bytes, &[]]).expect_err("refused");
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn memfds_lie_in_no_carve_out_and_have_a_token_each() {
+        let entry = |vm: &str, token| Entry {
+            vm: vm.into(),
+            ram: Extent {
+                start: 0,
+                len: 64 * M,
+            },
+            record: Extent {
+                start: 64 * M,
+                len: 4 * M,
+            },
+            token: Some(token),
+            kept: String::new(),
+        };
+        let mut directory = Directory::new(0);
+        directory.entries = vec![entry("a", 1), entry("b", 2)];
+        let bytes = directory.encode().expect("it fits");
+        assert_eq!(Directory::newest([&bytes, &[]]), Ok(directory.clone()));
+        let mut same = directory.clone();
+        same.entries[1].token = Some(1);
+        let mut apart = directory;
+        apart.entries[0].record.start = 66 * M;
+        for (bad, word) in [(same, "token of another"), (apart, "can't be")] {
             let bytes = bad.encode().expect("it fits");
             let error = Directory::newest([&bytes, &[]]).expect_err("refused");
             assert!(error.to_string().contains(word), "{error}");

@@ -120,7 +120,7 @@ pub enum Survive {
     /// Its VMM: a memfd.
     #[default]
     Vmm,
-    /// The host's kernel too: memory of the host's carve-out.
+    /// The host's kernel too: memory of the host's carve-out, or a memfd that live update keeps.
     Kernel,
 }
 
@@ -129,12 +129,16 @@ fn is_vmm(survive: &Survive) -> bool {
     *survive == Survive::Vmm
 }
 
-/// A guest's place in the carve-out. All of it in whole 2 MiB.
+/// The path in the place of a guest whose RAM and record are a memfd of its own, which live update keeps for the
+/// next kernel. No release that knows only carve-outs takes it for one.
+pub const LIVE_UPDATE: &str = "/dev/liveupdate";
+
+/// A guest's place in what outlives the kernel. All of it in whole 2 MiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CarveOutSpec {
-    /// The device-dax, or a file for tests.
+    /// The carve-out: a device-dax, or a file for tests. `/dev/liveupdate`: a memfd of the guest's own.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub path: PathBuf,
     /// Where RAM begins, bytes.
@@ -143,6 +147,23 @@ pub struct CarveOutSpec {
     pub record: u64,
     /// Bytes of the record's room.
     pub record_len: u64,
+}
+
+impl CarveOutSpec {
+    /// A memfd of the guest's own: RAM of this size, and the record behind it.
+    pub fn memfd(size: u64, record_len: u64) -> Self {
+        Self {
+            path: LIVE_UPDATE.into(),
+            ram: 0,
+            record: size,
+            record_len,
+        }
+    }
+
+    /// Whether it is a memfd of the guest's own.
+    pub fn is_memfd(&self) -> bool {
+        self.path.as_os_str() == LIVE_UPDATE
+    }
 }
 
 /// Pages behind guest RAM.
@@ -442,13 +463,13 @@ impl MachineSpec {
             };
         }
         if *pages != Pages::Base {
-            let text = "a carve-out's memory has its own pages, of 2 MiB; leave `pages` out with \
+            let text = "memory that outlives the kernel has its own pages; leave `pages` out with \
                         `survive`: `kernel`";
             return Err(field("memory.pages", text));
         }
         if !size.is_multiple_of(huge) {
             let text = format!(
-                "{size} is no multiple of the {huge} bytes that a carve-out is given out by"
+                "{size} is no multiple of the {huge} bytes that memory which outlives the kernel is given out by"
             );
             return Err(field("memory.size", text));
         }
@@ -457,6 +478,11 @@ impl MachineSpec {
             .flat_map(|at| [at.ram, at.record, at.record_len]);
         if places.into_iter().any(|at| !at.is_multiple_of(huge)) {
             let text = format!("a place that is no multiple of {huge} bytes");
+            return Err(field("memory.carve_out", text));
+        }
+        let own = carve_out.as_ref().filter(|at| at.is_memfd());
+        if own.is_some_and(|at| *at != CarveOutSpec::memfd(*size, at.record_len)) {
+            let text = "in a memfd of the guest's own RAM comes first, and its record behind it";
             return Err(field("memory.carve_out", text));
         }
         Ok(())
@@ -623,6 +649,13 @@ mod tests {
         });
         assert!(placed.contains("`memory.carve_out`"), "{placed}");
         assert!(refused(|s| s.memory.carve_out = Some(at())).contains("`kernel` alone"));
+        assert!(CarveOutSpec::memfd(4 << 20, 4 << 20).is_memfd() && !at().is_memfd());
+        let apart = kernel(|m| {
+            let own = CarveOutSpec::memfd(m.size, 4 << 20);
+            let record = own.record + (2 << 20);
+            m.carve_out = Some(CarveOutSpec { record, ..own });
+        });
+        assert!(apart.contains("behind it"), "{apart}");
         let mut sound = spec();
         sound.memory.survive = Survive::Kernel;
         sound.validate().expect("the daemon finds its place later");

@@ -58,6 +58,36 @@ fn ram_in_a_carve_out_is_zeroed_once_and_handed_on_as_it_is() {
 }
 
 #[test]
+fn a_memfd_of_its_own_has_room_for_the_record_behind_ram() {
+    let spec = MemorySpec {
+        size: 16 << 20,
+        survive: Survive::Kernel,
+        carve_out: Some(CarveOutSpec::memfd(16 << 20, 4 << 20)),
+        ..MemorySpec::default()
+    };
+    let ram = GuestRam::create(&spec).expect("create");
+    let at = GuestAddress((16 << 20) - 8);
+    ram.map().write_obj(42u64, at).expect("write");
+    rustix::io::pwrite(&ram, b"a record", 17 << 20).expect("there is room");
+    assert!(ram.populate(|| true) <= 16 << 20, "the record is no RAM");
+    let fd = || ram.as_fd().try_clone_to_owned().expect("dup");
+    let other = GuestRam::adopt(fd(), &spec).expect("adopt");
+    assert_eq!(other.map().read_obj::<u64>(at).expect("read"), 42);
+    GuestRam::view(ram.read_only().expect("read only"), &spec).expect("a private view");
+    let short = MemorySpec {
+        carve_out: None,
+        survive: Survive::Vmm,
+        ..spec
+    };
+    GuestRam::adopt(fd(), &short).expect_err("RAM of another size");
+    ram.clear().expect("a reset");
+    assert_eq!(other.map().read_obj::<u64>(at).expect("read"), 0);
+    let mut kept = [0; 8];
+    rustix::io::pread(&ram, &mut kept, 17 << 20).expect("read");
+    assert_eq!(&kept, b"a record", "a reset is of RAM alone");
+}
+
+#[test]
 fn ram_skips_the_hole() {
     assert_eq!(ranges(1 << 30), [(GuestAddress(0), 1 << 30)]);
     let big = ranges(5 << 30);

@@ -9,6 +9,7 @@
 //! here the mark says something else, by the same compare-and-swap by which the next kernel's VMM would
 //! take it. If that is lost, the guest stays still, and this process ends.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -30,15 +31,17 @@ use super::standstill::Terms;
 use crate::boot::cpuid;
 use crate::machine::Machine;
 use crate::machine::frozen::Frozen;
+use crate::memory::GuestRam;
 
-/// Opens the place of a guest's record.
-pub(super) fn place_of(at: &CarveOutSpec) -> Result<Place, String> {
+/// The place of a guest's record in what its RAM lies in.
+pub(super) fn place_of(at: &CarveOutSpec, ram: &GuestRam) -> Result<Place, String> {
     let extent = Extent {
         start: at.record,
         len: at.record_len,
     };
-    let device = Device::open(&at.path).map_err(|e| e.to_string())?;
-    Place::of(&device, extent).map_err(|e| e.to_string())
+    let fd = ram.as_fd().try_clone_to_owned();
+    let device = Device::of(&at.path, fd.map_err(|e| e.to_string())?);
+    Place::of(&device.map_err(|e| e.to_string())?, extent).map_err(|e| e.to_string())
 }
 
 /// To who says that the jump comes, of a guest that runs.
@@ -50,12 +53,11 @@ pub(super) fn runs(swap: &str) -> Reply {
 impl Process {
     /// Where the guest's record goes; an error says why it has none.
     pub(super) fn record_place(&self) -> Result<Place, String> {
-        let memory = &self.guest.machine.spec().memory;
-        match &memory.carve_out {
-            Some(at) => place_of(at),
+        let machine = &self.guest.machine;
+        match &machine.spec().memory.carve_out {
+            Some(at) => place_of(at, machine.ram()),
             None => Err(
-                "this guest's RAM is a memfd, which ends with the kernel: it was not started \
-                 with `--survive kernel`"
+                "this guest's RAM ends with the kernel: it was not started with `--survive kernel`"
                     .into(),
             ),
         }

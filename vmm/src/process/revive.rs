@@ -10,6 +10,7 @@
 //! fails after that costs the guest, as a power cut would.
 
 use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -43,8 +44,10 @@ use crate::{clock, release};
 /// Which record.
 #[derive(Debug)]
 pub struct Source<'a> {
-    /// Where in the carve-out the guest lies.
+    /// Where the guest lies.
     pub at: &'a CarveOutSpec,
+    /// Its memfd, if it lies in one.
+    pub memory: Option<OwnedFd>,
     /// The jump's nonce.
     pub nonce: &'a str,
 }
@@ -59,7 +62,7 @@ struct Found {
 
 impl Process {
     /// Revives a guest.
-    pub fn revive(source: &Source<'_>, dir: &Path, start: Start) -> anyhow::Result<Self> {
+    pub fn revive(source: Source<'_>, dir: &Path, start: Start) -> anyhow::Result<Self> {
         let began_tsc = clock::host_tsc();
         let found = look(source, began_tsc)?;
         let doors = Doors::open(dir)?;
@@ -101,8 +104,11 @@ impl Process {
 }
 
 /// Checks all that can be checked before anything is made.
-fn look(source: &Source<'_>, now_tsc: u64) -> anyhow::Result<Found> {
-    let device = Device::open(&source.at.path)?;
+fn look(source: Source<'_>, now_tsc: u64) -> anyhow::Result<Found> {
+    let device = match source.memory {
+        Some(memory) => Device::of(&source.at.path, memory)?,
+        None => Device::open(&source.at.path)?,
+    };
     let extent = Extent {
         start: source.at.record,
         len: source.at.record_len,
@@ -161,8 +167,8 @@ fn build(
     } = found;
     let label = &record.label;
     let mut timing = Timing::start();
-    let at = spec.memory.carve_out.as_ref().context("no place")?;
-    let ram = Arc::new(GuestRam::carved(device, at, &spec.memory)?);
+    let fd = device.as_fd().try_clone_to_owned()?;
+    let ram = Arc::new(GuestRam::adopt(fd, &spec.memory)?);
     let plugs = backend::open(spec, dir)?;
     timing.mark("open");
     let promise = Promise {

@@ -54,8 +54,10 @@ pub(super) async fn revive(
         place: host.carve_out.spec_of(entry),
         nonce: nonce.to_owned(),
         binary: verified.binary(&host.binaries, &release).await?,
+        memory: host.carve_out.memory_of(entry)?.map(Arc::new),
     };
     let held = start_as(host, vm, &release, &how).await?;
+    host.carve_out.let_go(vm.name.as_str());
     let (process, at) = (held.process.id().clone(), Instant::now());
     host.observe_surely(&vm.name, VmState::Running, None, Some(process.clone()))
         .await;

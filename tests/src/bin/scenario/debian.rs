@@ -58,9 +58,7 @@ pub(crate) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
         let lines: u64 = text.trim().parse().unwrap_or(0);
         Ok((lines > 20).then_some(lines))
     })?;
-    println!(
-        "scenario: Debian runs in the carve-out: it writes its disk, and computes on both vCPUs"
-    );
+    println!("scenario: Debian runs: it writes its disk, and computes on both vCPUs");
     let uptime = guest.must_run("/bin/cat", &["/proc/uptime"])?;
     let late = late_ms(&guest)?;
     Ok(json!({"jobs": jobs, "lines": began, "uptime": uptime, "late_ms": late}))

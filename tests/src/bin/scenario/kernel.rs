@@ -98,13 +98,13 @@ fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
     bail!("the host is still here: {}{}", answer.error, answer.json)
 }
 
-fn told(seen: &Snapshot) -> Value {
+pub(crate) fn told(seen: &Snapshot) -> Value {
     let counters: Vec<_> = seen.vcpus.iter().map(|vcpu| vcpu.counter).collect();
     json!({"counters": counters, "tsc": seen.last_tsc})
 }
 
 /// The guest goes on from where it was; gives what it shows.
-fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value> {
+pub(crate) fn goes_on(daemon: &Daemon, name: &str, before: &Value) -> anyhow::Result<Value> {
     let pulse = daemon.pulse(name)?;
     let found = pulse.look()?;
     for vcpu in 0..2 {

@@ -11,6 +11,7 @@ mod cells;
 mod debian;
 mod kernel;
 mod kexecs;
+mod live_update;
 mod pulse;
 mod stages;
 mod tour;
@@ -35,6 +36,8 @@ enum What {
     Tour(tour::Args),
     /// What can go wrong on the way to another kernel, in the emulated host.
     Cells(cells::Args),
+    /// Guests whose memory live update keeps, under ten kexecs of the emulated host.
+    LiveUpdate(live_update::Args),
     /// Pairs of kexecs, one empty and one under guests, in the emulated host.
     Kexecs(kexecs::Args),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         What::Tour(args) => tour::tell(&args),
         What::Cells(args) => cells::tell(&args),
         What::Kexecs(args) => kexecs::tell(&args),
+        What::LiveUpdate(args) => live_update::tell(&args),
     };
     match told.and_then(|report| write(&args.results, &report)) {
         Ok(()) => ExitCode::SUCCESS,

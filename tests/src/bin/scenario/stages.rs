@@ -94,6 +94,12 @@ pub(crate) fn daemon() -> anyhow::Result<Daemon> {
     Daemon::start_with(Path::new(HOST), &["--carve-out", CARVE_OUT])
 }
 
+/// A daemon that has only what the host's kernel gives it.
+pub(crate) fn daemon_without_carve_out() -> anyhow::Result<Daemon> {
+    std::fs::create_dir_all(HOST)?;
+    Daemon::start_with(Path::new(HOST), &[])
+}
+
 /// Adds the release that guests are run by.
 pub(crate) fn add_release(daemon: &Daemon) -> anyhow::Result<()> {
     let release = Release::Current.binary()?.display().to_string();
