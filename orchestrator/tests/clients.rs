@@ -7,6 +7,7 @@ mod wire;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
 
 use daemon::{Daemon, until};
 use serde_json::Value;
@@ -37,8 +38,13 @@ fn tried(command: &mut Command) -> Result<Output, String> {
     ))
 }
 
-/// Debian's cluster agents, unpacked.
+/// Debian's cluster agents, unpacked: once, as two tests that do so at the same time are in each other's way.
 fn cluster_agents() -> Result<PathBuf, String> {
+    static UNPACKED: LazyLock<Result<PathBuf, String>> = LazyLock::new(unpack_agents);
+    UNPACKED.clone()
+}
+
+fn unpack_agents() -> Result<PathBuf, String> {
     let (package, digest) = AGENT;
     let place = fetched("resource-agents");
     let file = place.join("package.deb");

@@ -41,8 +41,8 @@ pub(crate) struct Many {
     pub(crate) took_ns: Vec<u64>,
     /// Guests that did not move.
     pub(crate) stayed: usize,
-    /// What is taken of the host's memory by a guest beside its RAM's touched pages, on average, KiB: before the
-    /// swaps, and when all are over.
+    /// What a guest's VMM has of the host's memory, its RAM's touched pages among it, on average, KiB: before the swaps,
+    /// and when all are over. What several share counts in parts (Pss of `/proc/PID/smaps_rollup`).
     pub(crate) each_kib: [u64; 2],
     /// The most that was taken of the host's memory at any time while all were swapped, beyond what was before, KiB.
     pub(crate) most_kib: u64,
@@ -60,9 +60,8 @@ impl Many {
             guests,
             ..Self::default()
         };
-        let free = environment::available_kib();
         many.boot(&daemon)?;
-        many.each_kib[0] = each(free, guests);
+        many.each_kib[0] = many.each(&daemon)?;
         let mut release = Turns::default();
         for number in 0..if quick { 4 } else { LONE } {
             progress("one guest among many", number, LONE);
@@ -80,7 +79,7 @@ impl Many {
         }
         progress("all guests at once", ROUNDS, ROUNDS);
         pause(1000);
-        many.each_kib[1] = each(free, guests);
+        many.each_kib[1] = many.each(&daemon)?;
         Ok(many)
     }
 
@@ -112,6 +111,14 @@ impl Many {
         }
         progress("booting guests", self.guests, self.guests);
         Ok(())
+    }
+
+    fn each(&self, daemon: &Daemon) -> anyhow::Result<u64> {
+        let all = daemon.must(&["ls"])?;
+        let pids = all.as_array().into_iter().flatten();
+        let pids = pids.filter_map(|vm| vm["process"]["pid"].as_u64());
+        let sum = pids.map(pss_kib).sum::<anyhow::Result<u64>>()?;
+        Ok(sum / u64::from(self.guests.max(1)))
     }
 
     /// Swaps the first guest, and no other.
@@ -176,6 +183,9 @@ fn blackout(swap: &Value) -> Option<u64> {
     swap["report"]["blackout"]["host_ns"].as_u64()
 }
 
-fn each(free: u64, guests: u32) -> u64 {
-    free.saturating_sub(environment::available_kib()) / u64::from(guests.max(1))
+fn pss_kib(pid: u64) -> anyhow::Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib = line.context("no Pss")?.trim().trim_end_matches(" kB");
+    Ok(kib.parse()?)
 }

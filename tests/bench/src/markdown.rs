@@ -97,8 +97,8 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             "\n| {} guests on a host | host's blackout, ms: median | p99 | worst |\n|---|--:|--:|--:|\n\
              | one swapped alone among them, n = {} | {:.2} | {:.2} | {:.2} |\n\
              | all swapped by one command, n = {} | {:.2} | {:.2} | {:.2} |\n\n\
-             All of them took {:.1} s; {} did not move. Of the host's memory each guest took {:.1} MiB before the swaps and {:.1} \
-             after; meanwhile at most {:.0} MiB more were taken in all.",
+             All of them took {:.1} s; {} did not move. Each guest with its VMM had {:.1} MiB of memory before the swaps and {:.1} \
+             after; meanwhile at most {:.0} MiB more of the host's were taken in all.",
             many.guests,
             many.lone.n,
             many.lone.p50,

@@ -102,7 +102,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             to,
             "\n{} guests on this host, by one command: {:.2} ms in the middle, {:.2} at worst by the host's count (one alone among \
              them: {:.2} ms, n = {}); {:.1} s for all, {} did not move\n\
-             memory of the host: {:.1} MiB for each guest before, {:.1} after, at most {:.0} more meanwhile",
+             memory: {:.1} MiB for each guest and its VMM before, {:.1} after; of the host at most {:.0} MiB more meanwhile",
             many.guests,
             many.all.p50,
             many.all.max,
