@@ -357,17 +357,21 @@ impl Keeper {
         mut changes: watch::Receiver<u64>,
     ) -> Result<Option<Lane>, StoreError> {
         let (host, vcpus) = (&self.host, vm.spec.cpus);
-        if !host.lanes.is_free(vcpus) {
-            let mut waiting = swap.clone();
-            waiting.step = "wait for its turn".into();
-            host.record(&waiting).await?;
-        }
         let hurry = match swap.safeguards.way_back_of {
             Some(_) => Hurry::WayBack,
             None => Hurry::None,
         };
         let lane = host.lanes.enter(vcpus, hurry);
         tokio::pin!(lane);
+        // In the queue first: who only looked would miss those who look at the same moment.
+        tokio::select! {
+            biased;
+            lane = &mut lane => return Ok(Some(lane)),
+            () = std::future::ready(()) => {}
+        }
+        let mut waiting = swap.clone();
+        waiting.step = "wait for its turn".into();
+        host.record(&waiting).await?;
         // What changes for others must not cost it its place.
         while execute::may_begin(host, &swap.id).await {
             tokio::select! {

@@ -62,12 +62,6 @@ impl Lanes {
             _cores: cores.expect("the semaphore is never closed"),
         }
     }
-
-    /// Whether there is room just now.
-    pub fn is_free(&self, vcpus: u8) -> bool {
-        self.free.available_permits() >= width(self.cores, vcpus) as usize
-            && self.queue.try_lock().is_ok()
-    }
 }
 
 #[cfg(test)]
@@ -85,7 +79,6 @@ mod tests {
         let lanes = Lanes::of(4);
         let first = lanes.enter(1, Hurry::None).await;
         let _second = lanes.enter(1, Hurry::None).await;
-        assert!(!lanes.is_free(1));
         let third = lanes.enter(1, Hurry::None);
         tokio::pin!(third);
         timeout(SOON, &mut third).await.expect_err("no room");
