@@ -93,7 +93,8 @@ fn trusting_the_machines_cas() -> Result<Arc<ClientConfig>, String> {
     Ok(Arc::new(config))
 }
 
-async fn handshake<S>(stream: S) -> Result<Sender, String>
+/// A connection over this stream; it is served until its sender is dropped.
+pub(crate) async fn handshake<S>(stream: S) -> Result<Sender, String>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {

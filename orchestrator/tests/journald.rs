@@ -1,6 +1,7 @@
 //! What the daemon sends to journald, heard on a socket in its place: in a mount namespace of the daemon's own.
 
 mod daemon;
+mod skipped;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -10,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use daemon::{Daemon, until};
+use skipped::skip;
 
 /// The fields of an entry, in journald's own protocol.
 fn entry(mut bytes: &[u8]) -> BTreeMap<String, String> {
@@ -31,23 +33,6 @@ fn entry(mut bytes: &[u8]) -> BTreeMap<String, String> {
         fields.insert(name, value);
     }
     fields
-}
-
-/// Says that the running test is skipped, and why; it is counted as such.
-fn skip(reason: &str) {
-    let test = std::thread::current().name().unwrap_or("?").to_owned();
-    let line = format!("SKIPPED {test}: {reason}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("STILLPOINT_SKIPPED") {
-        use std::io::Write;
-        let file = std::fs::File::options()
-            .append(true)
-            .create(true)
-            .open(path);
-        file.expect("the list")
-            .write_all(line.as_bytes())
-            .expect("write");
-    }
 }
 
 /// A command that runs another where `/run/systemd/journal` is that directory, for itself alone.

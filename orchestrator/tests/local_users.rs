@@ -3,6 +3,7 @@
 mod audited;
 mod daemon;
 mod papers;
+mod skipped;
 
 use std::process::Command;
 
@@ -86,7 +87,7 @@ fn local_users_have_the_role_of_their_group_by_the_kernels_word() {
     use std::os::unix::fs::PermissionsExt;
     let root = rustix::process::geteuid().is_root();
     if !root || Command::new("setpriv").arg("--version").output().is_err() {
-        return papers::skip("needs root and setpriv, to be other users");
+        return skipped::skip("needs root and setpriv, to be other users");
     }
     let mut daemon = Daemon::prepare();
     std::fs::set_permissions(daemon.path(), PermissionsExt::from_mode(0o711)).expect("chmod");

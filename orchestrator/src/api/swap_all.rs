@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 use super::Desk;
 use super::refusal::{Body, Refusal};
 use super::swaps::{NewSwap, check_request};
-use crate::model::{Problem, SwapRecord, VmName};
+use crate::model::{Problem, Release, SwapRecord, VmName, VmRecord};
 
 /// What became of the wish to swap every guest of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -59,18 +59,16 @@ pub(super) async fn ask(
             all.already.push(name);
             continue;
         }
-        let swap = match desk.may_be_swapped(vm, &new).await {
-            Ok(vm) => desk.swap_of(vm, &to, new.clone()).await,
-            Err(refusal) => Err(refusal),
-        };
-        let asked = match swap {
-            Ok(swap) => desk.add_swap(swap).await,
-            Err(refusal) => Err(refusal.0),
-        };
-        match asked {
+        match one(&desk, vm, &to, new.clone()).await {
             Ok(swap) => all.asked.push(swap),
-            Err(problem) => all.left_out.push(LeftOut { vm: name, problem }),
+            Err(Refusal(problem)) => all.left_out.push(LeftOut { vm: name, problem }),
         }
     }
     Ok((StatusCode::ACCEPTED, Json(all)))
+}
+
+async fn one(desk: &Desk, vm: VmRecord, to: &Release, new: NewSwap) -> Result<SwapRecord, Refusal> {
+    desk.may_be_swapped(&vm, &new).await?;
+    let swap = desk.swap_of(vm, to, new).await?;
+    Ok(desk.add_swap(swap).await?)
 }

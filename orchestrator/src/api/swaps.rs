@@ -138,17 +138,13 @@ impl Desk {
     async fn check_swap(&self, name: &str, new: NewSwap) -> Result<SwapRecord, Refusal> {
         let vm = self.vm(name).await?;
         check_request(&new)?;
-        let vm = self.may_be_swapped(vm, &new).await?;
+        self.may_be_swapped(&vm, &new).await?;
         let to = self.may_be_run(&new).await?;
         self.swap_of(vm, &to, new).await
     }
 
     /// Whether a swap can be asked of a guest as it is now.
-    pub(super) async fn may_be_swapped(
-        &self,
-        vm: VmRecord,
-        new: &NewSwap,
-    ) -> Result<VmRecord, Refusal> {
+    pub(super) async fn may_be_swapped(&self, vm: &VmRecord, new: &NewSwap) -> Result<(), Refusal> {
         let name = &vm.name;
         check_hold(new, &vm.spec)?;
         if !vm.state.is_active() || vm.wanted == Wanted::Stopped {
@@ -170,7 +166,7 @@ impl Desk {
             let message = format!("`{name}` is {}; ask again when it is running", vm.state);
             return Err(Problem::new(Code::NotRunning, message).into());
         }
-        Ok(vm)
+        Ok(())
     }
 
     /// Whether the release of a swap may be run here.

@@ -1,11 +1,16 @@
 //! A real etcd, with nothing of it left behind.
 #![allow(dead_code)] // Each test file uses its own part.
 
+#[path = "../skipped/mod.rs"]
+mod skipped;
+
 use std::path::{Path, PathBuf};
 
 use stillpoint_images::cache::Cache;
 use stillpoint_images::etcd;
 use stillpoint_images::packages::Set;
+
+pub(crate) use skipped::skip;
 
 /// The server: what `STILLPOINT_ETCD` names, or the one that `make images` fetched.
 pub(crate) fn server() -> Option<PathBuf> {
@@ -14,21 +19,6 @@ pub(crate) fn server() -> Option<PathBuf> {
     }
     let cache = Cache::of_this_user().ok()?;
     Some(Set::Etcd.cached(&cache)?.etcd()).filter(|server| server.exists())
-}
-
-/// Says that the running test is skipped, and why; it is counted as such.
-pub(crate) fn skip(reason: &str) {
-    let test = std::thread::current().name().unwrap_or("?").to_owned();
-    let line = format!("SKIPPED {test}: {reason}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("STILLPOINT_SKIPPED") {
-        use std::io::Write;
-        let file = std::fs::File::options()
-            .append(true)
-            .create(true)
-            .open(path);
-        let _ = file.and_then(|mut file| file.write_all(line.as_bytes()));
-    }
 }
 
 /// Skips the test, by name, where there is no etcd.

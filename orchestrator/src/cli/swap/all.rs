@@ -5,12 +5,12 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hyper::Method;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::{DAEMON_PATIENCE, check, is_good, is_told};
 use crate::api::{AskedAll, LeftOut, NewSwap, VmView};
-use crate::cli::{Desk, format, report, say, say_json};
+use crate::cli::{Desk, format, progress, report, say, say_json};
 use crate::doctor::Status;
 use crate::model::{Code, Preflight, Problem, SwapId, SwapRecord, SwapState, VmName};
 
@@ -62,7 +62,7 @@ pub(super) async fn look(desk: &Desk, new: NewSwap, peek: bool) -> Result<ExitCo
         .filter(concerned)
         .map(|vm| vm.name)
         .collect();
-    let bar = bar(desk.json, names.len());
+    let bar = progress::counting(desk.json, names.len());
     let (mut found, mut left_out) = (Vec::new(), Vec::new());
     for name in names {
         bar.set_message(format!("looking at a swap of {name} to {}", new.to));
@@ -86,22 +86,9 @@ pub(super) async fn look(desk: &Desk, new: NewSwap, peek: bool) -> Result<ExitCo
     })
 }
 
-fn bar(quiet: bool, of: usize) -> ProgressBar {
-    let bar = ProgressBar::new(of as u64);
-    bar.set_draw_target(match quiet {
-        true => ProgressDrawTarget::hidden(),
-        false => ProgressDrawTarget::stderr(),
-    });
-    if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}  {elapsed}") {
-        bar.set_style(style);
-    }
-    bar.enable_steady_tick(Duration::from_millis(100));
-    bar
-}
-
 /// Follows all to their ends.
 async fn follow(desk: &Desk, asked: &[SwapRecord], to: &str) -> Result<Vec<SwapRecord>, Problem> {
-    let bar = bar(desk.json, asked.len());
+    let bar = progress::counting(desk.json, asked.len());
     bar.set_message(format!("swapping all guests to {to}"));
     let mut ended: BTreeMap<SwapId, SwapRecord> = BTreeMap::new();
     let mut seen = Instant::now();

@@ -11,7 +11,6 @@ use hyper::client::conn::http1::SendRequest;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
 use hyper::http::request::Builder;
 use hyper::{Method, Request, Response};
-use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
@@ -25,6 +24,7 @@ use super::{EtcdConfig, EtcdError};
 use crate::auth::certificate::Certificate;
 use crate::auth::whole;
 use crate::execute::unix_ns;
+use crate::http::handshake;
 
 /// How long a member has to answer. An election of etcd's own takes about a second.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -312,16 +312,6 @@ async fn send(
 ) -> Result<Response<Incoming>, String> {
     let request = request.map_err(|e| e.to_string())?;
     sender.send_request(request).await.map_err(|e| whole(&e))
-}
-
-async fn handshake<S>(stream: S) -> Result<Sender, String>
-where
-    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
-{
-    let made = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
-    let (sender, connection) = made.map_err(|e| whole(&e))?;
-    tokio::spawn(connection);
-    Ok(sender)
 }
 
 fn judge(endpoint: String, status: u16, body: &[u8]) -> Result<Answered, EtcdError> {
