@@ -4,6 +4,7 @@
 
 use std::process::{Child, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -109,11 +110,14 @@ fn hears_by_vsock_alone(daemon: &Daemon, db: &Linux<'_>) -> anyhow::Result<()> {
     is_known_as(db, DB.0)
 }
 
-/// What curl prints in the guest, asked until it is answered: five are, in a second.
+/// What curl prints in the guest, asked until it is answered. A guest has five answers in a second, whoever
+/// in it asks: it asks no oftener than this, so that there is always one for the watch beside it.
 fn curl(guest: &Linux<'_>, args: &[&str]) -> anyhow::Result<String> {
+    const BREATH: Duration = Duration::from_millis(500);
     let all = [&["-sSf", "-m", "20", "-H", "Metadata:true"], args].concat();
     let mut last = String::new();
     wait_for("an answer to curl in the guest", BOOT, || {
+        std::thread::sleep(BREATH);
         match guest.must_run("curl", &all) {
             Ok(said) => Ok(Some(said)),
             Err(error) => {
