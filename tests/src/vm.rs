@@ -29,6 +29,10 @@ pub struct Recipe {
     pub memory_mib: u64,
     /// What its RAM lies in.
     pub pages: Pages,
+    /// It is never swapped out.
+    pub lock_memory: bool,
+    /// The host's memory nodes that it comes from.
+    pub memory_nodes: Vec<u16>,
     /// pulse's command line.
     pub cmdline: String,
     /// The release that boots it.
@@ -65,6 +69,8 @@ impl Recipe {
             cpus,
             memory_mib: 128,
             pages: Pages::default(),
+            lock_memory: false,
+            memory_nodes: Vec::new(),
             cmdline,
             release: Release::Current,
             kernel: None,
@@ -82,6 +88,8 @@ impl Recipe {
             memory: MemorySpec {
                 size: self.memory_mib << 20,
                 pages: self.pages,
+                lock: self.lock_memory,
+                nodes: self.memory_nodes.clone(),
                 ..MemorySpec::default()
             },
             kernel: KernelSpec {

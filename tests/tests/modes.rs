@@ -1,13 +1,15 @@
 //! Swaps of guests that are in the midst of something: halted, idle, in string or memory-mapped
 //! I/O, with an interrupt pending, with a processor not yet started, with timers under way.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 use stillpoint_control::report::Outcome;
 use stillpoint_guest_abi::pulse::{Mode, Timers};
 use stillpoint_tests::console::Console;
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::needs_kvm;
-use stillpoint_tests::patience::PATIENCE;
+use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::start::Manner;
 use stillpoint_tests::swap::Terms;
@@ -427,5 +429,82 @@ fn as_a_user_who_is_not_root() -> anyhow::Result<()> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid()))?;
     ensure!(status.contains("\nUid:\t65534\t65534\t65534"), "{status}");
     swaps(&mut vm, 3, Vm::is_well)?;
+    vm.power_off()
+}
+
+/// How often the threads of a process have gone to sleep, and so were awake.
+fn naps(pid: u32) -> anyhow::Result<u64> {
+    let mut naps = 0;
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let status = std::fs::read_to_string(thread?.path().join("status"))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        naps += line.context("no count of naps")?.trim().parse::<u64>()?;
+    }
+    Ok(naps)
+}
+
+#[test]
+fn nothing_wakes_beside_a_guest_that_sleeps() -> anyhow::Result<()> {
+    needs_kvm!();
+    let vm = Vm::up(&Recipe::pulse(2, "mode=idle ram=4M"))?;
+    let idle = |s: &Snapshot| s.vcpus.iter().all(|v| v.mode == Mode::Idle as u32);
+    vm.pulse.wait("all to idle", PATIENCE, idle)?;
+    // What boot left to be done is done some time; a clock that ticks is there every second.
+    let sleeps = || {
+        let before = naps(vm.pid())?;
+        std::thread::sleep(Duration::from_secs(1));
+        Ok((naps(vm.pid())? <= before + 2).then_some(()))
+    };
+    wait_for("a second in which nothing wakes", PATIENCE, sleeps)?;
+    vm.power_off()
+}
+
+/// What the host does with a guest's RAM: bytes of its mappings that are locked, and the policies of their nodes.
+fn held(pid: u32) -> anyhow::Result<(u64, Vec<String>)> {
+    let of = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}"));
+    let status = of("status")?;
+    let locked = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmLck:"))
+        .context("VmLck")?;
+    let kib: u64 = locked.trim().trim_end_matches(" kB").parse()?;
+    // A line is: address, policy, what is mapped, pages.
+    let maps = of("numa_maps")?;
+    let ram = maps.lines().filter(|line| line.contains("stillpoint-ram"));
+    let policies = ram.filter_map(|line| line.split(' ').nth(1).map(str::to_owned));
+    Ok((kib << 10, policies.collect()))
+}
+
+#[test]
+fn ram_stays_locked_and_on_its_node() -> anyhow::Result<()> {
+    needs_kvm!();
+    let plain = Vm::up(&Recipe::pulse(1, "ram=4M"))?;
+    let (locked, policies) = held(plain.pid())?;
+    ensure!(locked == 0 && policies.iter().all(|policy| policy == "default"));
+    plain.power_off()?;
+    let mut recipe = Recipe::pulse(1, "ram=4M");
+    recipe.lock_memory = true;
+    let has_nodes = std::fs::exists("/sys/devices/system/node/node0")?;
+    if has_nodes {
+        recipe.memory_nodes.push(0);
+    }
+    let policy = if has_nodes { "bind:0" } else { "default" };
+    let mut vm = Vm::up(&recipe)?;
+    let size = recipe.memory_mib << 20;
+    for _ in 0..2 {
+        let (locked, policies) = held(vm.pid())?;
+        ensure!(locked >= size, "{locked} bytes of {size}");
+        ensure!(
+            policies.is_empty() != has_nodes && policies.iter().all(|said| said == policy),
+            "{policies:?}"
+        );
+        // What the guest never touched is not there for it.
+        let there = vm.pulse.allocated()?;
+        ensure!(there < size / 2, "{there} bytes of {size}");
+        vm.must_move(Release::Current)?;
+    }
+    vm.is_well()?;
     vm.power_off()
 }

@@ -11,6 +11,8 @@
 //! whose writes are its own, over a file that it can't write to; a carve-out has none.
 #![allow(unsafe_code)] // Memory slots and madvise take raw addresses.
 
+mod hold;
+
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -81,6 +83,23 @@ pub enum MemoryError {
     /// The carve-out.
     #[error(transparent)]
     CarveOut(#[from] MapError),
+    /// Nodes that this host doesn't have, or that this process may not use.
+    #[error(
+        "machine spec: field `memory.nodes`: RAM can't come from node {nodes} of this host alone: {source}; \
+         `ls /sys/devices/system/node` shows its nodes, and a cgroup (cpuset.mems) may allow some of them only"
+    )]
+    Nodes {
+        /// Asked for.
+        nodes: String,
+        /// Why not.
+        source: Errno,
+    },
+    /// It may not be locked.
+    #[error(
+        "machine spec: field `memory.lock`: RAM can't be locked: {0}; it takes CAP_IPC_LOCK, or a limit that holds \
+         it (`ulimit -l`; LimitMEMLOCK=infinity in the daemon's unit)"
+    )]
+    Lock(Errno),
     /// Nobody said where in the carve-out.
     #[error(
         "machine spec: field `memory.survive`: `kernel` needs a place in what outlives the kernel, which \
@@ -188,15 +207,23 @@ impl GuestRam {
         let fd = rustix::fs::memfd_create("stillpoint-ram", memfd_flags(spec.pages))
             .map_err(file("create"))?;
         rustix::fs::ftruncate(&fd, file_size(spec)).map_err(file("size"))?;
-        if huge {
-            // Now, and with an error: a huge page that is missing later kills the process.
-            let flags = rustix::fs::FallocateFlags::empty();
-            rustix::fs::fallocate(&fd, flags, 0, spec.size).map_err(file("find huge pages for"))?;
-        }
         // Nobody who is lent this file may cut it off under the guest.
         let seals = SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(file("seal"))?;
-        Self::adopt(fd, spec)
+        let ram = match Self::adopt(fd, spec) {
+            // What is mapped of huge pages is set aside.
+            Err(MemoryError::Map(_)) if huge => {
+                return Err(file("find huge pages for")(Errno::NOMEM));
+            }
+            other => other?,
+        };
+        if huge {
+            // Now, and with an error: a huge page that is missing later kills the process.
+            let flags = rustix::fs::FallocateFlags::empty();
+            let made = rustix::fs::fallocate(&ram.fd, flags, 0, spec.size);
+            made.map_err(file("find huge pages for"))?;
+        }
+        Ok(ram)
     }
 
     /// RAM at its place in the carve-out, zeroed: it may hold what another guest left.
@@ -272,6 +299,7 @@ impl GuestRam {
             offset += len;
         }
         let map = Memory::from_ranges_with_files(parts)?;
+        hold::hold(&map, spec)?;
         let ram = Self {
             fd,
             map,

@@ -21,7 +21,7 @@ pub(super) struct Args {
     /// Name of the guest.
     #[arg(required_unless_present = "spec", conflicts_with = "spec")]
     name: Option<String>,
-    /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages,survive},
+    /// A machine spec as JSON; `-` for stdin. Fields: name, cpus, memory.{size,pages,survive,lock,nodes},
     /// kernel.{path,initrd,cmdline}, disks[].{path,read_only}, nets[].{tap,mac,queue_pairs},
     /// vsock.cid, rng, clock.{policy,correction,steal,vmclock}, blackout_budget_ns.
     #[arg(long, value_name = "FILE")]
@@ -53,6 +53,17 @@ pub(super) struct Args {
     /// keeps, where the kernel has that) [vmm].
     #[arg(long, conflicts_with = "spec", value_enum)]
     survive: Option<SurviveArg>,
+    /// Never let the host swap the guest's RAM out.
+    #[arg(long, conflicts_with = "spec")]
+    lock_memory: bool,
+    /// The host's memory nodes (NUMA) that RAM comes from, and from no others, such as 0 or 0,1.
+    #[arg(
+        long,
+        value_name = "NODE",
+        conflicts_with = "spec",
+        value_delimiter = ','
+    )]
+    memory_nodes: Vec<u16>,
     /// A network interface over a tap that exists on this host, such as tap=tap0 or
     /// tap=tap0,mac=52:54:00:12:34:56,queues=4; several are allowed.
     #[arg(long = "net", value_name = "tap=NAME[,mac=MAC][,queues=N]", conflicts_with = "spec", value_parser = parse_net)]
@@ -301,6 +312,8 @@ fn spec_of_flags(args: Args) -> Result<MachineSpec, Problem> {
             size: args.memory.unwrap_or(MemorySpec::default().size),
             pages: args.pages.map_or(Pages::Base, Pages::from),
             survive: args.survive.map_or(Survive::Vmm, Survive::from),
+            lock: args.lock_memory,
+            nodes: args.memory_nodes,
             carve_out: None,
         },
         kernel: KernelSpec {

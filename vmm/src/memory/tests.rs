@@ -221,3 +221,17 @@ fn more_ram_than_the_host_has_names_the_field() {
     let error = GuestRam::create(&spec(1 << 44)).expect_err("16 TiB");
     assert!(error.to_string().contains("`memory.size`"), "{error}");
 }
+
+#[test]
+fn nodes_that_this_host_lacks_are_named() {
+    let spec = MemorySpec {
+        nodes: vec![0, 1023],
+        ..spec(16 << 20)
+    };
+    let error = GuestRam::create(&spec).expect_err("no host has so many");
+    let text = error.to_string();
+    assert!(
+        text.contains("memory.nodes") && text.contains("0, 1023"),
+        "{text}"
+    );
+}
