@@ -5,7 +5,6 @@ RELEASES := target/releases
 STATIC_FLAGS := --profile static --quiet --locked --target x86_64-unknown-linux-gnu --target-dir target/static-build
 STATIC := RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build $(STATIC_FLAGS)
 BUILT := target/static-build/x86_64-unknown-linux-gnu/static
-VMM := $(CARGO) build --release --quiet --locked -p stillpoint-vmm
 PULSE := --quiet --locked --manifest-path guest-images/pulse/Cargo.toml --target-dir target/pulse
 
 .PHONY: help
@@ -36,15 +35,12 @@ rig-luo: ## build a kernel with live update for emulated hosts, of Debian's sour
 	target/release/images --luo
 
 .PHONY: rig-static rig-shell
-rig-static: ## build what the rig runs inside, linked statically
-	@mkdir -p target/static/releases/compat target/static/releases/faulty target/static/releases/current
-	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm target/static/releases/compat/
-	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm target/static/releases/faulty/
-	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm target/static/releases/current/
+rig-static: releases ## build what the rig runs inside, linked statically
+	@mkdir -p target/static
 	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario demo clock)
 	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS) -p stillpoint-tests --test linux --message-format=json \
 		| grep '"name":"linux"' | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} cp -f {} target/static/linux
-	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd stillpoint-vmm load rig-init scenario demo clock) target/static/
+	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd load rig-init scenario demo clock) $(RELEASES)/current/stillpoint-vmm target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
@@ -52,11 +48,12 @@ rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--ker
 
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between
-	@mkdir -p $(RELEASES)/compat $(RELEASES)/faulty $(RELEASES)/later $(RELEASES)/current
-	$(VMM) --features compat-0-1 && cp -f target/release/stillpoint-vmm $(RELEASES)/compat/
-	$(VMM) --features fault-injection && cp -f target/release/stillpoint-vmm $(RELEASES)/faulty/
-	$(VMM) --features later && cp -f target/release/stillpoint-vmm $(RELEASES)/later/
-	$(VMM) && cp -f target/release/stillpoint-vmm $(RELEASES)/current/
+	@mkdir -p $(addprefix $(RELEASES)/,compat faulty later current) target/release
+	$(STATIC) -p stillpoint-vmm --features compat-0-1 && cp -f $(BUILT)/stillpoint-vmm $(RELEASES)/compat/
+	$(STATIC) -p stillpoint-vmm --features fault-injection && cp -f $(BUILT)/stillpoint-vmm $(RELEASES)/faulty/
+	$(STATIC) -p stillpoint-vmm --features later && cp -f $(BUILT)/stillpoint-vmm $(RELEASES)/later/
+	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm $(RELEASES)/current/
+	cp -f $(RELEASES)/current/stillpoint-vmm target/release/
 
 .PHONY: bench bench-full bench-rig bench-deps
 bench: releases programs ## measure the blackout beside the floor and QEMU, and what a VMM weighs (BENCH="--quick" for less)

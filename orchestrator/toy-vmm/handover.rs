@@ -81,6 +81,7 @@ fn report(offer: &Offer, to: ReleaseName, outcome: Outcome, reason: Option<Strin
             guest_ns: vec![Some(11_000)],
         },
         clock: None,
+        recovery: Vec::new(),
         warnings: vec![],
     }
 }

@@ -206,16 +206,11 @@ impl Rig {
         if !built.join("stillpointd").is_file() {
             bail!("{} is not built; run `make rig-static`", built.display());
         }
-        let pulse = root().join("target/releases/pulse");
         let promises = "SPECIFICATION.md";
-        let mut rig = self
-            .file(
-                built.join("releases"),
-                format!("{}/target/releases", order::ROOT),
-            )
-            .file(root().join(promises), format!("{}/{promises}", order::ROOT));
-        if pulse.is_file() {
-            rig = rig.file(pulse, format!("{}/target/releases/pulse", order::ROOT));
+        let mut rig = self.file(root().join(promises), format!("{}/{promises}", order::ROOT));
+        for name in ["compat", "current", "faulty", "pulse"] {
+            let place = format!("target/releases/{name}");
+            rig = rig.file(root().join(&place), format!("{}/{place}", order::ROOT));
         }
         for entry in std::fs::read_dir(&built).with_context(|| built.display().to_string())? {
             let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
@@ -236,7 +231,10 @@ impl Rig {
         let at = |place: &str| format!("{}/target/{place}", order::ROOT);
         let mut rig = self
             .file(root().join("target/releases/pulse"), at("releases/pulse"))
-            .file(built.join("releases/current"), at("releases/current"));
+            .file(
+                root().join("target/releases/current"),
+                at("releases/current"),
+            );
         for name in ["stillpoint", "stillpointd", "scenario", "load"] {
             rig = rig.file(built.join(name), at(&format!("release/{name}")));
         }

@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use stillpoint_control::client::{Client, ClientError};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::message::{GuestState, Handover, Request};
+use stillpoint_control::recovery::Recovery;
 use stillpoint_control::report::{Outcome, Phase, ReleaseName, SwapReport};
 
 use crate::patience::{self, PATIENCE, wait_for};
@@ -196,6 +197,18 @@ impl Vm {
         wait_for(&format!("the report of {swap}"), PATIENCE, || {
             Ok(self.client()?.last_report()?.filter(|r| r.swap == swap))
         })
+    }
+
+    /// The same, when it is known how soon the guest was as fast again.
+    pub fn report_of_recovery(&self, swap: &str) -> anyhow::Result<SwapReport> {
+        wait_for(
+            &format!("the recovery from {swap}"),
+            PATIENCE,
+            || match self.report(swap)? {
+                report if report.recovery.iter().all(Recovery::is_known) => Ok(Some(report)),
+                _ => Ok(None),
+            },
+        )
     }
 
     /// Swaps, and insists that it moved and that the report promises what it must.

@@ -2,10 +2,12 @@
 //! or two hundred.
 
 use std::io::ErrorKind;
+use std::time::Duration;
 
 use anyhow::ensure;
 use stillpoint_control::report::SwapReport;
 use stillpoint_tests::needs_kvm;
+use stillpoint_tests::patience::PATIENCE;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::start::Manner;
 use stillpoint_tests::vm::{Recipe, Vm};
@@ -54,9 +56,8 @@ fn is_whole(vm: &Vm, count: usize) -> anyhow::Result<()> {
             .into_iter()
             .all(|(now, then)| now.ram_passes > then.ram_passes + 1)
     };
-    let patience = stillpoint_tests::patience::PATIENCE;
     vm.pulse
-        .wait("passes over the RAM pattern", patience, passed)?;
+        .wait("passes over the RAM pattern", PATIENCE, passed)?;
     vm.is_well()?;
     let told = vm.client()?.describe()?;
     ensure!(told.swaps == count as u64, "{} swaps counted", told.swaps);
@@ -139,5 +140,46 @@ fn a_session_shared_with_others_is_left_as_it_is() -> anyhow::Result<()> {
         "{before:?} became {:?}",
         autogroup()?
     );
+    vm.power_off()
+}
+
+/// What a pass over the RAM after a swap costs more than one before it, by the guest's own count of its work.
+fn lost_after(vm: &mut Vm, to: Release) -> anyhow::Result<Duration> {
+    let swap = vm.must_move(to)?.swap;
+    let report = vm.report_of_recovery(&swap)?;
+    let [guest] = &report.recovery[..] else {
+        anyhow::bail!("not of the guest alone: {:?}", report.recovery);
+    };
+    ensure!(
+        guest.of == "guest" && guest.before_per_s > 0 && guest.lost <= guest.watched,
+        "{guest:?}"
+    );
+    if let Some(until) = guest.until_ns.map(Duration::from_nanos) {
+        ensure!(until <= guest.watched, "{guest:?}");
+    }
+    Ok(guest.lost)
+}
+
+#[test]
+fn what_a_guest_loses_after_a_swap_is_told_and_page_tables_that_were_not_filled_show()
+-> anyhow::Result<()> {
+    needs_kvm!();
+    let mut recipe = Recipe::pulse(1, "ram=256M");
+    recipe.memory_mib = 384;
+    let mut vm = Vm::up(&recipe)?;
+    vm.pulse.wait("a pass over all of it", PATIENCE, |seen| {
+        seen.vcpus.iter().all(|vcpu| vcpu.ram_passes > 0)
+    })?;
+    let (mut filled, mut faulted) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        filled.push(lost_after(&mut vm, Release::Current)?);
+        faulted.push(lost_after(&mut vm, Release::Faulty("spoil=populate"))?);
+    }
+    // The least that any of the ones lost, and the most of the others: the machine's noise is in both.
+    ensure!(
+        filled.iter().min() < faulted.iter().max(),
+        "filled {filled:?}, faulted {faulted:?}"
+    );
+    vm.is_well()?;
     vm.power_off()
 }

@@ -4,6 +4,7 @@
 
 pub mod build;
 pub mod frozen;
+pub mod gauge;
 mod signs;
 pub mod vcpus;
 

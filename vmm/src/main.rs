@@ -16,6 +16,10 @@ use stillpoint_control::spec::{CarveOutSpec, KernelSpec, MachineSpec, MemorySpec
 use stillpoint_vmm::handover::{Channel, rehearsal};
 use stillpoint_vmm::process::{End, Process, Source, Start};
 use stillpoint_vmm::{doctor, release};
+use tracing::Level;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Runs one guest, and hands it over to a successor when asked to.
 #[derive(Parser)]
@@ -137,16 +141,26 @@ fn parse_place(text: &str) -> Result<CarveOutSpec, String> {
     serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
+/// What is logged is as `STILLPOINT_LOG` says: a level, or `TARGET=LEVEL` with commas between. That much needs no
+/// regular expressions, which would be a tenth of the program.
+fn log_to_stderr() {
+    let asked = std::env::var("STILLPOINT_LOG").ok();
+    let targets = asked.and_then(|asked| asked.parse::<Targets>().ok());
+    let lines = tracing_subscriber::fmt::layer()
+        // A log that can't be written (a full disk) is no reason to panic beside a guest.
+        .log_internal_errors(false)
+        .with_writer(std::io::stderr);
+    tracing_subscriber::registry()
+        .with(lines)
+        .with(targets.unwrap_or_else(|| Targets::new().with_default(Level::INFO)))
+        .init();
+}
+
 fn main() -> ExitCode {
     // Executed by descriptor, the process would else be known by that descriptor's number.
     let _ = rustix::thread::set_name(c"stillpoint-vmm");
     let cli = Cli::parse();
-    let filter = tracing_subscriber::EnvFilter::try_from_env("STILLPOINT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .init();
+    log_to_stderr();
     #[cfg(feature = "fault-injection")]
     if let Some(Err(error)) = cli.fault.as_deref().map(stillpoint_vmm::faults::arm) {
         eprintln!("stillpoint-vmm: {error}");

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use stillpoint_control::message::{GuestState, Handover, Reply, Request};
 use stillpoint_control::ownership::{Epoch, Owner, Ownership};
+use stillpoint_control::recovery::Recovery;
 use stillpoint_control::report::ReleaseName;
 use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::{MAX_BUDGET, MachineSpec};
@@ -33,7 +34,7 @@ use crate::doors::{CONTROL_SOCKET, Doors};
 use crate::event::{Event, Job};
 use crate::handover::incoming::{self, Arrived};
 use crate::handover::outgoing::{self, Errand};
-use crate::handover::{Channel, measure};
+use crate::handover::{Channel, measure, recovery};
 use crate::machine::Machine;
 use crate::machine::frozen::Guest;
 use crate::memory::GuestRam;
@@ -150,13 +151,36 @@ impl Process {
         // Callers first: they may ask while the report is still being measured.
         process.open()?;
         process.guest.machine.release_cpus();
+        let since = evidence.since_entry(&process.guest.machine);
+        let recovery = process.watch_recovery(&swap, since);
         let told = incoming::hear_predecessor(&mut channel);
         let us = process.desk.release();
         let dir = Path::new(&process.dir);
         let swap = measure::Swap { id: &swap, us, dir };
         let report = measure::report(&evidence, &process.guest.machine, told, swap);
+        let before = report.recovery.clone();
         process.desk.set_report(report);
+        // Without a thread for it nobody hears it.
+        let _ = recovery.send(before);
         Ok(process)
+    }
+
+    /// Watches, in a thread beside the guest, how soon it gets as much done as before; what that is comes by the
+    /// channel. It becomes part of the swap's report.
+    fn watch_recovery(&self, swap: &str, since: Duration) -> Sender<Vec<Recovery>> {
+        let watch = recovery::Watch::begin(&self.guest.machine, since);
+        let (sender, before) = channel();
+        let (desk, swap) = (Arc::clone(&self.desk), swap.to_owned());
+        let is_ours = move || desk.state() == GuestState::Running;
+        let desk = Arc::clone(&self.desk);
+        let watcher = std::thread::Builder::new()
+            .name("recovery".into())
+            .spawn(move || desk.set_recovery(&swap, watch.watch(&before, is_ours)));
+        if let Err(error) = watcher {
+            // The guest runs here, whatever is known of it.
+            tracing::warn!(%error, "no thread to watch how soon the guest is as fast as before");
+        }
+        sender
     }
 
     fn open(&self) -> anyhow::Result<()> {

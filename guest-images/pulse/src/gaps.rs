@@ -30,9 +30,12 @@ impl Gaps {
         }
     }
 
-    /// Reads the TSC, logs the gap since the last reading if it is long, and returns the reading.
+    /// Reads the TSC, logs the gap since the last reading if it is long, and returns the reading. What was done
+    /// since then was a piece of work.
     pub(crate) fn tick(&mut self) -> u64 {
         let now = tsc::read();
+        let record = self.record;
+        add(field!(record.work), 1);
         if now < self.last {
             let report = self.report;
             add(field!(report.tsc_backwards), 1);

@@ -1,6 +1,7 @@
 //! `stillpoint report`
 
 mod clock;
+mod recovery;
 #[cfg(test)]
 mod tests;
 
@@ -141,6 +142,7 @@ pub(super) fn summary(swap: &SwapRecord) -> String {
     if let Some(report) = &swap.report {
         text.push_str(&blackout(swap, report));
         text.push_str(&clock::lines(report));
+        text.push_str(&recovery::lines(report));
         for warning in &report.warnings {
             text.push_str(&format!("  warning    {warning}\n"));
         }

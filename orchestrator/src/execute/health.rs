@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use stillpoint_control::client::ClientError;
 use stillpoint_control::health::Signs;
+use stillpoint_control::recovery::Recovery;
+use stillpoint_control::report::SwapReport;
 use tokio::time::Instant;
 
 use super::{Host, unix_ns};
@@ -81,6 +83,9 @@ pub async fn watch(
         return Ok(Next::Over);
     };
     let told = host.expected(vm).signs().await;
+    if let Ok(signs) = &told {
+        note_recovery(host, &mut swap, signs).await?;
+    }
     let now = known.began.elapsed();
     let verdict = match told {
         Ok(signs) => known.watch.look(signs, now),
@@ -111,6 +116,23 @@ pub async fn watch(
         // What is late has its patience, also when the time is over.
         (Verdict::Wait(_), None) => Ok(Next::Look(SOON)),
     }
+}
+
+/// How soon the guest was as fast again is known some time after the rest of the report.
+async fn note_recovery(
+    host: &Host,
+    swap: &mut SwapRecord,
+    signs: &Signs,
+) -> Result<(), StoreError> {
+    let is_awaited = |report: &&mut SwapReport| !report.recovery.iter().all(Recovery::is_known);
+    if signs.recovery.is_empty() {
+        return Ok(());
+    }
+    if let Some(report) = swap.report.as_mut().filter(is_awaited) {
+        report.recovery.clone_from(&signs.recovery);
+        host.record(swap).await?;
+    }
+    Ok(())
 }
 
 fn ends_at(swap: &SwapRecord) -> u64 {

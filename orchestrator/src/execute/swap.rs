@@ -451,6 +451,7 @@ fn report_of_agent(vm: &VmRecord, swap: &SwapRecord, reason: String) -> SwapRepo
         phases: Vec::new(),
         blackout: Blackout::default(),
         clock: None,
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }

@@ -1,5 +1,7 @@
 //! One guest: its pauses, one below the other.
 
+use std::time::Duration;
+
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -116,5 +118,10 @@ fn phases(report: &SwapReport) -> Markup {
     html! { details {
         summary { (dark.clone().count()) " phases" }
         @for phase in dark { div.faint { (phase.name) " " (time(phase.duration)) } }
+        @for recovery in &report.recovery {
+            @if let Some(until) = recovery.until_ns.filter(|_| recovery.is_known()) {
+                div.faint { (recovery.of) " at 95 % of its speed after " (time(Duration::from_nanos(until))) }
+            }
+        }
     } }
 }

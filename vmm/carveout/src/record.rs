@@ -212,6 +212,7 @@ pub(crate) mod tests {
             phases: Vec::new(),
             blackout: Blackout::default(),
             clock: None,
+            recovery: Vec::new(),
             warnings: Vec::new(),
         };
         let label = Label {

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::recovery::Recovery;
+
 /// One look.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -14,6 +16,10 @@ pub struct Signs {
     /// Whether the guest's agent answered; absent where the machine has no way to ask one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<bool>,
+    /// How soon it got as much done again as before its last swap; empty until that is known, and where nothing
+    /// was counted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recovery: Vec<Recovery>,
 }
 
 /// One vCPU.

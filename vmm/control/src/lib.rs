@@ -9,6 +9,7 @@
 //! | [`client`] | a blocking client of the control socket |
 //! | [`ownership`] | the word that says which process may run the guest |
 //! | [`report`] | what every swap leaves behind |
+//! | [`recovery`] | how soon a guest was as fast again as before |
 //! | [`rehearsal`] | what a rehearsal showed |
 //! | [`health`] | signs of life |
 //! | [`secret`] | how a VMM proves that it is the one that was started |
@@ -25,6 +26,7 @@ pub mod health;
 pub mod message;
 pub mod nanos;
 pub mod ownership;
+pub mod recovery;
 pub mod rehearsal;
 pub mod report;
 pub mod secret;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::clock::{Correction, Policy};
+use crate::recovery::Recovery;
 
 /// A release, as it names itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -252,6 +253,10 @@ pub struct SwapReport {
     pub blackout: Blackout,
     /// The clock; `None` when the guest never moved.
     pub clock: Option<ClockReceipt>,
+    /// How soon the guest got as much done again as before, for each thing that was counted and went on often
+    /// enough to judge by. Known some time after the rest, see [`Recovery::is_known`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub recovery: Vec<Recovery>,
     /// Bounds that were broken and other things an operator should read.
     pub warnings: Vec<String>,
 }

@@ -100,8 +100,11 @@ impl Device for Probe {
     }
 }
 
-/// The address of a vCPU's record, if the table is there and valid.
-fn record(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
+/// Bytes of a record that every guest keeps.
+const ALWAYS: usize = std::mem::offset_of!(abi::Record, work);
+
+/// The address of a vCPU's record, if the table is there and valid, and records are so long in it.
+fn record(memory: &Memory, table: GuestAddress, vcpu: u8, bytes: usize) -> Option<u64> {
     let word = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).ok();
     let half = |at: u64| memory.read_obj::<u32>(GuestAddress(at)).ok();
     if word(table.0)? != abi::TABLE_MAGIC || half(table.0.checked_add(8)?)? != abi::VERSION {
@@ -114,7 +117,7 @@ fn record(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
         half(table.0.checked_add(16)?)?,
         half(table.0.checked_add(20)?)?,
     );
-    if (stride as usize) < size_of::<abi::Record>() {
+    if (stride as usize) < bytes {
         return None;
     }
     let from = u64::from(offset) + u64::from(stride) * u64::from(vcpu);
@@ -124,8 +127,20 @@ fn record(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
 /// The latest reading that `vcpu` logged: a heartbeat. `None` if the table is not there or not valid.
 pub fn beat(memory: &Memory, table: GuestAddress, vcpu: u8) -> Option<u64> {
     let last = std::mem::offset_of!(abi::Record, last) as u64;
-    let at = record(memory, table, vcpu)?.checked_add(last)?;
+    let at = record(memory, table, vcpu, ALWAYS)?.checked_add(last)?;
     memory.read_obj(GuestAddress(at)).ok()
+}
+
+/// The pieces of work that all of `vcpus` have counted. `None` if the table is not there or not valid, or if none
+/// counts.
+pub fn work(memory: &Memory, table: GuestAddress, vcpus: u8) -> Option<u64> {
+    let work = std::mem::offset_of!(abi::Record, work) as u64;
+    let of = |vcpu| -> Option<u64> {
+        let at = record(memory, table, vcpu, size_of::<abi::Record>())?.checked_add(work)?;
+        memory.read_obj(GuestAddress(at)).ok()
+    };
+    let sum = (0..vcpus).try_fold(0_u64, |sum, vcpu| Some(sum.wrapping_add(of(vcpu)?)))?;
+    (sum > 0).then_some(sum)
 }
 
 /// The longest gap logged by `vcpu` that overlaps `from..to` (guest TSC), in cycles. `None` if
@@ -137,7 +152,7 @@ pub fn gap_over(
     window: std::ops::Range<u64>,
 ) -> Option<u64> {
     let word = |at: u64| memory.read_obj::<u64>(GuestAddress(at)).ok();
-    let record = record(memory, table, vcpu)?;
+    let record = record(memory, table, vcpu, ALWAYS)?;
     let count = word(record)?;
     let ring = record.checked_add(std::mem::offset_of!(abi::Record, ring) as u64)?;
     let kept = count.min(abi::RING as u64);

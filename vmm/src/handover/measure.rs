@@ -53,6 +53,14 @@ pub struct Evidence {
     pub blackout: Vec<(&'static str, Duration)>,
 }
 
+impl Evidence {
+    /// How long ago the guest was let in.
+    pub fn since_entry(&self, machine: &Machine) -> Duration {
+        let cycles = clock::host_tsc().saturating_sub(self.entered.tsc);
+        clock::duration(cycles, machine.tsc_khz())
+    }
+}
+
 /// Which swap it was.
 #[derive(Clone, Copy, Debug)]
 pub struct Swap<'a> {
@@ -132,6 +140,7 @@ fn unheard(machine: &Machine, swap: &str) -> SwapReport {
         phases: Vec::new(),
         blackout: Blackout::default(),
         clock: None,
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }

@@ -11,6 +11,7 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::message::Handover;
 use stillpoint_control::ownership::Owner;
+use stillpoint_control::recovery::Recovery;
 use stillpoint_control::report::{
     Blackout, ClockReceipt, Margin, Outcome, Phase, ReleaseName, Side, SwapReport, WallClock,
 };
@@ -18,6 +19,7 @@ use stillpoint_control::report::{
 use super::correct;
 use super::hold;
 use super::lend::Lending;
+use super::recovery;
 use super::{
     Body, Channel, ChannelError, Files, GiveUp, Loaded, Offer, Phases, State, out_of_turn,
 };
@@ -133,6 +135,8 @@ struct Log {
     lending: Lending,
     /// The guest's wall clock less the host's, as its agent says.
     wall_error_ns: Option<i64>,
+    /// What the guest got done before.
+    recovery: Vec<Recovery>,
 }
 
 impl Log {
@@ -163,6 +167,7 @@ pub fn hand_over(
         margin: None,
         lending: Lending::default(),
         wall_error_ns: None,
+        recovery: Vec::new(),
     };
     let prepared = prepare(guest, errand, channel, &mut log, &mut ended);
     if let Some(phase) = log.phases.first() {
@@ -177,6 +182,7 @@ pub fn hand_over(
         Ok(()) => {
             let mut report = report(guest, errand, &log, Outcome::Moved, None);
             report.clock = Some(clock_before(&log));
+            report.recovery = std::mem::take(&mut log.recovery);
             if let Ok(report) = serde_json::to_string(&report)
                 && faults::reach(faults::Point::Retiring).is_ok()
             {
@@ -238,6 +244,7 @@ fn report(
             guest_ns: Vec::new(),
         },
         clock: None,
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }
@@ -250,7 +257,6 @@ fn prepare(
     log: &mut Log,
     ended: &mut impl FnMut() -> bool,
 ) -> Result<(), KeptReason> {
-    let began = Instant::now();
     let failed = |source| KeptReason::Channel {
         what: "preparing the successor",
         source,
@@ -258,6 +264,9 @@ fn prepare(
     if errand.clock == Policy::Hold {
         hold::check(&guest.machine).map_err(KeptReason::Hold)?;
     }
+    // Before there is anybody who would take a core of it.
+    log.recovery = recovery::before(&guest.machine);
+    let began = Instant::now();
     offer(guest, errand, channel, log)?;
     faults::reach(faults::Point::Offered).map_err(FreezeError::Injected)?;
     let deadline = began + errand.brownout;

@@ -24,6 +24,7 @@ impl Machine {
             vcpus: vcpus.collect(),
             devices: self.virtio.iter().map(|device| device.sign()).collect(),
             agent: None,
+            recovery: Vec::new(),
         }
     }
 }

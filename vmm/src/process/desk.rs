@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use stillpoint_control::message::{Description, GuestState, PROTOCOL, ProcessId, Reply};
 use stillpoint_control::ownership::Epoch;
+use stillpoint_control::recovery::Recovery;
 use stillpoint_control::report::{ReleaseName, SwapReport};
 use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::MachineSpec;
@@ -121,6 +122,24 @@ impl Desk {
 
     pub(super) fn set_report(&self, report: SwapReport) {
         self.notes().report = Some(report);
+    }
+
+    /// What became known after the report of `swap` was made.
+    pub(super) fn set_recovery(&self, swap: &str, recovery: Vec<Recovery>) {
+        let mut notes = self.notes();
+        if let Some(report) = notes.report.as_mut().filter(|report| report.swap == swap) {
+            report.recovery = recovery;
+        }
+    }
+
+    /// How soon the guest was as fast again after its last swap; empty until all of that is known.
+    pub(super) fn recovery(&self) -> Vec<Recovery> {
+        let notes = self.notes();
+        let recovery = notes.report.iter().flat_map(|report| &report.recovery);
+        match recovery.clone().all(Recovery::is_known) {
+            true => recovery.cloned().collect(),
+            false => Vec::new(),
+        }
     }
 
     pub(super) fn close(&self) {

@@ -424,6 +424,7 @@ impl Seen {
                 },
                 ..ClockReceipt::default()
             }),
+            recovery: Vec::new(),
             warnings: Vec::new(),
         }
     }

@@ -182,6 +182,7 @@ fn report(
             wall_clock,
             ..ClockReceipt::default()
         }),
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }

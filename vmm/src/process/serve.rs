@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 use stillpoint_control::frame;
 use stillpoint_control::message::{GuestState, Reply, Request};
@@ -14,11 +15,11 @@ use stillpoint_control::message::{GuestState, Reply, Request};
 use super::desk::Desk;
 use crate::event::{Event, Job};
 use crate::handover::correct;
-use crate::{handover, peer};
+use crate::peer;
 
 /// The most callers at a time.
 const MAX_CALLERS: usize = 32;
-/// How often the door looks whether it is open.
+/// How often a door that somebody knocks at looks whether it is open.
 const GLANCE: Duration = Duration::from_millis(20);
 
 /// Starts serving.
@@ -33,18 +34,22 @@ pub(super) fn start(
         .name("control".into())
         .spawn(move || {
             loop {
-                let knocks = handover::wait_readable(&listener, Instant::now() + GLANCE);
-                let may_enter = knocks && desk.is_open();
+                let may_enter = is_knocked_at(&listener) && desk.is_open();
                 match may_enter.then(|| accept(&listener)).flatten() {
                     Some(caller) => admit(caller, &desk, &events, &callers),
                     // Callers wait in the backlog while the guest is handed over, or while there is
                     // no file descriptor for them: not at the cost of the guest's core.
-                    None if knocks => std::thread::sleep(GLANCE),
-                    None => {}
+                    None => std::thread::sleep(GLANCE),
                 }
             }
         })
         .map(drop)
+}
+
+/// Waits until somebody knocks, however long: while nobody does, a guest that sleeps costs its host nothing.
+fn is_knocked_at(listener: &OwnedFd) -> bool {
+    let mut doors = [PollFd::new(listener, PollFlags::IN)];
+    rustix::event::poll(&mut doors, None).is_ok()
 }
 
 fn accept(listener: &OwnedFd) -> Option<OwnedFd> {
@@ -117,6 +122,7 @@ fn signs(caller: &OwnedFd, desk: &Desk, events: &Sender<Event>) -> bool {
     let said = match replies.recv() {
         Ok(Reply::Signs(mut signs)) => {
             signs.agent = desk.asks_agent().map(|dir| correct::is_heard(&dir));
+            signs.recovery = desk.recovery();
             Reply::Signs(signs)
         }
         Ok(other) => other,

@@ -193,6 +193,7 @@ impl Process {
                 guest_ns: measure::guest_gaps(machine, Some(window)),
             },
             clock: Some(receipt(&seen, host)),
+            recovery: Vec::new(),
             warnings: Vec::new(),
         };
         let pause = correct::Pause {

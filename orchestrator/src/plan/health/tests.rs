@@ -25,6 +25,7 @@ fn well(ms: u64) -> Signs {
             ..DeviceSign::default()
         }],
         agent: Some(true),
+        recovery: Vec::new(),
     }
 }
 
@@ -206,6 +207,7 @@ fn report(clock: ClockReceipt) -> SwapReport {
         phases: Vec::new(),
         blackout: Default::default(),
         clock: Some(clock),
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }

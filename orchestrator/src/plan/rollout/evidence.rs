@@ -81,6 +81,7 @@ mod tests {
                 kvmclock_error_ns: Some(-20),
                 ..ClockReceipt::default()
             }),
+            recovery: Vec::new(),
             warnings: Vec::new(),
         }
     }

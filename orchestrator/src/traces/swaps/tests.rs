@@ -51,6 +51,7 @@ fn report(started_at_unix_ns: u64) -> SwapReport {
             kvmclock_error_ns: Some(-7),
             ..ClockReceipt::default()
         }),
+        recovery: Vec::new(),
         warnings: Vec::new(),
     }
 }
