@@ -25,6 +25,7 @@ pub mod carve_out;
 pub mod custody;
 pub mod find;
 pub mod kexec;
+pub mod kvm_releases;
 pub mod launch;
 pub mod modules;
 pub mod next_kernel;

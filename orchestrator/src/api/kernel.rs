@@ -162,7 +162,7 @@ pub(super) async fn ask(
         no_notice: new.no_notice,
         ..HostSwap::wanted(new_id()?, names(&vms), new.budget_ns, unix_ns())
     };
-    desk.begin(swap, &vms).await
+    Ok((StatusCode::ACCEPTED, Json(desk.begin(swap, &vms).await?)))
 }
 
 /// What lies in the carve-out.

@@ -450,6 +450,7 @@ mod tests {
     #[test]
     fn a_person_reads_what_became_of_it() {
         let swap = HostSwap {
+            rollout: None,
             id: SwapId("1".into()),
             kvm: None,
             command: vec!["modprobe".into(), "tg3".into()],

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::{Desk, format, progress, say, say_json};
 use crate::api::{NewCordon, VmView};
 use crate::fleet::explain::HostView;
+use crate::fleet::record::KvmCard;
 use crate::model::{Code, Problem};
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +70,7 @@ pub(super) async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         "LABELS",
         "GUESTS",
         "RELEASES",
+        "KVM",
         "NOTES",
     ];
     say(&format::table(&head, &[5], &rows))?;
@@ -101,8 +103,22 @@ fn row(host: &HostView) -> Vec<String> {
         labels.collect::<Vec<_>>().join(" "),
         host.guests.to_string(),
         host.releases.join(" "),
+        kvm(&host.kvm),
         notes.join("; "),
     ]
+}
+
+/// What a host runs of KVM, and what else it has.
+fn kvm(card: &KvmCard) -> String {
+    let others = card
+        .releases
+        .iter()
+        .filter(|release| **release != card.runs);
+    let others: Vec<_> = others.map(String::as_str).collect();
+    match others.is_empty() {
+        true => card.runs.clone(),
+        false => format!("{}; has {}", card.runs, others.join(" ")),
+    }
 }
 
 fn path(host: &HostView) -> String {

@@ -170,12 +170,11 @@ impl Rung {
     /// Why swaps of it can't be done, as long as they are not built.
     pub fn not_built(self) -> Option<&'static str> {
         match self {
-            Self::Vmm => None,
+            Self::Vmm | Self::Kvm => None,
             Self::Backend => Some("devices run inside the VMM, so there is no process to exchange"),
-            Self::Kvm => Some("`stillpoint swap kvm` does it on one host, and no rollout does yet"),
-            Self::Kernel => {
-                Some("`stillpoint swap kernel` does it on one host, and no rollout does yet")
-            }
+            Self::Kernel => Some(
+                "not driven by rollouts yet; run `stillpoint swap kernel` on each host, one after the other",
+            ),
         }
     }
 }
