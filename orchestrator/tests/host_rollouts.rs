@@ -293,7 +293,7 @@ fn what_is_no_release_or_can_not_be_driven_is_refused_and_nothing_moves() {
         assert!(message.contains(why), "{message}");
     }
     for (component, why) in [
-        ("kernel", "run `stillpoint swap kernel` on each host"),
+        ("kernel", "how long the guests of a host may stand still"),
         ("backend", "devices run inside the VMM"),
         ("kvm", "how long the guests of a host may stand still"),
     ] {

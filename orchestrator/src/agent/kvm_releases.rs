@@ -111,7 +111,7 @@ fn parameters(folder: &Path) -> Result<Vec<String>, NoKvmRelease> {
 }
 
 /// Whether nobody but its owner may write it, who is root or the daemon's own user.
-fn is_ours(path: &Path) -> Result<(), NoKvmRelease> {
+pub(super) fn is_ours(path: &Path) -> Result<(), NoKvmRelease> {
     let wrong = |error| NoKvmRelease::File(path.display().to_string(), error);
     let seen = fs::metadata(path).map_err(wrong)?;
     let us = rustix::process::geteuid().as_raw();

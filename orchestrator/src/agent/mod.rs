@@ -24,6 +24,7 @@ pub mod binaries;
 pub mod carve_out;
 pub mod custody;
 pub mod find;
+pub mod kernel_releases;
 pub mod kexec;
 pub mod kvm_releases;
 pub mod launch;

@@ -6,10 +6,11 @@ use std::time::Duration;
 use hyper::Method;
 use serde::Serialize;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, progress, say, say_json};
 use crate::api::{NewCordon, VmView};
 use crate::fleet::explain::HostView;
-use crate::fleet::record::KvmCard;
+use crate::fleet::record::ComponentCard;
 use crate::model::{Code, Problem};
 
 #[derive(Debug, clap::Args)]
@@ -71,6 +72,7 @@ pub(super) async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         "GUESTS",
         "RELEASES",
         "KVM",
+        "KERNEL",
         "NOTES",
     ];
     say(&format::table(&head, &[5], &rows))?;
@@ -103,13 +105,14 @@ fn row(host: &HostView) -> Vec<String> {
         labels.collect::<Vec<_>>().join(" "),
         host.guests.to_string(),
         host.releases.join(" "),
-        kvm(&host.kvm),
+        component(&host.kvm),
+        component(&host.kernel),
         notes.join("; "),
     ]
 }
 
-/// What a host runs of KVM, and what else it has.
-fn kvm(card: &KvmCard) -> String {
+/// What a host runs of a component, and what else it has.
+fn component(card: &ComponentCard) -> String {
     let others = card
         .releases
         .iter()
@@ -150,8 +153,19 @@ pub(super) async fn cordon(desk: &Desk, args: CordonArgs) -> Result<ExitCode, Pr
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn uncordon(desk: &Desk, name: Option<String>) -> Result<ExitCode, Problem> {
+pub(super) async fn uncordon(
+    desk: &Desk,
+    name: Option<String>,
+    dry: Dry,
+) -> Result<ExitCode, Problem> {
     let host = the_one(desk, name.as_deref()).await?;
+    if dry.dry_run {
+        let is = match &host.cordon {
+            Some(reason) => format!("which is cordoned ({reason}), would be so no more"),
+            None => "is not cordoned, and nothing would change".into(),
+        };
+        return dry::would(desk, &format!("host {}, {is}", host.name));
+    }
     let host: HostView = desk.api.take_away(&path(&host)).await?;
     match desk.json {
         true => say_json(&host)?,
@@ -160,7 +174,22 @@ pub(super) async fn uncordon(desk: &Desk, name: Option<String>) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn forget(desk: &Desk, name: &str) -> Result<ExitCode, Problem> {
+pub(super) async fn forget(desk: &Desk, name: &str, dry: Dry) -> Result<ExitCode, Problem> {
+    if dry.dry_run {
+        let host = the_one(desk, Some(name)).await?;
+        if host.alive {
+            let message =
+                format!("host {name} is heard: it would be back at once; end its daemon first");
+            return Err(Problem::new(Code::StillRunning, message));
+        }
+        return dry::would(
+            desk,
+            &format!(
+                "host {name} would be forgotten, with its {} guests",
+                host.guests
+            ),
+        );
+    }
     let path = format!("/v1/hosts/{}", super::path_part(name)?);
     desk.api.delete(&path).await?;
     match desk.json {

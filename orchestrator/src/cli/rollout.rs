@@ -78,7 +78,8 @@ struct NewArgs {
     /// Version of the release to roll out.
     #[arg(long, value_name = "VERSION")]
     to: String,
-    /// What is swapped: vmm, guest by guest; or kvm, the modules of a host under all its guests together.
+    /// What is swapped: vmm, guest by guest; kvm, the modules of a host under all its guests together; or kernel,
+    /// the host's, which has no way back and needs --no-roll-back.
     #[arg(long, value_name = "COMPONENT", default_value_t = Rung::Vmm)]
     component: Rung,
     /// Of a component that takes a whole host: the longest that its guests stand still, such as 10s, and at most 30s.

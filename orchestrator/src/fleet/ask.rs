@@ -26,7 +26,7 @@ const TRIES: u32 = 16;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewRollout {
-    /// What is swapped: `vmm`, or `kvm`, with all guests of a host together.
+    /// What is swapped: `vmm`, guest by guest; `kvm` or `kernel`, with all guests of a host together.
     pub component: String,
     /// The longest that guests of a host stand still that is swapped with all of them, ns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -219,6 +219,12 @@ fn turn(record: &mut RolloutRecord, act: Act) -> Result<Option<String>, Problem>
     };
     if state.is_over() {
         return too_late("nothing more can be done to it");
+    }
+    if act == Act::RollBack && !record.rung().has_way_back() {
+        return too_late(&format!(
+            "a swap of {} has no way back; `stillpoint rollout abort` ends it, and what was swapped stays",
+            record.component
+        ));
     }
     let (to, line) = match (act, state) {
         (Act::Pause, State::Paused | State::Stopped) => return Ok(None),

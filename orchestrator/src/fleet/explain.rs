@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use super::clocks::Skew;
 use super::driver::hear;
 use super::look::{Look, Place};
-use super::record::{DriverCard, KvmCard, RolloutId, RolloutRecord, UnitRecord};
+use super::record::{ComponentCard, DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
 use crate::model::{GateSaid, HostName, Labels, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
@@ -114,7 +114,10 @@ pub struct HostView {
     pub releases: Vec<String>,
     /// Its KVM.
     #[serde(default)]
-    pub kvm: KvmCard,
+    pub kvm: ComponentCard,
+    /// Its kernel.
+    #[serde(default)]
+    pub kernel: ComponentCard,
     /// Version of its daemon.
     pub daemon: String,
     /// Guests that run there.
@@ -209,7 +212,12 @@ pub fn explain(look: &Look, place: &Place, now: Moment) -> String {
     let with_host = |unit: &UnitRecord| match (unit.vm.is_some(), unit.rung) {
         (true, _) => String::new(),
         (false, rung) => {
-            format!("VM {vm} stands still with all guests of its host for its {rung}: ")
+            let back = if rung.has_way_back() {
+                ""
+            } else {
+                ", which has no way back"
+            };
+            format!("VM {vm} stands still with all guests of its host for its {rung}{back}: ")
         }
     };
     let Some((record, at)) = of_one else {
@@ -268,7 +276,8 @@ impl Fleet {
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),
                 labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
                 releases: card.map_or_else(Vec::new, |card| card.releases.clone()),
-                kvm: card.map_or_else(KvmCard::default, |card| card.kvm.clone()),
+                kernel: card.map_or_else(ComponentCard::default, |card| card.kernel.clone()),
+                kvm: card.map_or_else(ComponentCard::default, |card| card.kvm.clone()),
                 daemon: card.map_or_else(String::new, |card| card.daemon.clone()),
                 guests: guests.count(),
                 drives: driver.as_ref() == Some(name),

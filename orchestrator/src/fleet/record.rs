@@ -29,7 +29,10 @@ pub struct HostCard {
     pub releases: Vec<String>,
     /// Its KVM.
     #[serde(default)]
-    pub kvm: KvmCard,
+    pub kvm: ComponentCard,
+    /// Its kernel.
+    #[serde(default)]
+    pub kernel: ComponentCard,
     /// Version of its daemon.
     pub daemon: String,
 }
@@ -39,16 +42,24 @@ impl HostCard {
     pub fn has(&self, rung: Rung, version: &str) -> bool {
         let releases = match rung {
             Rung::Vmm => &self.releases,
-            Rung::Kvm => &self.kvm.releases,
-            Rung::Backend | Rung::Kernel => return false,
+            Rung::Backend => return false,
+            Rung::Kvm | Rung::Kernel => &self.whole(rung).releases,
         };
         releases.iter().any(|release| release == version)
     }
+
+    /// What it says of a component that is swapped with all guests.
+    pub fn whole(&self, rung: Rung) -> &ComponentCard {
+        match rung {
+            Rung::Kernel => &self.kernel,
+            _ => &self.kvm,
+        }
+    }
 }
 
-/// What a host says of its KVM.
+/// What a host says of a component that is swapped with all its guests.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct KvmCard {
+pub struct ComponentCard {
     /// The release that it runs, or in words what else; empty of a daemon that doesn't say.
     #[serde(default)]
     pub runs: String,
@@ -306,7 +317,7 @@ impl UnitRecord {
 pub struct RolloutRecord {
     /// Its id.
     pub id: RolloutId,
-    /// What is swapped: `vmm`, or `kvm`.
+    /// What is swapped: `vmm`, `kvm` or `kernel`.
     pub component: String,
     /// The longest that guests of a host stand still that is swapped with all of them, ns.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -167,14 +167,17 @@ impl Rung {
         }
     }
 
+    /// Whether a swap of it can be undone by another swap.
+    pub fn has_way_back(self) -> bool {
+        // A kernel that guests were stored by is gone with all that only it knew of the host.
+        self != Self::Kernel
+    }
+
     /// Why swaps of it can't be done, as long as they are not built.
     pub fn not_built(self) -> Option<&'static str> {
         match self {
-            Self::Vmm | Self::Kvm => None,
+            Self::Vmm | Self::Kvm | Self::Kernel => None,
             Self::Backend => Some("devices run inside the VMM, so there is no process to exchange"),
-            Self::Kernel => Some(
-                "not driven by rollouts yet; run `stillpoint swap kernel` on each host, one after the other",
-            ),
         }
     }
 }

@@ -1,10 +1,11 @@
-//! What a rollout asks of this host with all its guests: its KVM exchanged, or put back.
+//! What a rollout asks of this host with all its guests: its KVM exchanged, or put back; its kernel swapped.
 //!
 //! ```text
 //!   forward ─▶ runs it already? ─▶ exchange, as `stillpoint swap kvm` does, by the release of that name
 //!   back    ─▶ the swap of this rollout that went before:
 //!                 none, or guests came back on the old modules ─▶ there
 //!                 not over ─▶ wait                   otherwise ─▶ exchange, to what was there before it
+//!   kernel  ─▶ runs it already? ─▶ jump, as `stillpoint swap kernel` does; after it the adoption has said what came of it
 //! ```
 //!
 //! The order's id is the swap's here too. Must never: exchange anything under some guests of the host only; take
@@ -13,9 +14,11 @@
 use std::path::Path;
 
 use super::{asked_for, say};
+use crate::agent::kernel_releases::{self, KernelRelease};
+use crate::agent::kexec;
 use crate::agent::kvm_releases::{self, KvmRelease};
 use crate::agent::process::boot_id;
-use crate::api::{Desk, Exchange, NewHostSwap, NewKvm, check_host_swap, names};
+use crate::api::{Desk, Exchange, NewHostSwap, NewKernelSwap, NewKvm, check_host_swap, names};
 use crate::execute::unix_ns;
 use crate::fleet::record::{Answer, Far, Order};
 use crate::model::{
@@ -35,10 +38,17 @@ struct How {
 
 /// Begins it, if there is anything to do.
 pub(super) async fn begin(desk: &Desk, order: &Order) -> Result<Answer, Problem> {
-    if order.rung != Rung::Kvm {
-        let reason = format!("this daemon swaps no {} as a step of a rollout", order.rung);
-        return Ok(say(order, Far::Refused, Some(reason)));
+    match order.rung {
+        Rung::Kvm => begin_kvm(desk, order).await,
+        Rung::Kernel => Ok(begin_kernel(desk, order).await),
+        Rung::Backend | Rung::Vmm => {
+            let reason = format!("no {} is swapped with all guests of a host", order.rung);
+            Ok(say(order, Far::Refused, Some(reason)))
+        }
     }
+}
+
+async fn begin_kvm(desk: &Desk, order: &Order) -> Result<Answer, Problem> {
     let swaps = desk.host.store.host_swaps().await?;
     let runs = kvm_release(&swaps, &boot_id());
     let how = match order.way {
@@ -61,6 +71,35 @@ pub(super) async fn begin(desk: &Desk, order: &Order) -> Result<Answer, Problem>
         Err(problem) => Err(problem),
     };
     Ok(asked_for(order, asked))
+}
+
+/// Jumps. It is on disk under the order's id before anything happens, and what comes of it says the adoption after
+/// the jump, before this is looked at again: no order is a second jump. A host that runs the kernel needs none.
+async fn begin_kernel(desk: &Desk, order: &Order) -> Answer {
+    if order.way == Way::Back {
+        let reason = "a jump into another kernel has no way back".to_owned();
+        return say(order, Far::Refused, Some(reason));
+    }
+    if kexec::running() == order.to {
+        return say(order, Far::Settled, None);
+    }
+    let asked = match kernel_releases::find(&desk.host.boot_dir, &order.to) {
+        Err(error) => Err(Problem::new(Code::NotFound, error.to_string())),
+        Ok(KernelRelease { image, initrd }) => {
+            let new = NewKernelSwap {
+                kernel: image,
+                initrd,
+                command_line: None,
+                budget_ns: order.budget_ns.unwrap_or(0),
+                notice_ns: order.notice_ns,
+                no_notice: order.no_notice.clone(),
+            };
+            let rollout = Some(order.rollout.clone());
+            let asked = desk.ask_kernel_swap(new, order.id.clone(), rollout);
+            asked.await.map(drop).map_err(|refusal| refusal.0)
+        }
+    };
+    asked_for(order, asked)
 }
 
 /// The swap of an order's rollout that went forward here, as far as one did. What came after it is a way back.
@@ -162,8 +201,13 @@ pub(super) async fn of_swap(
     swap: &HostSwap,
 ) -> Result<Answer, Problem> {
     let came_back_on = swap.kvm.as_ref().and_then(|kvm| kvm.came_back_on);
-    let far = far(order.way, swap.state, came_back_on);
-    let reason = swap.reason.clone();
+    let mut far = far(order.way, swap.state, came_back_on);
+    let mut reason = swap.reason.clone();
+    let came_to = swap.kernel.as_ref().and_then(|jump| jump.to.as_ref());
+    if let Some(other) = came_to.filter(|kernel| **kernel != order.to) {
+        far = Far::Failed;
+        reason = Some(format!("the host came to kernel {other}"));
+    }
     if !swap.state.is_over() {
         return Ok(say(order, far, reason));
     }

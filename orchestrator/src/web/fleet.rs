@@ -113,7 +113,7 @@ fn hosts(hosts: &[HostView]) -> Markup {
                         td { (host.guests) }
                         td {
                             (host.releases.join(" "))
-                            @if !host.kvm.runs.is_empty() { " " span class="soft" { "KVM " (host.kvm.runs) } }
+                            @if !host.kvm.runs.is_empty() { " " span class="soft" { "KVM " (host.kvm.runs) ", kernel " (host.kernel.runs) } }
                         }
                         td {
                             @if host.drives { "drives rollouts. " }

@@ -3,6 +3,8 @@
 //! Only on a host that is there for it, an emulated one: whoever else uses KVM on a host of somebody's would
 //! stand in the way, or be stood in the way of.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -98,6 +100,7 @@ fn a_rollout_brings_modules(daemon: &Daemon, broken: &Path) -> anyhow::Result<()
         std::fs::create_dir_all(&folder)?;
         for name in ["kvm.ko", "kvm_amd.ko"] {
             std::fs::copy(from.join(name), folder.join(name))?;
+            std::fs::set_permissions(folder.join(name), Permissions::from_mode(0o644))?;
         }
         std::fs::write(folder.join("parameters"), parameters)?;
     }

@@ -103,9 +103,12 @@ fn terms(record: &RolloutRecord) -> String {
         ));
     }
     if let Some(budget) = record.budget_ns {
+        let back = match record.rung().has_way_back() {
+            true => "the way back is another swap, to what was there before",
+            false => "there is no way back",
+        };
         lines.push(format!(
-            "all guests of a host stand still together, for {} at the longest; the way back is another swap, to \
-             what was there before",
+            "all guests of a host stand still together, for {} at the longest; {back}",
             format::time(Duration::from_nanos(budget))
         ));
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{MOST_UNITS, NewRollout, bad, the_vm};
 use crate::fleet::look::{Look, Place, Subject, Versioned};
-use crate::fleet::record::{GuestRecord, HostCard, RolloutId, RolloutRecord, UnitRecord};
+use crate::fleet::record::{GuestRecord, RolloutId, RolloutRecord, UnitRecord, VmCard};
 use crate::model::{Code, HostName, Moment, Problem, Rung};
 use crate::plan::rollout::State;
 use crate::plan::rollout::layout::{Layout, Remedy, Unit};
@@ -25,7 +25,7 @@ pub fn lay_out(
     // What is not built says so before anything else is looked for.
     remedy.check().map_err(|e| bad(e.to_string()))?;
     let wanted = match rung.takes_whole_host() {
-        true => hosts(look, new)?,
+        true => hosts(look, new, rung)?,
         false => guests(look, new)?,
     };
     is_free(look, &wanted)?;
@@ -97,6 +97,12 @@ fn rung(new: &NewRollout) -> Result<Rung, Problem> {
              swapped (--budget, 30s at most)"
         )));
     }
+    if !rung.has_way_back() && new.policy.roll_back {
+        return Err(bad(format!(
+            "field `policy.roll_back`: a swap of {rung} has no way back; say --no-roll-back: where one fails the \
+             rollout stops, and what was swapped stays"
+        )));
+    }
     Ok(rung)
 }
 
@@ -125,7 +131,7 @@ fn unit_record(look: &Look, subject: Subject, unit: &Unit, now: Moment) -> Optio
                 });
             let guests = guests.collect();
             let card = look.hosts.get(&host).and_then(|host| host.card.as_ref())?;
-            (None, 0, card.kvm.runs.clone(), guests)
+            (None, 0, card.whole(unit.rung).runs.clone(), guests)
         }
     };
     Some(UnitRecord {
@@ -227,36 +233,54 @@ fn guests(look: &Look, new: &NewRollout) -> Result<BTreeSet<Subject>, Problem> {
     }
 }
 
+/// What is said of the guests of a host.
+fn guests_of<'a>(look: &'a Look, host: &'a HostName) -> impl Iterator<Item = &'a VmCard> {
+    let all = look.vms.iter().filter(move |(place, _)| place.0 == *host);
+    all.map(|(_, card)| card)
+}
+
 /// The hosts that a rollout is to swap with all their guests.
-fn hosts(look: &Look, new: &NewRollout) -> Result<BTreeSet<Subject>, Problem> {
+fn hosts(look: &Look, new: &NewRollout, rung: Rung) -> Result<BTreeSet<Subject>, Problem> {
     are_sets(look, new)?;
     let of_host = hosts_asked(look, new)?;
     let has_set = |host: &HostName| {
-        let mut guests = look.vms.iter().filter(|(place, _)| place.0 == *host);
-        guests.any(|(_, card)| card.set.as_ref().is_some_and(|set| new.sets.contains(set)))
+        let mut cards = guests_of(look, host);
+        cards.any(|card| card.set.as_ref().is_some_and(|set| new.sets.contains(set)))
+    };
+    // A kernel without guests is booted as ever.
+    let is_swapped = |host: &HostName| {
+        let mut cards = guests_of(look, host);
+        rung != Rung::Kernel || cards.any(|card| card.state.is_active())
     };
     let cards = look.hosts.iter();
     let cards = cards.filter_map(|(name, host)| Some((name, host.card.as_ref()?)));
-    let asked_for =
-        cards.filter(|(name, _)| of_host(name) && (new.sets.is_empty() || has_set(name)));
+    let asked_for = cards.filter(|(name, _)| {
+        of_host(name) && is_swapped(name) && (new.sets.is_empty() || has_set(name))
+    });
     let (there, wanted): (Vec<_>, Vec<_>) =
-        asked_for.partition(|(_, card): &(_, &HostCard)| card.kvm.runs == new.to);
+        asked_for.partition(|(_, card)| card.whole(rung).runs == new.to);
     let wanted: BTreeSet<Subject> = wanted
         .into_iter()
         .map(|(name, _)| (name.clone(), None))
         .collect();
-    let taken = look
-        .vms
-        .keys()
-        .filter(|(host, _)| wanted.contains(&(host.clone(), None)));
+    let taken: usize = wanted
+        .iter()
+        .map(|(host, _)| guests_of(look, host).count())
+        .sum();
     match wanted.len() {
         0 if !there.is_empty() => Err(bad(format!(
             "nothing is left to be done: all {} hosts that were asked for run release {} already",
             there.len(),
             new.to
         ))),
-        0 => Err(bad("no host is among those that were asked for")),
-        many => fits(many + taken.count(), "hosts and guests").map(|()| wanted),
+        0 => Err(bad(match rung {
+            Rung::Kernel => {
+                "no host with guests that run is among those that were asked for; without guests boot the \
+                             other kernel as ever"
+            }
+            _ => "no host is among those that were asked for",
+        })),
+        many => fits(many + taken, "hosts and guests").map(|()| wanted),
     }
 }
 
@@ -313,6 +337,9 @@ fn have_release(
     }
     let how = match rung {
         Rung::Kvm => "lay its modules out there first, in a folder of `stillpointd --kvm-dir`",
+        Rung::Kernel => {
+            "install its package there first (vmlinuz-VERSION in `stillpointd --boot-dir`)"
+        }
         _ => "add it there first (`stillpoint release add`)",
     };
     let message = format!(

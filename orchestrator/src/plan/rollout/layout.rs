@@ -264,17 +264,17 @@ mod tests {
                 .all(|u| u.rung == Rung::Vmm && u.vm.is_some())
         );
         let above: Vec<Rung> = remedy.unavailable().map(|(rung, _)| rung).collect();
-        assert_eq!(above, [Rung::Backend, Rung::Kernel]);
+        assert_eq!(above, [Rung::Backend]);
     }
 
     #[test]
     fn a_rung_that_is_not_built_is_refused_with_its_reason() {
-        let remedy = Remedy::contained_in([Rung::Kernel]);
+        let remedy = Remedy::contained_in([Rung::Backend]);
         let refused = Layout::new(&fleet(), &remedy, &[], 0, |_| true).expect_err("not built");
         assert!(
             refused
                 .to_string()
-                .contains("kernel: not driven by rollouts yet"),
+                .contains("backend: devices run inside the VMM"),
             "{refused}"
         );
         let none = Remedy::contained_in([]);

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::fleet::record::{KvmCard, VmCard};
+use crate::fleet::record::{ComponentCard, HostCard, VmCard};
 use crate::model::{Labels, Policy, VmName, VmState};
 use crate::plan::rollout::seen::Health;
 
@@ -23,7 +23,11 @@ fn look(guests: &[usize]) -> Look {
             fault_domain: "r".into(),
             labels: Labels::new(),
             releases: vec!["next".into()],
-            kvm: KvmCard {
+            kernel: ComponentCard {
+                runs: "6.1.0".into(),
+                releases: vec!["next".into()],
+            },
+            kvm: ComponentCard {
                 runs: "as booted".into(),
                 releases: vec!["next".into()],
             },
@@ -137,6 +141,20 @@ proptest! {
 }
 
 #[test]
+fn a_kernel_goes_to_hosts_with_guests_and_never_back() {
+    let look = look(&[2, 0]);
+    let mut new = new("kernel", &[], &[]);
+    new.policy.roll_back = false;
+    let record = lay_out(&look, &new, RolloutId("r".into()), NOW).expect("a layout");
+    let hosts: Vec<_> = record
+        .units
+        .iter()
+        .map(|unit| (unit.host.as_str(), unit.from.as_str()))
+        .collect();
+    assert_eq!(hosts, [("h0", "6.1.0")]);
+}
+
+#[test]
 fn hosts_go_as_a_whole_by_name_or_by_whose_guests_they_run_and_without_guests_too() {
     let look = look(&[2, 0, 1]);
     let hosts = |new: &NewRollout| -> Vec<(String, usize)> {
@@ -177,15 +195,19 @@ fn what_can_not_go_with_hosts_as_a_whole_is_refused() {
                 component: "kernel".into(),
                 ..kvm()
             },
-            "run `stillpoint swap kernel` on each host",
+            "has no way back; say --no-roll-back",
         ),
         (
             NewRollout {
                 component: "kernel".into(),
-                budget_ns: None,
+                hosts: vec!["h1".into()],
+                policy: Policy {
+                    roll_back: false,
+                    ..Policy::default()
+                },
                 ..kvm()
             },
-            "not driven by rollouts yet",
+            "without guests boot the other kernel as ever",
         ),
         (
             NewRollout {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::fleet::ask::{NewRollout, lay_out};
-use crate::fleet::record::{Alive, HostCard, KvmCard, RolloutId, VmCard};
+use crate::fleet::record::{Alive, ComponentCard, HostCard, RolloutId, VmCard};
 use crate::model::{Labels, Policy, Rung, VmName, VmState};
 use crate::plan::rollout::seen::Health;
 
@@ -25,7 +25,11 @@ fn look() -> Look {
         fault_domain: "r".into(),
         labels: Labels::new(),
         releases: vec!["good".into(), "next".into()],
-        kvm: KvmCard {
+        kernel: ComponentCard {
+            runs: "6.1.0".into(),
+            releases: vec!["next".into()],
+        },
+        kvm: ComponentCard {
             runs: "as booted".into(),
             releases: vec!["next".into()],
         },
