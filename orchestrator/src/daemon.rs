@@ -75,6 +75,10 @@ pub struct Config {
     pub rules: Rules,
     /// Where commands lie that rollouts may ask as gates.
     pub gate_dir: PathBuf,
+    /// Where releases of KVM lie that rollouts may bring.
+    pub kvm_dir: PathBuf,
+    /// Where kernels lie that rollouts may bring.
+    pub boot_dir: PathBuf,
     /// The collector of spans; none when absent.
     pub collector: Option<Collector>,
     /// The host's carve-out, if it has one; without one live update is used, where the kernel has it.
@@ -152,6 +156,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         holds: execute::Holds::default(),
         lanes: execute::Lanes::of_host(),
         carve_out,
+        kvm_dir: config.kvm_dir.clone(),
+        boot_dir: config.boot_dir.clone(),
     };
     host.binaries.clear_away();
     add_first_release(&host).await?;

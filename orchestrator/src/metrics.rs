@@ -238,7 +238,11 @@ impl Page {
             self.line(name, &labels, 1);
         }
         let name = "stillpoint_rollout_units";
-        self.head(name, "gauge", "Guests of a rollout, by how far they are.");
+        self.head(
+            name,
+            "gauge",
+            "Units of a rollout, guests or hosts with all theirs, by how far they are.",
+        );
         for rollout in rollouts {
             let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
             counts.extend(Phase::ALL.map(|phase| (phase.words(), 0)));

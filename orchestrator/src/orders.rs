@@ -12,13 +12,15 @@
 //! its own store and begins nothing twice. A refusal is an answer, and stays one. Must never: act on an
 //! order before its epoch is on disk.
 
+mod host;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::api::{Desk, NewSwap};
 use crate::fleet::look::Look;
 use crate::fleet::record::{Answer, Far, Order};
-use crate::fleet::{ANSWERS, ORDERS};
+use crate::fleet::{ANSWERS, ORDERS, keys};
 use crate::model::{Code, Problem, SwapId, SwapRecord, SwapState, VMM, VmName, VmState};
 use crate::plan::rollout::evidence::is_settled;
 use crate::store::StoreError;
@@ -78,12 +80,15 @@ impl Obedient {
         }
         let mut standing = BTreeSet::new();
         for ((_, vm), order) in &look.orders {
-            let key = format!("{ANSWERS}{}/{vm}", fleet.me);
+            let key = keys::of_unit(ANSWERS, &fleet.me, vm.as_ref());
             standing.insert(key.clone());
             if !self.counts(desk, &look.origin, order).await? {
                 continue;
             }
-            let answer = self.answer(desk, vm, order, &key).await?;
+            let answer = match vm {
+                Some(vm) => self.answer(desk, vm, order, &key).await?,
+                None => self.answer_of_host(desk, order, &key).await?,
+            };
             if self.said.get(&key) == Some(&answer) {
                 continue;
             }
@@ -133,12 +138,7 @@ impl Obedient {
         if let Some(refused) = self.refused(desk, order, key).await? {
             return Ok(refused);
         }
-        let say = |far, reason: Option<String>| Answer {
-            order: order.id.clone(),
-            far,
-            reason,
-            swap: None,
-        };
+        let say = |far, reason| say(order, far, reason);
         let Some(record) = desk.host.store.vm(vm).await? else {
             let reason = format!("no VM on {} is called `{vm}`", desk.fleet.me);
             return Ok(say(Far::Refused, Some(reason)));
@@ -152,17 +152,23 @@ impl Obedient {
         }
         let rollout = Some(order.rollout.clone());
         let asked = desk.ask_swap(vm.as_str(), wanted(order), order.id.clone(), rollout);
-        match asked.await {
-            Ok(_) => Ok(say(Far::UnderWay, None)),
-            Err(problem) if problem.code == Code::SwapInProgress => {
-                Ok(say(Far::UnderWay, Some(problem.message)))
-            }
-            // It may be well in a moment, and the rollout has a deadline.
-            Err(problem) if matches!(problem.code, Code::StoreFailed | Code::StoreFull) => {
-                Ok(say(Far::UnderWay, Some(problem.message)))
-            }
-            Err(problem) => Ok(say(Far::Refused, Some(problem.message))),
+        Ok(asked_for(order, asked.await.map(drop)))
+    }
+
+    /// The same of the host with all its guests.
+    async fn answer_of_host(
+        &mut self,
+        desk: &Desk,
+        order: &Order,
+        key: &str,
+    ) -> Result<Answer, Problem> {
+        if let Some(swap) = desk.host.store.host_swap(&order.id).await? {
+            return host::of_swap(desk, order, &swap).await;
         }
+        if let Some(refused) = self.refused(desk, order, key).await? {
+            return Ok(refused);
+        }
+        host::begin(desk, order).await
     }
 
     /// The refusal of an order, if it was refused: by this daemon, or by one before it.
@@ -180,6 +186,32 @@ impl Obedient {
             }
         };
         Ok(said.filter(|said| said.order == order.id && said.far == Far::Refused))
+    }
+}
+
+/// An answer to an order.
+fn say(order: &Order, far: Far, reason: Option<String>) -> Answer {
+    Answer {
+        order: order.id.clone(),
+        far,
+        reason,
+        swap: None,
+        worst: None,
+    }
+}
+
+/// The answer to an order whose swap was asked for.
+fn asked_for(order: &Order, asked: Result<(), Problem>) -> Answer {
+    match asked {
+        Ok(()) => say(order, Far::UnderWay, None),
+        Err(problem) if problem.code == Code::SwapInProgress => {
+            say(order, Far::UnderWay, Some(problem.message))
+        }
+        // It may be well in a moment, and the rollout has a deadline.
+        Err(problem) if matches!(problem.code, Code::StoreFailed | Code::StoreFull) => {
+            say(order, Far::UnderWay, Some(problem.message))
+        }
+        Err(problem) => say(order, Far::Refused, Some(problem.message)),
     }
 }
 
@@ -218,5 +250,6 @@ async fn of_swap(desk: &Desk, swap: SwapRecord) -> Result<Answer, Problem> {
         far,
         reason: crate::fleet::driver::reason(&swap),
         swap: is_over.then_some(swap),
+        worst: None,
     })
 }

@@ -337,6 +337,8 @@ async fn a_host_whose_clock_disagrees_is_named_and_left_alone() {
         labels: Default::default(),
         releases: vec!["good".into(), "next".into()],
         daemon: "0".into(),
+        kvm: Default::default(),
+        kernel: Default::default(),
     };
     put(&format!("{HOSTS}h9"), json(&card)).await;
     let guest = VmCard {

@@ -36,6 +36,22 @@ fn get(site: &str, path: &str, more: &str) -> (String, String) {
     (head.to_owned(), body.to_owned())
 }
 
+/// The same of a form that is sent with the cookie.
+fn post(site: &str, path: &str, key: &str, form: &str) -> (String, String) {
+    let at = site.strip_prefix("http://").expect("http");
+    let mut stream = TcpStream::connect(at).expect("connect");
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\nCookie: stillpoint={key}\r\n\
+         Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{form}",
+        form.len()
+    );
+    stream.write_all(request.as_bytes()).expect("ask");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("answer");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+    (head.to_owned(), body.to_owned())
+}
+
 /// A host with two guests, of which one has been swapped, and one waits for a word.
 fn host() -> (Daemon, String, String) {
     let mut daemon = Daemon::prepare();
@@ -106,17 +122,7 @@ fn who_does_not_know_the_key_sees_nothing_and_does_nothing() {
         .and_then(|rest| rest.split('"').next());
     let action = action.expect("a form").to_owned();
     // Another site's form has the cookie at most.
-    let at = site.strip_prefix("http://").expect("http");
-    let mut stream = TcpStream::connect(at).expect("connect");
-    let body = "key=0123&reason=";
-    let request = format!(
-        "POST {action} HTTP/1.1\r\nHost: {at}\r\nConnection: close\r\n{cookie}\
-         Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    stream.write_all(request.as_bytes()).expect("ask");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("answer");
+    let (answer, _) = post(&site, &action, &key, "key=0123&reason=");
     assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
     let event = &daemon.ask(&["events", "ls"]).good()[0];
     assert!(event["notices"][0]["approval"].is_null(), "{event}");
@@ -270,4 +276,57 @@ fn a_person_without_a_mouse_cancels_with_a_reason() {
     browser.scripts(false);
     browser.go(&format!("{site}/"));
     assert!(browser.text().contains("web-1"), "{}", browser.text());
+}
+
+#[test]
+fn a_person_pauses_a_rollout_on_its_page_and_resumes_it() {
+    if let Some(why) = browser::missing() {
+        println!("SKIPPED a_person_pauses_a_rollout_on_its_page_and_resumes_it: {why}");
+        return;
+    }
+    let (daemon, site, key) = host();
+    // Nothing begins while the host is cordoned, so that there is time to click.
+    daemon.ask(&["host", "cordon", "--reason", "wait"]).good();
+    let started = daemon.ask(&[
+        "rollout",
+        "start",
+        "--detach",
+        "--to",
+        "1.1.0",
+        "--vm",
+        "web-2",
+        "--bake",
+        "0s",
+        "--well-for",
+        "50ms",
+        "--notice",
+        "0s",
+    ]);
+    let id = started.good()["rollout"]["id"].clone();
+    let id = id.as_str().expect("an id");
+    let state = || daemon.ask(&["rollout", "show", id]).good()["rollout"]["state"].clone();
+    let mut browser = Browser::start();
+    browser.go(&format!("{site}/fleet?key={key}"));
+    browser.click(&format!("a[href='/rollouts/{id}']"));
+    browser.until("document.querySelector('button#pause') !== null");
+    // Another site's form has the cookie at most.
+    let (head, _) = post(&site, &format!("/rollouts/{id}/pause"), &key, "key=0123");
+    assert!(head.starts_with("HTTP/1.1 403"), "{head}");
+    assert_eq!(state(), "running");
+    browser.click("button#pause");
+    browser.until("document.querySelector('button#resume') !== null");
+    assert_eq!(state(), "paused");
+    daemon.ask(&["host", "uncordon"]).good();
+    browser.until("document.body.innerText.includes('the rollout is paused')");
+    // By the keyboard alone.
+    browser.evaluate("document.querySelector('button#resume').focus()");
+    browser.press("Enter", 13);
+    browser.until("document.body.innerText.includes('VM web-2 is done')");
+    assert_eq!(state(), "finished");
+    browser.until("document.querySelector('main button') === null");
+    let history = daemon.ask(&["rollout", "history", id]).good().to_string();
+    assert!(
+        history.contains("\"paused\"") && history.contains("\"resumed\""),
+        "{history}"
+    );
 }

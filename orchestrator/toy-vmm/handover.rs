@@ -232,6 +232,7 @@ pub(super) fn adopt(flags: Flags) -> anyhow::Result<()> {
             owner,
             swaps: offer.swaps + 1,
             swapping: false,
+            standing: None,
             report: Some(report(&offer, to, Outcome::Moved, None)),
         }),
         flags,

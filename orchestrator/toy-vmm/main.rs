@@ -7,6 +7,7 @@
 
 mod handover;
 mod serve;
+mod standstill;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,6 +15,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -68,6 +70,8 @@ struct Now {
     owner: Owner,
     swaps: u64,
     swapping: bool,
+    /// The swap that it stands still for, and since when.
+    standing: Option<(String, Instant)>,
     report: Option<SwapReport>,
 }
 
@@ -160,6 +164,7 @@ fn run(flags: Flags) -> anyhow::Result<()> {
             owner: Owner::Held(Epoch(0)),
             swaps: 0,
             swapping: false,
+            standing: None,
             report: None,
         }),
     };

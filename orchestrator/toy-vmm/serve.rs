@@ -8,7 +8,7 @@ use std::sync::Arc;
 use stillpoint_control::frame;
 use stillpoint_control::message::{Description, GuestState, PROTOCOL, ProcessId, Reply, Request};
 
-use super::{Toy, handover, lock};
+use super::{Toy, handover, lock, standstill};
 
 /// Serves until the process ends.
 pub(super) fn serve(toy: Arc<Toy>) -> anyhow::Result<()> {
@@ -52,15 +52,15 @@ fn answer(toy: &Arc<Toy>, client: &OwnedFd) -> anyhow::Result<()> {
         // A toy's guest has no driver for its power button.
         Request::PressPowerButton => Reply::Pressed { heard: false },
         Request::HandOver { .. } => handover::offer(toy, client, request, fds)?,
-        // As of a release that does not know them yet; and its guest is none that could stand still.
+        Request::Detach { swap, .. } => standstill::detach(toy, swap),
+        Request::Rebuild { swap } => standstill::rebuild(toy, &swap),
+        Request::Resume { swap } => standstill::resume(toy, &swap),
+        // As of a release that does not know them yet.
         Request::Rehearse { .. }
         | Request::Signs
         | Request::Freeze { .. }
-        | Request::Detach { .. }
-        | Request::Rebuild { .. }
         | Request::Store { .. }
-        | Request::AwaitJump { .. }
-        | Request::Resume { .. } => Reply::Error {
+        | Request::AwaitJump { .. } => Reply::Error {
             code: "bad_request".into(),
             message: "not a request of this protocol".into(),
         },

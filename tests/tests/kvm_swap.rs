@@ -261,6 +261,84 @@ fn guests_wait_for_kvm_though_the_daemon_died() -> anyhow::Result<()> {
     are_well(&pulses)
 }
 
+/// A release of KVM for rollouts, whose programs note what guests' processes have open of KVM while they run.
+fn lay_out_release(dir: &Path, version: &str) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let closed = || std::fs::Permissions::from_mode(0o755);
+    let (kvm, notes) = (dir.join("kvm"), dir.join("notes"));
+    let folder = kvm.join(version);
+    std::fs::create_dir_all(&folder)?;
+    for name in ["exchange", "undo"] {
+        let script = format!(
+            "#!/bin/sh\nfor pid in $(cat {0}/pids); do ls -l /proc/$pid/fd; done >{0}/open\n\
+             echo {name} {version} $(grep -c kvm {0}/open) >>{1}\n",
+            dir.display(),
+            notes.display()
+        );
+        std::fs::write(folder.join(name), script)?;
+        std::fs::set_permissions(folder.join(name), closed())?;
+    }
+    std::fs::set_permissions(&folder, closed())?;
+    Ok(std::fs::set_permissions(&kvm, closed())?)
+}
+
+#[test]
+fn a_rollout_exchanges_kvm_under_guests_and_puts_it_back() -> anyhow::Result<()> {
+    needs_kvm!();
+    let dir = tempfile::tempdir()?;
+    for version in ["1.1", "1.2"] {
+        lay_out_release(dir.path(), version)?;
+    }
+    let releases = dir.path().join("kvm").display().to_string();
+    let daemon = Daemon::start_with(dir.path(), &["--kvm-dir", &releases])?;
+    let pulses = pair::boot(&daemon)?;
+    let pids = [daemon.vmm_pid(GUESTS[0])?, daemon.vmm_pid(GUESTS[1])?];
+    std::fs::write(
+        dir.path().join("pids"),
+        format!("{} {}\n", pids[0], pids[1]),
+    )?;
+    let of_kvm = ["rollout", "start", "--component", "kvm", "--budget", "20s"];
+    let quick = [
+        "--bake",
+        "0s",
+        "--well-for",
+        "50ms",
+        "--notice",
+        "0s",
+        "--retry-after",
+        "100ms",
+    ];
+    let args = |to: &'static str| [&of_kvm[..], &["--to", to], &quick[..]].concat();
+    let done = daemon.must(&args("1.1"))?;
+    ensure!(done["rollout"]["state"] == "finished", "{done:#}");
+    let unit = &done["rollout"]["units"][0];
+    let mut longest = Duration::ZERO;
+    for report in parts_are_true(&daemon)? {
+        longest = longest.max(report.blackout.host);
+    }
+    ensure!(
+        unit["blackout_ns"].as_u64().map(Duration::from_nanos) == Some(longest),
+        "{unit:#}"
+    );
+    are_well(&pulses)?;
+    // Beyond a limit that no pause is within: back to what was there, by another pause.
+    let over = daemon.stillpoint(&[&args("1.2")[..], &["--max-blackout", "1us"]].concat())?;
+    ensure!(
+        over.json["rollout"]["state"] == "rolled_back",
+        "{:#}",
+        over.json
+    );
+    parts_are_true(&daemon)?;
+    are_well(&pulses)?;
+    let notes = std::fs::read_to_string(dir.path().join("notes"))?;
+    ensure!(
+        notes == "exchange 1.1 0\nexchange 1.2 0\nundo 1.2 0\n",
+        "{notes}"
+    );
+    ensure!(daemon.must(&["host", "ls"])?[0]["kvm"]["runs"] == "1.1");
+    Ok(())
+}
+
 #[test]
 fn what_can_not_be_is_refused_and_nothing_stands_still() -> anyhow::Result<()> {
     needs_kvm!();

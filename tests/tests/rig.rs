@@ -169,6 +169,28 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A rollout brings the kernel: daemon and driver are gone with the jump, and the next ones settle its order by what
+/// was adopted.
+#[test]
+fn a_rollout_brings_the_hosts_kernel_by_one_jump() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let outcome = Rig::new("kernel-rollout", Kernel::Bookworm)
+        .memory_mib(2560)
+        .scratch_mib(256)
+        .carve_out_mib(384)
+        .scenario()?
+        .jump("newer", Kernel::Backports, &["scenario", "kernel-rollout"])
+        .command(&["scenario", "kernel-rollout", "--into", "newer"])
+        .time_limit(LIMIT)
+        .again_if_it_dies()
+        .run()?;
+    outcome.succeeded()?;
+    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let told: Value = serde_json::from_slice(&told)?;
+    ensure!(told["rollout"]["state"] == "finished", "{told:#}");
+    Ok(())
+}
+
 /// The crash matrix of a jump (SPECIFICATION.md, section 17), and the way back from the newer kernel to the older.
 #[test]
 fn what_goes_wrong_on_the_way_to_another_kernel() -> anyhow::Result<()> {

@@ -257,7 +257,7 @@ fn plain(name: &str) -> String {
 }
 
 /// The modules below a folder, by their names: those that `modules.dep` lists, and those in the folder itself.
-fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
+pub(super) fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
     let listed = fs::read_to_string(folder.join("modules.dep")).unwrap_or_default();
     let listed = listed.lines().filter_map(|line| line.split_once(':'));
     let listed = listed.map(|(path, _)| folder.join(path));
@@ -269,6 +269,12 @@ fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
         matches!(rest, "" | ".xz" | ".zst" | ".gz").then(|| (plain(stem), path.clone()))
     };
     listed.chain(beside).filter_map(named).collect()
+}
+
+/// Whether it is a file that may be executed.
+pub fn is_executable(path: &Path) -> bool {
+    use rustix::fs::{Access, access};
+    path.is_file() && access(path, Access::EXEC_OK).is_ok()
 }
 
 /// Its parameters as they are. What the kernel doesn't show, or shows as nothing, stays unsaid.

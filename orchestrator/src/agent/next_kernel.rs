@@ -182,7 +182,7 @@ fn names(disk: &mut (impl Read + Seek)) -> io::Result<Archive> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::io::Cursor;
 
     use super::*;
@@ -204,7 +204,7 @@ mod tests {
         bytes
     }
 
-    fn image(release: &str) -> Vec<u8> {
+    pub(in crate::agent) fn image(release: &str) -> Vec<u8> {
         let mut bytes = vec![0; 0x400];
         bytes[0x202..0x206].copy_from_slice(b"HdrS");
         bytes[0x20e..0x210].copy_from_slice(&0x100u16.to_le_bytes());

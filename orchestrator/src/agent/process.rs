@@ -14,6 +14,11 @@ use tokio::io::unix::AsyncFd;
 
 use super::pidfd;
 
+/// Which start of the kernel this is; empty where the kernel doesn't say.
+pub fn boot_id() -> String {
+    ProcessId::of(std::process::id()).map_or_else(String::new, |us| us.boot_id)
+}
+
 /// How a process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Exit {

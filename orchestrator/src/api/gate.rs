@@ -86,7 +86,7 @@ pub(crate) async fn pass(State(store): State<Store>, request: Request, next: Nex
 
 /// Whose word a change is, for the records of the fleet.
 #[derive(Clone, Debug)]
-pub(super) struct By(pub(super) String);
+pub(crate) struct By(pub(crate) String);
 
 fn refuse(message: impl Into<String>) -> Response {
     Refusal(Problem::new(Code::Forbidden, message)).into_response()

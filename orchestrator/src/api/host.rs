@@ -12,11 +12,12 @@ use utoipa::ToSchema;
 use super::Desk;
 use super::refusal::{Body, Refusal};
 use super::swaps::{check_budget, check_notice, new_id};
-use crate::agent::modules;
+use crate::agent::modules::{self, ModulesError};
+use crate::agent::process::boot_id;
 use crate::execute::{self, unix_ns};
 use crate::model::{
-    Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem, Safeguards, SwapId, SwapRecord,
-    SwapState, VmName, VmRecord, VmState, Wanted,
+    Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Module, Problem, Safeguards, SwapId,
+    SwapRecord, SwapState, VmName, VmRecord, VmState, Wanted,
 };
 use crate::store::Busy;
 
@@ -78,7 +79,13 @@ pub(super) async fn ask(
     check(&new)?;
     let vms = desk.guests(&new.vms).await?;
     let kvm = match &new.kvm {
-        Some(kvm) => Some(desk.kvm(kvm, &new.command, &vms).await?),
+        Some(kvm) => {
+            let exchange = match new.command.is_empty() {
+                true => Exchange::Folder(kvm.clone()),
+                false => Exchange::Command,
+            };
+            Some(desk.kvm(exchange, &vms).await?)
+        }
         None => None,
     };
     let swap = HostSwap {
@@ -89,15 +96,26 @@ pub(super) async fn ask(
         no_notice: new.no_notice,
         ..HostSwap::wanted(new_id()?, names(&vms), new.budget_ns, unix_ns())
     };
-    desk.begin(swap, &vms).await
+    Ok((StatusCode::ACCEPTED, Json(desk.begin(swap, &vms).await?)))
+}
+
+/// How KVM is to be exchanged.
+#[derive(Clone, Debug)]
+pub(crate) enum Exchange {
+    /// By modules of a folder.
+    Folder(NewKvm),
+    /// By modules that were there before.
+    PutBack(Vec<Module>),
+    /// By a command: what it does, the operator knows.
+    Command,
 }
 
 /// What these guests are called.
-pub(super) fn names(vms: &[VmRecord]) -> Vec<VmName> {
+pub(crate) fn names(vms: &[VmRecord]) -> Vec<VmName> {
     vms.iter().map(|vm| vm.name.clone()).collect()
 }
 
-fn check(new: &NewHostSwap) -> Result<(), Problem> {
+pub(crate) fn check(new: &NewHostSwap) -> Result<(), Problem> {
     let bad = |message: String| Err(Problem::new(Code::BadRequest, message));
     if new.kvm.is_some() && !new.vms.is_empty() {
         return bad(
@@ -126,16 +144,44 @@ fn check(new: &NewHostSwap) -> Result<(), Problem> {
     Ok(())
 }
 
+/// What an exchange loads, and what is there before it.
+fn swap_by(exchange: Exchange) -> Result<KvmSwap, ModulesError> {
+    let swap = match exchange {
+        Exchange::Command => KvmSwap::default(),
+        Exchange::PutBack(modules) => {
+            let before = modules::present()?;
+            let to = modules::instead(&modules, None, &[])?;
+            KvmSwap {
+                to,
+                before,
+                ..KvmSwap::default()
+            }
+        }
+        Exchange::Folder(new) => {
+            let before = modules::present()?;
+            let folder = new.to.as_deref().map(std::path::Path::new);
+            let to = modules::instead(&before, folder, &new.parameters)?;
+            KvmSwap {
+                to,
+                before,
+                ..KvmSwap::default()
+            }
+        }
+    };
+    Ok(KvmSwap {
+        boot_id: boot_id(),
+        ..swap
+    })
+}
+
 /// Whether the daemon finds a program of that name.
 fn is_program(name: &str) -> bool {
-    use rustix::fs::{Access, access};
-    let executable =
-        |path: &std::path::Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    use modules::is_executable;
     if name.contains('/') {
-        return executable(std::path::Path::new(name));
+        return is_executable(std::path::Path::new(name));
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    !name.is_empty() && std::env::split_paths(&path).any(|dir| executable(&dir.join(name)))
+    !name.is_empty() && std::env::split_paths(&path).any(|dir| is_executable(&dir.join(name)))
 }
 
 /// Whether KVM's modules could be exchanged now. Nothing is touched.
@@ -149,7 +195,7 @@ pub(super) async fn check_kvm(
 ) -> Result<Json<KvmCheck>, Refusal> {
     let vms = desk.guests(&[]).await?;
     let names = vms.iter().map(|vm| vm.name.to_string()).collect();
-    let (swap, problems) = desk.look_at_kvm(&new, &[], &vms).await?;
+    let (swap, problems) = desk.look_at_kvm(Exchange::Folder(new), &vms).await?;
     Ok(Json(KvmCheck {
         swap,
         vms: names,
@@ -159,13 +205,12 @@ pub(super) async fn check_kvm(
 
 impl Desk {
     /// What is to be exchanged of KVM, if nothing stands in the way.
-    async fn kvm(
+    pub(crate) async fn kvm(
         &self,
-        new: &NewKvm,
-        command: &[String],
+        exchange: Exchange,
         vms: &[VmRecord],
     ) -> Result<KvmSwap, Refusal> {
-        match self.look_at_kvm(new, command, vms).await? {
+        match self.look_at_kvm(exchange, vms).await? {
             (Some(swap), problems) if problems.is_empty() => Ok(swap),
             (_, problems) => Err(Problem::new(Code::BadRequest, problems.join("; ")).into()),
         }
@@ -174,30 +219,20 @@ impl Desk {
     /// What would be exchanged of KVM, and what stands in the way.
     async fn look_at_kvm(
         &self,
-        new: &NewKvm,
-        command: &[String],
+        exchange: Exchange,
         vms: &[VmRecord],
     ) -> Result<(Option<KvmSwap>, Vec<String>), Refusal> {
         let ours: Vec<u32> = vms
             .iter()
             .filter_map(|vm| Some(vm.process.as_ref()?.pid))
             .collect();
-        let (new, by_command) = (new.clone(), !command.is_empty());
         let looked = tokio::task::spawn_blocking(move || {
             let holders = modules::holders(&ours);
             let mut problems: Vec<_> = holders
                 .iter()
                 .map(|holder| format!("{holder} has KVM open: end it first, or move it away"))
                 .collect();
-            let swap = match by_command {
-                // What the command does, the operator knows.
-                true => Ok(KvmSwap::default()),
-                false => modules::present().and_then(|before| {
-                    let folder = new.to.as_deref().map(std::path::Path::new);
-                    let to = modules::instead(&before, folder, &new.parameters)?;
-                    Ok(KvmSwap { to, before })
-                }),
-            };
+            let swap = swap_by(exchange);
             let swap = swap.map_err(|error| problems.push(error.to_string())).ok();
             (swap, problems)
         });
@@ -208,6 +243,16 @@ impl Desk {
 
     /// The guests of these names, each of which must run; all that run if there are no names.
     pub(super) async fn guests(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
+        let vms = self.guests_or_none(names).await?;
+        if vms.is_empty() {
+            let message = "no guest runs on this host: run the command yourself".to_owned();
+            return Err(Problem::new(Code::NotRunning, message).into());
+        }
+        Ok(vms)
+    }
+
+    /// The same, where there need be none.
+    pub(crate) async fn guests_or_none(&self, names: &[String]) -> Result<Vec<VmRecord>, Refusal> {
         let mut vms = Vec::new();
         if names.is_empty() {
             vms = self.host.store.vms().await?;
@@ -231,19 +276,15 @@ impl Desk {
                 return Err(Problem::new(Code::BadRequest, message).into());
             }
         }
-        if vms.is_empty() {
-            let message = "no guest runs on this host: run the command yourself".to_owned();
-            return Err(Problem::new(Code::NotRunning, message).into());
-        }
         Ok(vms)
     }
 
     /// Records a swap of the host with each guest's part, and begins it.
-    pub(super) async fn begin(
+    pub(crate) async fn begin(
         &self,
         swap: HostSwap,
         vms: &[VmRecord],
-    ) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
+    ) -> Result<HostSwap, Refusal> {
         let mut parts = Vec::with_capacity(vms.len());
         for vm in vms {
             parts.push(self.part(&swap, vm).await?);
@@ -258,7 +299,7 @@ impl Desk {
             return Err(Problem::new(Code::SwapInProgress, message).into());
         }
         tokio::spawn(execute::host_swap(self.host.clone(), swap.clone()));
-        Ok((StatusCode::ACCEPTED, Json(swap)))
+        Ok(swap)
     }
 
     async fn part(&self, swap: &HostSwap, vm: &VmRecord) -> Result<SwapRecord, Refusal> {
@@ -266,7 +307,7 @@ impl Desk {
         Ok(SwapRecord {
             id: SwapId(format!("{}.{}", swap.id, vm.name)),
             part_of: Some(swap.id.clone()),
-            rollout: None,
+            rollout: swap.rollout.clone(),
             vm: vm.name.clone(),
             component: swap.component().into(),
             from: release.clone(),

@@ -16,7 +16,9 @@ use super::swaps::{check_budget, check_notice, new_id};
 use crate::agent::kexec;
 use crate::doctor::{Check, Status};
 use crate::execute::{self, unix_ns};
-use crate::model::{Code, HostSwap, KernelJump, Problem, VmName, VmState, to_be_used_again};
+use crate::model::{
+    Code, HostSwap, KernelJump, Problem, RolloutId, SwapId, VmName, VmState, to_be_used_again,
+};
 
 /// A swap of the host's kernel to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -106,6 +108,43 @@ impl Desk {
             clock: None,
         })
     }
+
+    /// Checks all that can be checked, and begins the swap under that id.
+    pub(crate) async fn ask_kernel_swap(
+        &self,
+        new: NewKernelSwap,
+        id: SwapId,
+        rollout: Option<RolloutId>,
+    ) -> Result<HostSwap, Refusal> {
+        let jump = self.jump_of(&new)?;
+        let checks = execute::kernel_checks(&self.host, &jump, new.budget_ns).await?;
+        let failed: Vec<_> = checks
+            .iter()
+            .filter(|check| check.status == Status::Fail)
+            .map(|check| format!("{}: {} ({})", check.check, check.found, check.remedy))
+            .collect();
+        if !failed.is_empty() {
+            let message = format!(
+                "the host's kernel can't be swapped, and nothing was begun:\n  {}",
+                failed.join("\n  ")
+            );
+            return Err(Problem::new(Code::BadRequest, message).into());
+        }
+        let mut vms = self.host.store.vms().await?;
+        vms.retain(|vm| vm.state.is_active());
+        if vms.is_empty() {
+            let message = "no guest runs on this host: boot the other kernel as ever".to_owned();
+            return Err(Problem::new(Code::NotRunning, message).into());
+        }
+        let swap = HostSwap {
+            rollout,
+            kernel: Some(jump),
+            notice_ns: new.notice_ns,
+            no_notice: new.no_notice,
+            ..HostSwap::wanted(id, names(&vms), new.budget_ns, unix_ns())
+        };
+        self.begin(swap, &vms).await
+    }
 }
 
 /// Looks whether it would work. Loads the kernel, and forgets it again; guests notice nothing.
@@ -136,33 +175,8 @@ pub(super) async fn ask(
     State(desk): State<Desk>,
     Body(new): Body<NewKernelSwap>,
 ) -> Result<(StatusCode, Json<HostSwap>), Refusal> {
-    let jump = desk.jump_of(&new)?;
-    let checks = execute::kernel_checks(&desk.host, &jump, new.budget_ns).await?;
-    let failed: Vec<_> = checks
-        .iter()
-        .filter(|check| check.status == Status::Fail)
-        .map(|check| format!("{}: {} ({})", check.check, check.found, check.remedy))
-        .collect();
-    if !failed.is_empty() {
-        let message = format!(
-            "the host's kernel can't be swapped, and nothing was begun:\n  {}",
-            failed.join("\n  ")
-        );
-        return Err(Problem::new(Code::BadRequest, message).into());
-    }
-    let mut vms = desk.host.store.vms().await?;
-    vms.retain(|vm| vm.state.is_active());
-    if vms.is_empty() {
-        let message = "no guest runs on this host: boot the other kernel as ever".to_owned();
-        return Err(Problem::new(Code::NotRunning, message).into());
-    }
-    let swap = HostSwap {
-        kernel: Some(jump),
-        notice_ns: new.notice_ns,
-        no_notice: new.no_notice,
-        ..HostSwap::wanted(new_id()?, names(&vms), new.budget_ns, unix_ns())
-    };
-    desk.begin(swap, &vms).await
+    let swap = desk.ask_kernel_swap(new, new_id()?, None).await?;
+    Ok((StatusCode::ACCEPTED, Json(swap)))
 }
 
 /// What lies in the carve-out.

@@ -34,6 +34,7 @@ use crate::reconcile::Waker;
 use crate::traces::Traces;
 
 pub use audit::Known;
+pub(crate) use host::{Exchange, check as check_host_swap, names};
 pub use host::{NewHostSwap, NewKvm};
 pub use kernel::{CarveOutView, CarvedGuest, NewKernelSwap};
 pub use metrics::metrics_router;

@@ -74,6 +74,8 @@ pub const ROLES: &[(&str, &str, Role)] = &[
     ("GET", "/live.js", Read),
     ("POST", "/events/{event}/approve", Operate),
     ("POST", "/events/{event}/cancel", Operate),
+    ("POST", "/rollouts/{id}/pause", Operate),
+    ("POST", "/rollouts/{id}/resume", Operate),
 ];
 
 /// The role that a request needs. What leads nowhere needs that somebody is known at all: they are told so.

@@ -14,7 +14,7 @@ use crate::execute::unix_ns;
 use crate::fleet::ask::{Act, NewRollout, the_vm};
 use crate::fleet::explain::{self, HostView, RolloutSummary, RolloutView};
 use crate::fleet::record::{HistoryStep, RolloutId};
-use crate::model::{Code, Moment, Problem};
+use crate::model::{Code, Moment, Problem, VMM};
 
 /// The longest reason for a cordon.
 const MAX_REASON: usize = 500;
@@ -80,7 +80,7 @@ pub(super) async fn start(
     Extension(By(by)): Extension<By>,
     Body(new): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<RolloutView>), Refusal> {
-    if !new.allow_downgrade {
+    if !new.allow_downgrade && new.component == VMM {
         desk.pin_allows(&new.to).await?;
     }
     // What was done on this host a moment ago, such as a release that was added, counts.

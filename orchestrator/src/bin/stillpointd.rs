@@ -60,7 +60,17 @@ struct Args {
     /// Commands that rollouts may ask as gates [/etc/stillpoint/gates; others: ~/.config/stillpoint/gates].
     #[arg(long, value_name = "DIR")]
     gate_dir: Option<PathBuf>,
-    /// What whoever has the address of the pages may do: read, or operate, which is to approve and cancel pauses.
+    /// Releases of KVM that rollouts may bring, each in a folder called by its version: its modules, kvm.ko and the
+    /// vendor's, with a file `parameters` if some are to be other than they are; or programs `exchange` and `undo`
+    /// [/etc/stillpoint/kvm; others: ~/.config/stillpoint/kvm].
+    #[arg(long, value_name = "DIR")]
+    kvm_dir: Option<PathBuf>,
+    /// Kernels that rollouts may bring, as packages lay them out: vmlinuz-VERSION, with initrd.img-VERSION or
+    /// initramfs-VERSION.img beside it.
+    #[arg(long, value_name = "DIR", default_value = "/boot")]
+    boot_dir: PathBuf,
+    /// What whoever has the address of the pages may do: read, or operate, which is to approve and cancel
+    /// pauses, and to pause and resume rollouts.
     #[arg(long, value_name = "ROLE", value_parser = web_role, default_value = "operate", requires = "web")]
     web_role: Role,
     /// The group whose members may operate by the API's socket, by name or number. Without either group only the
@@ -235,6 +245,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         },
         etcd: args.shared.etcd()?,
         gate_dir: args.gate_dir.unwrap_or_else(|| config_dir().join("gates")),
+        kvm_dir: args.kvm_dir.unwrap_or_else(|| config_dir().join("kvm")),
+        boot_dir: args.boot_dir,
         web: args.web,
         web_role: args.web_role,
         listen: args.listen.files(),

@@ -4,9 +4,10 @@ use std::process::ExitCode;
 
 use hyper::Method;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, path_part, say, say_json};
 use crate::api::CarveOutView;
-use crate::model::{Problem, VmState};
+use crate::model::{Code, Problem, VmState};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -19,10 +20,16 @@ pub(super) struct Args {
     /// Begin the directory anew: whatever is in it is given up. For one that is damaged.
     #[arg(long, group = "act")]
     forget_all: bool,
+    #[command(flatten)]
+    dry: Dry,
 }
 
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     const ALL: &str = "/v1/host/carve-out";
+    if args.dry.dry_run {
+        let view: CarveOutView = desk.api.get(ALL).await?;
+        return say_would(desk, &args, &view);
+    }
     let view: CarveOutView = match (args.retry, args.forget) {
         (Some(name), _) => {
             let path = format!("{ALL}/{}/retry", path_part(&name)?);
@@ -44,6 +51,30 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         Some(_) => ExitCode::FAILURE,
         None => ExitCode::SUCCESS,
     })
+}
+
+fn say_would(desk: &Desk, args: &Args, view: &CarveOutView) -> Result<ExitCode, Problem> {
+    let (name, what) = match (&args.retry, &args.forget) {
+        (Some(name), _) => (name, "would be tried again"),
+        (None, Some(name)) => (name, "would be given up, and its memory given back"),
+        (None, None) if args.forget_all => {
+            let many = view.guests.len();
+            return dry::would(
+                desk,
+                &format!("all {many} guests there would be given up, with their memory"),
+            );
+        }
+        (None, None) => return dry::would(desk, "nothing would change"),
+    };
+    let found = view.guests.iter().find(|guest| guest.vm == *name);
+    let found = found.ok_or_else(|| {
+        let message = format!("`{name}` has no memory that outlives the kernel");
+        Problem::new(Code::NotFound, message)
+    })?;
+    dry::would(
+        desk,
+        &format!("{name}, whose record is {}, {what}", found.record),
+    )
 }
 
 fn text(view: &CarveOutView) -> String {

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use hyper::Method;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, say, say_json};
 use crate::api::Cancel;
 use crate::model::{Code, Event, Pause, PauseState, Problem};
@@ -26,6 +27,8 @@ enum Act {
     Approve {
         /// The event's id.
         event: String,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Withdraws a pause before it starts; the swap it is for is not done.
     Cancel {
@@ -34,6 +37,8 @@ enum Act {
         /// Why, for the record.
         #[arg(long)]
         reason: Option<String>,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Prints what is announced, approved, started, cancelled and over, as it happens.
     Watch,
@@ -42,12 +47,23 @@ enum Act {
 pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     match args.act {
         Act::Ls { all } => ls(desk, all).await,
-        Act::Approve { event } => {
+        Act::Approve { event, dry } if dry.dry_run => {
+            say_would(
+                desk,
+                &event,
+                "would be approved, and starts at once if all of its groups have",
+            )
+            .await
+        }
+        Act::Cancel { event, dry, .. } if dry.dry_run => {
+            say_would(desk, &event, "would be cancelled, and its swap not done").await
+        }
+        Act::Approve { event, .. } => {
             let path = format!("/v1/pauses/{}/approve", super::path_part(&event)?);
             let pause: Pause = desk.api.send(Method::POST, &path, &()).await?;
             show(desk, &pause, &format!("{event} is approved"))
         }
-        Act::Cancel { event, reason } => {
+        Act::Cancel { event, reason, .. } => {
             let path = format!("/v1/pauses/{}/cancel", super::path_part(&event)?);
             let cancel = Cancel { reason };
             let pause: Pause = desk.api.send(Method::POST, &path, &cancel).await?;
@@ -55,6 +71,26 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         }
         Act::Watch => watch(desk).await,
     }
+}
+
+/// Says what would become of an event, if it can still become anything else.
+async fn say_would(desk: &Desk, event: &str, what: &str) -> Result<ExitCode, Problem> {
+    let pauses: Vec<Pause> = desk.api.get("/v1/pauses").await?;
+    let mut notices = pauses.iter().flat_map(|pause| {
+        let notices = pause.notices.iter();
+        notices.map(move |notice| (pause, notice))
+    });
+    let found = notices.find(|(_, notice)| notice.event.to_string().eq_ignore_ascii_case(event));
+    let (pause, notice) = found.ok_or_else(|| {
+        let message = format!("there is no event `{event}`; `stillpoint events ls` lists them");
+        Problem::new(Code::NotFound, message)
+    })?;
+    if pause.state != PauseState::Scheduled {
+        let message = format!("event {event} is {}", pause.state);
+        return Err(Problem::new(Code::TooLate, message));
+    }
+    let vms: Vec<_> = notice.vms.iter().map(ToString::to_string).collect();
+    dry::would(desk, &format!("the pause of {} {what}", vms.join(", ")))
 }
 
 fn show(desk: &Desk, pause: &Pause, text: &str) -> Result<ExitCode, Problem> {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use hyper::Method;
 use indicatif::ProgressBar;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, progress, say, say_json};
 use crate::api::{NewHostSwap, NewKvm};
 use crate::model::{Code, HostSwap, HostSwapState, KvmCheck, KvmSwap, Problem};
@@ -43,6 +44,8 @@ pub(super) struct InPlace {
     undo: Option<String>,
     #[command(flatten)]
     terms: Terms,
+    #[command(flatten)]
+    dry: Dry,
 }
 
 #[derive(Debug, clap::Args)]
@@ -55,7 +58,7 @@ pub(super) struct KvmArgs {
     #[arg(long = "parameter", value_name = "MODULE.NAME=VALUE")]
     parameters: Vec<String>,
     /// Only say whether it would work; nothing is touched. Exits 0 if it would.
-    #[arg(long, conflicts_with_all = ["undo", "command"])]
+    #[arg(long, visible_alias = "dry-run", conflicts_with_all = ["undo", "command"])]
     check: bool,
     /// What a shell runs when COMMAND failed, before the guests come back.
     #[arg(long, value_name = "COMMAND", requires = "command")]
@@ -102,6 +105,8 @@ enum Act {
     Uncordon {
         /// The host [this one].
         name: Option<String>,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Cordons a host and says what runs there. Guests are not moved to other hosts: with --stop those of
     /// this host are ended, otherwise they run on.
@@ -110,6 +115,8 @@ enum Act {
     Forget {
         /// The host.
         name: String,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Lists what was done to this host while its guests stood still.
     Changes,
@@ -121,6 +128,15 @@ enum Act {
 }
 
 impl InPlace {
+    async fn would(&self, desk: &Desk, meanwhile: &str) -> Result<ExitCode, Problem> {
+        let names = dry::running(desk, &self.vms).await?;
+        let budget = format::time(self.terms.budget);
+        dry::would(
+            desk,
+            &format!("{names} would stand still {meanwhile}, and for {budget} at the longest"),
+        )
+    }
+
     fn with(self, command: Vec<String>) -> NewHostSwap {
         NewHostSwap {
             command,
@@ -144,6 +160,13 @@ impl Terms {
 
 /// `stillpoint swap host`
 pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Problem> {
+    if args.terms.dry.dry_run {
+        let command = args.command.join(" ");
+        return args
+            .terms
+            .would(desk, &format!("while `{command}` is run"))
+            .await;
+    }
     let new = args.terms.with(args.command);
     let swap = ask(desk, &new, HostSwapState::is_over).await?;
     show(desk, &swap)
@@ -227,8 +250,8 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         Act::Prepare(args) => super::prepare::run(desk, &args),
         Act::Ls => super::hosts::ls(desk).await,
         Act::Cordon(args) => super::hosts::cordon(desk, args).await,
-        Act::Uncordon { name } => super::hosts::uncordon(desk, name).await,
-        Act::Forget { name } => super::hosts::forget(desk, &name).await,
+        Act::Uncordon { name, dry } => super::hosts::uncordon(desk, name, dry).await,
+        Act::Forget { name, dry } => super::hosts::forget(desk, &name, dry).await,
         Act::Drain(args) => super::hosts::drain(desk, args).await,
         Act::Changes => changes(desk).await,
         Act::Show { id } => show(desk, &get(desk, &id).await?),
@@ -286,6 +309,9 @@ async fn follow(
 }
 
 async fn hold(desk: &Desk, terms: InPlace) -> Result<ExitCode, Problem> {
+    if terms.dry.dry_run {
+        return terms.would(desk, "until they are released").await;
+    }
     let budget = terms.terms.budget;
     let new = terms.with(Vec::new());
     let swap = ask(desk, &new, |state| state == HostSwapState::InProgress).await?;
@@ -450,6 +476,7 @@ mod tests {
     #[test]
     fn a_person_reads_what_became_of_it() {
         let swap = HostSwap {
+            rollout: None,
             id: SwapId("1".into()),
             kvm: None,
             command: vec!["modprobe".into(), "tg3".into()],

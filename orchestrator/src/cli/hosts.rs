@@ -6,9 +6,11 @@ use std::time::Duration;
 use hyper::Method;
 use serde::Serialize;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, progress, say, say_json};
 use crate::api::{NewCordon, VmView};
 use crate::fleet::explain::HostView;
+use crate::fleet::record::ComponentCard;
 use crate::model::{Code, Problem};
 
 #[derive(Debug, clap::Args)]
@@ -69,6 +71,8 @@ pub(super) async fn ls(desk: &Desk) -> Result<ExitCode, Problem> {
         "LABELS",
         "GUESTS",
         "RELEASES",
+        "KVM",
+        "KERNEL",
         "NOTES",
     ];
     say(&format::table(&head, &[5], &rows))?;
@@ -101,8 +105,23 @@ fn row(host: &HostView) -> Vec<String> {
         labels.collect::<Vec<_>>().join(" "),
         host.guests.to_string(),
         host.releases.join(" "),
+        component(&host.kvm),
+        component(&host.kernel),
         notes.join("; "),
     ]
+}
+
+/// What a host runs of a component, and what else it has.
+fn component(card: &ComponentCard) -> String {
+    let others = card
+        .releases
+        .iter()
+        .filter(|release| **release != card.runs);
+    let others: Vec<_> = others.map(String::as_str).collect();
+    match others.is_empty() {
+        true => card.runs.clone(),
+        false => format!("{}; has {}", card.runs, others.join(" ")),
+    }
 }
 
 fn path(host: &HostView) -> String {
@@ -134,8 +153,19 @@ pub(super) async fn cordon(desk: &Desk, args: CordonArgs) -> Result<ExitCode, Pr
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn uncordon(desk: &Desk, name: Option<String>) -> Result<ExitCode, Problem> {
+pub(super) async fn uncordon(
+    desk: &Desk,
+    name: Option<String>,
+    dry: Dry,
+) -> Result<ExitCode, Problem> {
     let host = the_one(desk, name.as_deref()).await?;
+    if dry.dry_run {
+        let is = match &host.cordon {
+            Some(reason) => format!("which is cordoned ({reason}), would be so no more"),
+            None => "is not cordoned, and nothing would change".into(),
+        };
+        return dry::would(desk, &format!("host {}, {is}", host.name));
+    }
     let host: HostView = desk.api.take_away(&path(&host)).await?;
     match desk.json {
         true => say_json(&host)?,
@@ -144,7 +174,22 @@ pub(super) async fn uncordon(desk: &Desk, name: Option<String>) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) async fn forget(desk: &Desk, name: &str) -> Result<ExitCode, Problem> {
+pub(super) async fn forget(desk: &Desk, name: &str, dry: Dry) -> Result<ExitCode, Problem> {
+    if dry.dry_run {
+        let host = the_one(desk, Some(name)).await?;
+        if host.alive {
+            let message =
+                format!("host {name} is heard: it would be back at once; end its daemon first");
+            return Err(Problem::new(Code::StillRunning, message));
+        }
+        return dry::would(
+            desk,
+            &format!(
+                "host {name} would be forgotten, with its {} guests",
+                host.guests
+            ),
+        );
+    }
     let path = format!("/v1/hosts/{}", super::path_part(name)?);
     desk.api.delete(&path).await?;
     match desk.json {

@@ -38,7 +38,7 @@ pub(super) struct SwapArgs {
     no_notice: Option<String>,
     /// Only say whether it would work, guest by guest. The kernel is loaded for it, and forgotten again.
     /// Exits 0 if it would.
-    #[arg(long)]
+    #[arg(long, visible_alias = "dry-run")]
     check: bool,
 }
 

@@ -9,6 +9,7 @@ mod auth;
 mod completions;
 mod console;
 mod doctor;
+mod dry;
 mod events;
 pub(crate) mod format;
 mod history;

@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use hyper::Method;
 
+use super::dry::{self, Dry};
 use super::{Desk, format, io_problem, path_part, progress, say, say_json};
 use crate::agent::binaries::manifest_of;
-use crate::api::{NewPin, NewRelease, Verification};
-use crate::model::{Pin, Problem, Release, Signer, VMM};
+use crate::api::{NewPin, NewRelease, Verification, VmView};
+use crate::model::{Code, Pin, Problem, Release, Signer, VMM, validate_minimum};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -37,12 +38,16 @@ enum Verb {
         /// Takes the pin away.
         #[arg(long, conflicts_with = "release")]
         none: bool,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Removes a release that runs no guest.
     Rm {
         /// Its version.
         #[arg(id = "release", value_name = "VERSION")]
         version: String,
+        #[command(flatten)]
+        dry: Dry,
     },
     /// Prints the manifest of a binary, to be signed by `minisign -S`; needs no daemon, and runs the
     /// binary.
@@ -84,8 +89,10 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         Verb::Add(new) => add(desk, new).await,
         Verb::Ls => ls(desk).await,
         Verb::Verify { version } => verify(desk, version).await,
-        Verb::Pin { version, none } => pin(desk, version, none).await,
-        Verb::Rm { version } => rm(desk, &version).await,
+        Verb::Pin { version, none, dry } if dry.dry_run => would_pin(desk, version, none),
+        Verb::Pin { version, none, .. } => pin(desk, version, none).await,
+        Verb::Rm { version, dry } if dry.dry_run => would_rm(desk, &version).await,
+        Verb::Rm { version, .. } => rm(desk, &version).await,
         Verb::Manifest { path, named, args } => {
             let text = manifest_of(&path, named, args)?;
             say(&String::from_utf8_lossy(&text))?;
@@ -227,6 +234,35 @@ async fn pin(desk: &Desk, version: Option<String>, none: bool) -> Result<ExitCod
         false => lines.join("\n"),
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn would_pin(desk: &Desk, version: Option<String>, none: bool) -> Result<ExitCode, Problem> {
+    if let Some(version) = &version {
+        validate_minimum(version)?;
+    }
+    dry::would(
+        desk,
+        &match (version, none) {
+            (Some(minimum), _) => format!("nothing below {minimum} would be run"),
+            (None, true) => "nothing would be pinned".into(),
+            (None, false) => "nothing would change".into(),
+        },
+    )
+}
+
+async fn would_rm(desk: &Desk, version: &str) -> Result<ExitCode, Problem> {
+    let path = format!("/v1/releases/{}/verification", path_part(version)?);
+    // Whether there is such a one.
+    let _: Verification = desk.api.get(&path).await?;
+    let vms: Vec<VmView> = desk.api.get("/v1/vms").await?;
+    if let Some(vm) = vms
+        .iter()
+        .find(|vm| vm.state.is_active() && vm.release == version)
+    {
+        let message = format!("release {version} runs `{}`: swap it first", vm.name);
+        return Err(Problem::new(Code::StillRunning, message));
+    }
+    dry::would(desk, &format!("release {version} would be removed"))
 }
 
 async fn rm(desk: &Desk, version: &str) -> Result<ExitCode, Problem> {

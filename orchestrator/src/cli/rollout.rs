@@ -13,7 +13,7 @@ use crate::api::{Explained, NewAct};
 use crate::fleet::ask::{Act, NewRollout};
 use crate::fleet::explain::{RolloutSummary, RolloutView};
 use crate::fleet::record::HistoryStep;
-use crate::model::{Code, Label, Problem, VMM, labels};
+use crate::model::{Code, Label, Problem, Rung, labels};
 use crate::plan::rollout::State;
 
 #[derive(Debug, clap::Args)]
@@ -78,7 +78,14 @@ struct NewArgs {
     /// Version of the release to roll out.
     #[arg(long, value_name = "VERSION")]
     to: String,
-    /// Only VMs of this availability set; may be given again [all].
+    /// What is swapped: vmm, guest by guest; kvm, the modules of a host under all its guests together; or kernel,
+    /// the host's, which has no way back and needs --no-roll-back.
+    #[arg(long, value_name = "COMPONENT", default_value_t = Rung::Vmm)]
+    component: Rung,
+    /// Of a component that takes a whole host: the longest that its guests stand still, such as 10s, and at most 30s.
+    #[arg(long, value_name = "TIME", value_parser = format::parse_time)]
+    budget: Option<std::time::Duration>,
+    /// Only VMs of this availability set, or hosts that run any; may be given again [all].
     #[arg(long = "set", value_name = "NAME")]
     sets: Vec<String>,
     /// Only VMs on this host; may be given again [all].
@@ -109,7 +116,8 @@ struct NewArgs {
 impl NewArgs {
     fn asked(self, dry_run: bool) -> Result<NewRollout, Problem> {
         Ok(NewRollout {
-            component: VMM.into(),
+            component: self.component.word().into(),
+            budget_ns: self.budget.map(format::whole_ns),
             to: self.to,
             policy: self.policy.policy()?,
             sets: self.sets,
@@ -250,13 +258,17 @@ async fn act(desk: &Desk, args: ActArgs, act: Act) -> Result<ExitCode, Problem> 
         let under_way = away.filter(|unit| unit.phase.is_in_flight()).count();
         let touched = view.rollout.units.iter();
         let touched = touched.filter(|unit| unit.phase.is_touched()).count();
+        let back = match view.rollout.rung().takes_whole_host() {
+            true => " (hosts, with all their guests, to what was there before)",
+            false => "",
+        };
         let text = match act {
             Act::Pause => format!("nothing more would begin; {under_way} under way would end"),
             Act::Resume => "it would go on, with all failures so far forgiven".into(),
             Act::Abort => {
                 format!("it would end after the {under_way} under way; what moved would stay")
             }
-            Act::RollBack => format!("the {touched} that it touched would be put back"),
+            Act::RollBack => format!("the {touched} that it touched would be put back{back}"),
         };
         return dry(desk, &view, &text);
     }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use super::{Desk, format, io_problem, say, say_json};
-use crate::model::{Amount, Code, Problem, Stage};
+use crate::model::{Amount, Code, Problem, Rung, Stage};
 use crate::simulate::charts::{self, grouped};
 use crate::simulate::cost::{self, Cost};
 use crate::simulate::{self, Outcome, Scenario, Size};
@@ -30,6 +30,9 @@ pub(super) struct Args {
     /// VMs of the fleet, spread evenly.
     #[arg(long, default_value_t = 10_000)]
     vms: u32,
+    /// What is swapped: vmm, guest by guest; kvm or kernel, with all guests of a host together.
+    #[arg(long, value_name = "COMPONENT", default_value_t = Rung::Vmm)]
+    component: Rung,
     /// What everything random follows from: the same seed is the same run.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -85,7 +88,8 @@ fn scenarios(args: &Args) -> Result<Vec<Scenario>, Problem> {
         return Err(wrong(text));
     }
     let Some(breaks) = args.breaks else {
-        return Ok(simulate::standard(size, args.seed));
+        let all = simulate::standard(size, args.seed).into_iter();
+        return Ok(all.map(|scenario| scenario.of(args.component)).collect());
     };
     let Amount::Share(share) = breaks else {
         return Err(wrong(format!(
@@ -93,7 +97,8 @@ fn scenarios(args: &Args) -> Result<Vec<Scenario>, Problem> {
         )));
     };
     let name = format!("breaks {breaks}");
-    let scenario = Scenario::ordinary(size, args.seed).but(&name, |scenario| {
+    let ordinary = Scenario::ordinary(size, args.seed).of(args.component);
+    let scenario = ordinary.but(&name, |scenario| {
         scenario.release.breaks = f64::from(share) / 10_000.0;
         if let Some(at_once) = args.at_once {
             scenario.policy.at_once.total = at_once;
@@ -239,6 +244,7 @@ mod tests {
 
     fn args() -> Args {
         Args {
+            component: Rung::Vmm,
             hosts: 10,
             vms: 100,
             seed: 1,

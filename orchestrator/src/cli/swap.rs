@@ -80,6 +80,9 @@ struct VmmArgs {
     /// saved for a rehearsal; nothing is changed. Exits 0 if it would.
     #[arg(long)]
     check: bool,
+    /// As --check --no-peek: only say whether the swap would work, as far as that can be told while the guest runs on.
+    #[arg(long, conflicts_with_all = ["check", "no_rehearsal"])]
+    dry_run: bool,
     /// With --check: leave out the rehearsal of the guest's state, and so the moment.
     #[arg(long, requires = "check")]
     no_peek: bool,
@@ -110,11 +113,13 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
         no_notice,
         allow_downgrade,
         check,
+        dry_run,
         no_peek,
         no_rehearsal,
         watch,
         no_way_back,
     } = args;
+    let (check, no_peek) = (check || dry_run, no_peek || dry_run);
     let new = NewSwap {
         component: VMM.into(),
         to: to.clone(),

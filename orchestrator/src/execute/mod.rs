@@ -82,6 +82,10 @@ pub struct Host {
     pub lanes: Lanes,
     /// Memory that outlives the kernel.
     pub carve_out: CarveOut,
+    /// Where releases of KVM lie, each in a folder of its version.
+    pub kvm_dir: PathBuf,
+    /// Where kernels lie that the host may be swapped to.
+    pub boot_dir: PathBuf,
 }
 
 impl Host {

@@ -3,20 +3,21 @@
 //! Everything that can be checked is checked before anything is written; what is refused has changed
 //! nothing.
 
-use std::collections::BTreeSet;
+mod layout;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::look::{Look, Place, Versioned, is_held};
-use super::record::{HistoryStep, RolloutId, RolloutRecord, UnitRecord, VmCard};
+use super::record::{HistoryStep, RolloutId, RolloutRecord};
 use super::{Fleet, LIVE, OPEN, keys, written};
-use crate::model::{Code, HostName, Labels, Moment, Policy, Problem, Rung, VMM};
+use crate::model::{Code, Labels, Moment, Policy, Problem};
 use crate::plan::rollout::State;
-use crate::plan::rollout::layout::{Layout, Remedy};
 use crate::store::shared::{Change, Committed, Expect};
 
-/// The most units of a rollout: its record must fit into one of etcd's, 1.5 MB.
+pub use layout::lay_out;
+
+/// The most units of a rollout, with the guests of hosts: its record must fit into one of etcd's, 1.5 MB.
 pub const MOST_UNITS: usize = 2_500;
 /// How often a change is tried that others were quicker with.
 const TRIES: u32 = 16;
@@ -25,8 +26,11 @@ const TRIES: u32 = 16;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewRollout {
-    /// Component: `vmm`.
+    /// What is swapped: `vmm`, guest by guest; `kvm` or `kernel`, with all guests of a host together.
     pub component: String,
+    /// The longest that guests of a host stand still that is swapped with all of them, ns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_ns: Option<u64>,
     /// Version of the release to roll out.
     pub to: String,
     /// How it goes about it.
@@ -72,84 +76,6 @@ fn bad(message: impl Into<String>) -> Problem {
     Problem::new(Code::BadRequest, message)
 }
 
-/// Lays a rollout out, if it may be started.
-pub fn lay_out(
-    look: &Look,
-    new: &NewRollout,
-    id: RolloutId,
-    now: Moment,
-) -> Result<RolloutRecord, Problem> {
-    if new.component != VMM {
-        let given = &new.component;
-        return Err(bad(format!(
-            "field `component`: `{given}` can't be rolled out, only `{VMM}`"
-        )));
-    }
-    new.policy
-        .check()
-        .map_err(|e| bad(format!("field `policy`: {e}")))?;
-    let wanted = select(look, new)?;
-    is_free(look, &wanted)?;
-    have_release(look, new, &wanted)?;
-    let tables = look.tables(None);
-    let places: BTreeSet<_> = wanted
-        .iter()
-        .filter_map(|place| tables.vms.get(place))
-        .collect();
-    // Who is a canary is drawn by lot, and by another one for each release.
-    let seed = new.to.bytes().fold(0, |seed: u64, byte| {
-        seed.wrapping_mul(31).wrapping_add(byte.into())
-    });
-    let remedy = Remedy::contained_in([Rung::Vmm]);
-    let layout = Layout::of_units(&tables.fleet, &remedy, &new.policy.stages, seed, |unit| {
-        unit.vm.is_some_and(|vm| places.contains(&vm))
-    });
-    let layout = layout.map_err(|e| bad(e.to_string()))?;
-    let by_number: std::collections::BTreeMap<_, _> =
-        tables.vms.iter().map(|(place, ix)| (*ix, place)).collect();
-    let units = layout.units.iter().filter_map(|unit| {
-        let place = *by_number.get(&unit.vm?)?;
-        let card = look.vms.get(place)?;
-        Some(new_unit(place, card, unit.rung, unit.stage, now))
-    });
-    Ok(RolloutRecord {
-        id,
-        component: new.component.clone(),
-        to: new.to.clone(),
-        allow_downgrade: new.allow_downgrade,
-        policy: new.policy.clone(),
-        stages: layout.stages,
-        state: State::Running,
-        reason: None,
-        gates: Vec::new(),
-        forgiven: 0,
-        units: units.collect(),
-        steps: 0,
-        asked_at: now,
-        ended_at: None,
-    })
-}
-
-fn new_unit(place: &Place, card: &VmCard, rung: Rung, stage: u8, now: Moment) -> UnitRecord {
-    UnitRecord {
-        host: place.0.clone(),
-        vm: place.1.clone(),
-        rung,
-        stage,
-        set: card.set.clone(),
-        domain: card.domain,
-        from: card.release.clone(),
-        phase: crate::plan::rollout::seen::Phase::Waiting,
-        tries: 0,
-        since: now,
-        order: None,
-        note: None,
-        blackout_ns: None,
-        clock_error_ns: None,
-        brownout_ns: None,
-    }
-}
-
 /// The VMs that a name stands for: `NAME`, or `HOST/NAME`.
 fn named<'a>(look: &'a Look, name: &'a str) -> impl Iterator<Item = &'a Place> {
     look.vms.keys().filter(move |(host, vm)| {
@@ -173,111 +99,6 @@ pub fn the_vm<'a>(look: &'a Look, name: &'a str) -> Result<&'a Place, Problem> {
             Err(Problem::new(Code::NotFound, message))
         }
     }
-}
-
-/// The VMs that a rollout is to swap.
-fn select(look: &Look, new: &NewRollout) -> Result<Vec<Place>, Problem> {
-    for set in &new.sets {
-        let mut cards = look.vms.values();
-        if !cards.any(|card| card.set.as_ref() == Some(set)) {
-            let message = format!("no VM of the fleet is in an availability set `{set}`");
-            return Err(Problem::new(Code::NotFound, message));
-        }
-    }
-    for host in &new.hosts {
-        if !look.hosts.keys().any(|known| known.as_str() == host) {
-            let message = format!("no host `{host}`; `stillpoint host ls` shows those there are");
-            return Err(Problem::new(Code::NotFound, message));
-        }
-    }
-    let has_labels = |host: &HostName| {
-        let card = look.hosts.get(host).and_then(|host| host.card.as_ref());
-        let has = |(name, value)| card.is_some_and(|card| card.labels.get(name) == Some(value));
-        new.labels.iter().all(has)
-    };
-    if !new.labels.is_empty() && !look.hosts.keys().any(has_labels) {
-        let labels = new
-            .labels
-            .iter()
-            .map(|(name, value)| format!("{name}={value}"));
-        let message = format!(
-            "no host has the labels {}; `stillpoint host ls` shows those there are",
-            labels.collect::<Vec<_>>().join(", ")
-        );
-        return Err(Problem::new(Code::NotFound, message));
-    }
-    let chosen = |names: &[String]| -> Result<BTreeSet<Place>, Problem> {
-        let places = names.iter().map(|name| the_vm(look, name).cloned());
-        places.collect()
-    };
-    let (only, not) = (chosen(&new.vms)?, chosen(&new.exclude)?);
-    let mut is_there = 0;
-    let mut wanted = Vec::new();
-    for (place, card) in &look.vms {
-        let of_set = card.set.as_ref().is_some_and(|set| new.sets.contains(set));
-        let of_host = new.hosts.iter().any(|host| host == place.0.as_str());
-        let asked_for = (new.sets.is_empty() || of_set)
-            && (new.hosts.is_empty() || of_host)
-            && has_labels(&place.0)
-            && (only.is_empty() || only.contains(place))
-            && !not.contains(place)
-            && card.state.is_active();
-        if asked_for && card.release == new.to {
-            is_there += 1;
-        } else if asked_for {
-            wanted.push(place.clone());
-        }
-    }
-    match wanted.len() {
-        0 if is_there > 0 => Err(bad(format!(
-            "nothing is left to be done: all {is_there} VMs that were asked for run release {} already",
-            new.to
-        ))),
-        0 => Err(bad("no VM that runs is among those that were asked for")),
-        many if many > MOST_UNITS => Err(bad(format!(
-            "{many} VMs are too many for one rollout, {MOST_UNITS} are the most; take one zone, host or \
-             set after the other (--host, --set)"
-        ))),
-        _ => Ok(wanted),
-    }
-}
-
-/// Whether no other rollout has any of them.
-fn is_free(look: &Look, wanted: &[Place]) -> Result<(), Problem> {
-    for Versioned { record, .. } in look.open() {
-        let has = |(host, vm): &&Place| {
-            let mut units = record.units.iter();
-            units.any(|unit| unit.host == *host && unit.vm == *vm)
-        };
-        if let Some((host, vm)) = wanted.iter().find(has) {
-            let message = format!(
-                "rollout {} (to {}, {}) has VM {vm} on {host} already; wait for its end, or end it: \
-                 `stillpoint rollout abort {}`",
-                record.id, record.to, record.state, record.id
-            );
-            return Err(Problem::new(Code::RolloutInProgress, message));
-        }
-    }
-    Ok(())
-}
-
-/// Whether every host concerned has the release.
-fn have_release(look: &Look, new: &NewRollout, wanted: &[Place]) -> Result<(), Problem> {
-    let hosts: BTreeSet<&HostName> = wanted.iter().map(|(host, _)| host).collect();
-    let lacks = |host: &&&HostName| {
-        let card = look.hosts.get(**host).and_then(|host| host.card.as_ref());
-        !card.is_some_and(|card| card.releases.contains(&new.to))
-    };
-    let lacking: Vec<&str> = hosts.iter().filter(lacks).map(|h| h.as_str()).collect();
-    if lacking.is_empty() {
-        return Ok(());
-    }
-    let message = format!(
-        "release {} is not on {}; add it there first (`stillpoint release add`), or leave these hosts out",
-        new.to,
-        lacking.join(", ")
-    );
-    Err(Problem::new(Code::NotFound, message))
 }
 
 impl Fleet {
@@ -305,7 +126,7 @@ impl Fleet {
             }
             record.steps = 1;
             let expect = open.map_or(Expect::Absent, |entry| Expect::Version(entry.version));
-            let line = format!("started: {} VMs, to release {}", record.units.len(), new.to);
+            let line = format!("started: {}, to release {}", record.what(), new.to);
             let changes = vec![
                 Change::put(OPEN, expect, written(&record.id)),
                 Change::put(keys::rollout(&id), Expect::Absent, written(&record)),
@@ -398,6 +219,12 @@ fn turn(record: &mut RolloutRecord, act: Act) -> Result<Option<String>, Problem>
     };
     if state.is_over() {
         return too_late("nothing more can be done to it");
+    }
+    if act == Act::RollBack && !record.rung().has_way_back() {
+        return too_late(&format!(
+            "a swap of {} has no way back; `stillpoint rollout abort` ends it, and what was swapped stays",
+            record.component
+        ));
     }
     let (to, line) = match (act, state) {
         (Act::Pause, State::Paused | State::Stopped) => return Ok(None),

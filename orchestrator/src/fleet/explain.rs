@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 use super::clocks::Skew;
 use super::driver::hear;
 use super::look::{Look, Place};
-use super::record::{DriverCard, RolloutId, RolloutRecord, UnitRecord};
+use super::record::{ComponentCard, DriverCard, RolloutId, RolloutRecord, UnitRecord};
 use super::{DRIVER, Fleet};
 use crate::model::{GateSaid, HostName, Labels, Moment, Problem, VmName};
 use crate::plan::rollout::seen::Phase;
@@ -39,8 +39,9 @@ pub struct RolloutSummary {
 pub struct UnitWhy {
     /// Its host.
     pub host: HostName,
-    /// The VM.
-    pub vm: VmName,
+    /// The VM; absent where the host is swapped with all its guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<VmName>,
     /// The sentence.
     pub why: String,
     /// What it waits for: `nothing` (it is begun, under way or over), `rollout` (other units), `time`,
@@ -111,6 +112,12 @@ pub struct HostView {
     pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
+    /// Its KVM.
+    #[serde(default)]
+    pub kvm: ComponentCard,
+    /// Its kernel.
+    #[serde(default)]
+    pub kernel: ComponentCard,
     /// Version of its daemon.
     pub daemon: String,
     /// Guests that run there.
@@ -171,7 +178,10 @@ fn gate_said(record: &RolloutRecord, unit: &UnitRecord, gate: u32) -> String {
         .ok()
         .and_then(|at| record.gates.get(at));
     let words = said.map_or_else(|| "a gate is being asked".into(), GateSaid::words);
-    format!("VM {} waits: {words}", unit.vm)
+    match &unit.vm {
+        Some(vm) => format!("VM {vm} waits: {words}"),
+        None => format!("host {} waits: {words}", unit.host),
+    }
 }
 
 /// A rollout in a list.
@@ -193,12 +203,23 @@ pub fn summary(record: &RolloutRecord) -> RolloutSummary {
 pub fn explain(look: &Look, place: &Place, now: Moment) -> String {
     let has = |record: &RolloutRecord| {
         let mut units = record.units.iter();
-        units.position(|unit| (&unit.host, &unit.vm) == (&place.0, &place.1))
+        units.position(|unit| unit.takes(&place.0, Some(&place.1)))
     };
     let of_one = look
         .open()
         .find_map(|rollout| Some((&rollout.record, has(&rollout.record)?)));
     let (host, vm) = place;
+    let with_host = |unit: &UnitRecord| match (unit.vm.is_some(), unit.rung) {
+        (true, _) => String::new(),
+        (false, rung) => {
+            let back = if rung.has_way_back() {
+                ""
+            } else {
+                ", which has no way back"
+            };
+            format!("VM {vm} stands still with all guests of its host for its {rung}{back}: ")
+        }
+    };
     let Some((record, at)) = of_one else {
         let last = look.rollouts.iter().rev().find_map(|rollout| {
             let at = has(&rollout.record)?;
@@ -208,21 +229,26 @@ pub fn explain(look: &Look, place: &Place, now: Moment) -> String {
             None => format!("VM {vm} on {host} is in no rollout"),
             Some((record, unit)) => format!(
                 "VM {vm} on {host} is in no rollout that goes on; of the last one, {} to {}, which is {}, \
-                 it is {}",
+                 {} is {}",
                 record.id,
                 record.to,
                 record.state,
+                if unit.vm.is_some() { "it" } else { "its host" },
                 unit.phase.words()
             ),
         };
     };
     let view = view(look, record, now);
     let why = view.whys.get(at).map_or("", |why| why.why.as_str());
-    let note = record.units[at].note.as_deref();
+    let unit = &record.units[at];
+    let note = unit.note.as_deref();
     let note = note.map_or(String::new(), |note| format!(" ({note})"));
     format!(
-        "{why}{note}; rollout {} to {} is {}",
-        record.id, record.to, record.state
+        "{}{why}{note}; rollout {} to {} is {}",
+        with_host(unit),
+        record.id,
+        record.to,
+        record.state
     )
 }
 
@@ -250,6 +276,8 @@ impl Fleet {
                 fault_domain: card.map_or_else(String::new, |card| card.fault_domain.clone()),
                 labels: card.map_or_else(Labels::new, |card| card.labels.clone()),
                 releases: card.map_or_else(Vec::new, |card| card.releases.clone()),
+                kernel: card.map_or_else(ComponentCard::default, |card| card.kernel.clone()),
+                kvm: card.map_or_else(ComponentCard::default, |card| card.kvm.clone()),
                 daemon: card.map_or_else(String::new, |card| card.daemon.clone()),
                 guests: guests.count(),
                 drives: driver.as_ref() == Some(name),

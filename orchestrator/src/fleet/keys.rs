@@ -53,3 +53,24 @@ pub(crate) fn rollout(id: &RolloutId) -> String {
 pub(crate) fn step(id: &RolloutId, step: u64) -> String {
     format!("{HISTORY}{id}/{step:08}")
 }
+
+/// What stands for the host as a whole beside its VMs: no VM is called so.
+pub(crate) const WHOLE_HOST: &str = "@host";
+
+/// Of a VM, or of the host with all its guests.
+pub(crate) fn of_unit(area: &str, host: &HostName, vm: Option<&VmName>) -> String {
+    match vm {
+        Some(vm) => of_vm(area, host, vm),
+        None => format!("{area}{host}/{WHOLE_HOST}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_vm_is_called_as_the_host_as_a_whole() {
+        VmName::try_from(WHOLE_HOST.to_owned()).expect_err("no name of a VM");
+    }
+}

@@ -5,14 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::de::DeserializeOwned;
-
 use super::clocks::Skew;
+use super::keys::WHOLE_HOST;
 use super::record::{
-    Alive, Answer, ClocksRecord, Cordon, Far, HostCard, Order, RolloutRecord, VmCard,
+    Alive, Answer, ClocksRecord, Cordon, Far, HostCard, Order, RolloutRecord, UnitRecord, VmCard,
 };
 use super::{ALIVE, ANSWERS, CLOCKS, CORDONS, HOSTS, ORDERS, ROLLOUTS, VMS, read};
-use crate::model::{DomainCount, HostName, Moment, Rung, VmName};
+use crate::model::{DomainCount, HostName, Moment, VmName};
 use crate::plan::rollout::evidence;
 use crate::plan::rollout::fleet::{Column, Fleet, Host, Ix, Vm};
 use crate::plan::rollout::layout::{Layout, Unit};
@@ -22,6 +21,8 @@ use crate::store::shared::{Entry, SharedError, Snapshot};
 
 /// A VM of the fleet.
 pub type Place = (HostName, VmName);
+/// What an order is of: a VM, or a host with all its guests.
+pub type Subject = (HostName, Option<VmName>);
 
 /// A record, and the version that was seen.
 #[derive(Clone, Debug)]
@@ -55,9 +56,9 @@ pub struct Look {
     /// Rollouts, oldest first.
     pub rollouts: Vec<Versioned<RolloutRecord>>,
     /// Orders.
-    pub orders: BTreeMap<Place, Order>,
+    pub orders: BTreeMap<Subject, Order>,
     /// Answers.
-    pub answers: BTreeMap<Place, Answer>,
+    pub answers: BTreeMap<Subject, Answer>,
     /// Hosts whose clocks disagree with the driver's.
     pub clocks: Option<ClocksRecord>,
     /// Hosts whose clocks could not be compared with the driver's yet; known to the driver alone.
@@ -97,11 +98,13 @@ impl Look {
         } else if let Some(host) = key.strip_prefix(CORDONS) {
             self.host(entry, host)?.cordon = Some(read(entry)?);
         } else if let Some(at) = key.strip_prefix(VMS) {
-            put(&mut self.vms, entry, at)?;
+            let (host, vm) = subject(entry, at)?;
+            let vm = vm.ok_or_else(|| wrong(entry, "its key names no VM"))?;
+            self.vms.insert((host, vm), read(entry)?);
         } else if let Some(at) = key.strip_prefix(ORDERS) {
-            put(&mut self.orders, entry, at)?;
+            self.orders.insert(subject(entry, at)?, read(entry)?);
         } else if let Some(at) = key.strip_prefix(ANSWERS) {
-            put(&mut self.answers, entry, at)?;
+            self.answers.insert(subject(entry, at)?, read(entry)?);
         } else if key.starts_with(ROLLOUTS) {
             let record = read(entry)?;
             let version = entry.version;
@@ -163,9 +166,10 @@ impl Look {
             let seat = card.set.as_deref().map(|set| (set, card.domain));
             (host, vm, seat)
         });
-        let gone = units.iter().map(|unit| {
+        // A host's guests are those that it has now.
+        let gone = units.iter().filter_map(|unit| {
             let seat = unit.set.as_deref().map(|set| (set, unit.domain));
-            (&unit.host, &unit.vm, seat)
+            Some((&unit.host, unit.vm.as_ref()?, seat))
         });
         for (host, vm, seat) in known.chain(gone) {
             let place = (host.clone(), vm.clone());
@@ -207,25 +211,21 @@ impl Look {
             seen.vms[ix] = self.vm_seen(place);
         }
         for (at, unit) in rollout.units.iter().enumerate() {
-            let place = (unit.host.clone(), unit.vm.clone());
-            let Some(&vm) = tables.vms.get(&place) else {
-                continue;
-            };
-            let card = self.vms.get(&place);
-            let swap = card.and_then(|card| card.swap.as_ref());
-            let own = match (swap, &unit.order) {
-                (Some(swap), Some(order)) => is_of_order(&swap.0, &order.0),
-                _ => false,
-            };
-            let busy = card.is_some_and(|card| card.busy);
-            seen.vms[vm].busy = busy || (swap.is_some() && !own);
             let answer = self.answer(rollout, at);
-            if !matches!(unit.phase, Phase::Watched | Phase::BackWatched) {
-                continue;
-            }
-            if !answer.is_some_and(|answer| answer.far == Far::Settled) {
-                // Until all is known of its swap it has not been well for any time.
-                seen.vms[vm].since = now;
+            let is_watched = matches!(unit.phase, Phase::Watched | Phase::BackWatched);
+            // Until all is known of its swap it has not been well for any time.
+            let is_open = is_watched && !answer.is_some_and(|answer| answer.far.is_all_known());
+            for (vm, card) in tables.members(self, unit) {
+                let swap = card.and_then(|card| card.swap.as_ref());
+                let own = match (swap, &unit.order) {
+                    (Some(swap), Some(order)) => is_of_order(&swap.0, &order.0),
+                    _ => false,
+                };
+                let busy = card.is_some_and(|card| card.busy);
+                seen.vms[vm].busy = busy || (swap.is_some() && !own);
+                if is_open {
+                    seen.vms[vm].since = now;
+                }
             }
             let breach = answer.and_then(|answer| breach(rollout, answer));
             if let (Phase::Watched, Some(breach)) = (unit.phase, breach) {
@@ -239,8 +239,9 @@ impl Look {
         let Some(host) = self.hosts.get(name) else {
             return HostSeen::default();
         };
-        let has = |card: &HostCard| card.releases.contains(&rollout.to);
-        let has = host.card.as_ref().is_some_and(has);
+        let rung = rollout.rung();
+        let card = host.card.as_ref();
+        let has = card.is_some_and(|card| card.has(rung, &rollout.to));
         HostSeen {
             up: self.is_alive(name),
             since: host.alive.as_ref().map_or(Moment(0), |alive| alive.since),
@@ -248,7 +249,7 @@ impl Look {
             clock_off: self.skew(name).is_some()
                 || (!rollout.policy.windows.is_empty() && self.uncompared.contains(name)),
             releases: match has {
-                true => Releases::default().with(Rung::Vmm),
+                true => Releases::default().with(rung),
                 false => Releases::default(),
             },
         }
@@ -274,22 +275,26 @@ impl Look {
     /// What became of a unit's order.
     pub(super) fn answer(&self, rollout: &RolloutRecord, unit: usize) -> Option<&Answer> {
         let unit = rollout.units.get(unit)?;
-        let answer = self.answers.get(&(unit.host.clone(), unit.vm.clone()))?;
+        let answer = self.answers.get(&unit.subject())?;
         (Some(&answer.order) == unit.order.as_ref()).then_some(answer)
     }
 }
 
-/// Whether a swap is what an order asked for, or its way back.
+/// Whether a swap is what an order asked for, its way back, or a guest's part of it.
 fn is_of_order(swap: &str, order: &str) -> bool {
     swap.strip_prefix(order)
-        .is_some_and(|rest| rest.is_empty() || rest == "-back")
+        .is_some_and(|rest| rest.is_empty() || rest == "-back" || rest.starts_with('.'))
 }
 
 fn breach(rollout: &RolloutRecord, answer: &Answer) -> Option<Breach> {
-    if answer.far == Far::Lost {
-        return Some(Breach::Unwell);
+    let limits = &rollout.policy.limits;
+    match (answer.far, &answer.worst, &answer.swap) {
+        (Far::Failed, ..) => Some(Breach::Failed),
+        (Far::Lost, ..) => Some(Breach::Unwell),
+        (_, Some(worst), _) => worst.breach(limits),
+        (_, None, Some(swap)) => evidence::breach(swap, limits),
+        (_, None, None) => None,
     }
-    evidence::breach(answer.swap.as_ref()?, &rollout.policy.limits)
 }
 
 fn first_domain() -> crate::model::Domain {
@@ -303,18 +308,17 @@ fn wrong(entry: &Entry, problem: impl std::fmt::Display) -> SharedError {
     }
 }
 
-fn put<T: DeserializeOwned>(
-    into: &mut BTreeMap<Place, T>,
-    entry: &Entry,
-    at: &str,
-) -> Result<(), SharedError> {
+/// What the rest of a key names.
+fn subject(entry: &Entry, at: &str) -> Result<Subject, SharedError> {
     let (host, vm) = at
         .split_once('/')
         .ok_or_else(|| wrong(entry, "its key names no VM"))?;
     let host = HostName::try_from(host.to_owned()).map_err(|e| wrong(entry, e))?;
-    let vm = VmName::try_from(vm.to_owned()).map_err(|e| wrong(entry, e))?;
-    into.insert((host, vm), read(entry)?);
-    Ok(())
+    let vm = match vm {
+        WHOLE_HOST => None,
+        vm => Some(VmName::try_from(vm.to_owned()).map_err(|e| wrong(entry, e))?),
+    };
+    Ok((host, vm))
 }
 
 /// The fleet as the planner reads it, and where each host and VM is in it.
@@ -329,6 +333,20 @@ pub struct Tables {
 }
 
 impl Tables {
+    /// The VMs that a unit takes away, each with what is said of it.
+    fn members<'a>(
+        &'a self,
+        look: &'a Look,
+        unit: &UnitRecord,
+    ) -> Vec<(Ix<Vm>, Option<&'a VmCard>)> {
+        let of = |place: &Place| Some((*self.vms.get(place)?, look.vms.get(place)));
+        if let Some(vm) = &unit.vm {
+            return of(&(unit.host.clone(), vm.clone())).into_iter().collect();
+        }
+        let of_host = self.vms.keys().filter(|(host, _)| *host == unit.host);
+        of_host.filter_map(of).collect()
+    }
+
     /// A rollout as the planner reads it.
     pub fn rollout(&self, record: &RolloutRecord) -> Rollout {
         let mut unit_of: Column<Vm, Option<Ix<Unit>>> = vec![None; self.fleet.vms.len()].into();
@@ -337,18 +355,20 @@ impl Tables {
             ..Layout::default()
         };
         for (at, unit) in record.units.iter().enumerate() {
-            let vm = self.vms.get(&(unit.host.clone(), unit.vm.clone())).copied();
             // Tables were made with this rollout, so both are there.
             let host = self.hosts.get(&unit.host).copied();
-            layout.units.push(Unit {
+            let vm = unit.vm.as_ref();
+            let vm = vm.and_then(|vm| self.vms.get(&(unit.host.clone(), vm.clone())).copied());
+            let unit = Unit {
                 rung: unit.rung,
                 stage: unit.stage,
                 host: host.unwrap_or(Ix::from(0)),
                 vm,
-            });
-            if let Some(vm) = vm {
+            };
+            for &vm in unit.members(&self.fleet) {
                 unit_of[vm] = Some(Ix::from(at));
             }
+            layout.units.push(unit);
         }
         layout.unit_of = unit_of;
         Rollout {

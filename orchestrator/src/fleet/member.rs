@@ -131,9 +131,11 @@ impl Fleet {
             let gone = gone.map(|key| Change::remove(key, Expect::Anything));
             self.shared.commit(gone.to_vec(), None).await?;
         }
+        let whole = [ORDERS, ANSWERS].map(|area| keys::of_unit(area, name, None));
         let gone = [CORDONS, HOSTS].map(|area| keys::of_host(area, name));
+        let gone = whole.into_iter().chain(gone);
         let gone = gone.map(|key| Change::remove(key, Expect::Anything));
-        self.shared.commit(gone.to_vec(), None).await?;
+        self.shared.commit(gone.collect(), None).await?;
         Ok(())
     }
 

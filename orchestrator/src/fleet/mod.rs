@@ -22,6 +22,7 @@
 //! | `history/ID/STEP` | what was done in that step, and why | the driver; whoever is asked |
 //! | `orders/HOST/VM` | a swap to be done there, with the driver's epoch | the driver |
 //! | `answers/HOST/VM` | how far that swap is | that host's daemon |
+//! | `orders/HOST/@host`, `answers/HOST/@host` | the same of a host with all its guests | the same |
 //!
 //! Those of hosts, VMs, rollouts, orders and answers lie under `live/`, which is looked at for each step.
 //!
@@ -36,7 +37,7 @@ pub mod ask;
 pub mod clocks;
 pub mod driver;
 pub mod explain;
-mod keys;
+pub(crate) mod keys;
 pub mod look;
 pub mod member;
 pub mod name;

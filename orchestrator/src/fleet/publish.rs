@@ -10,11 +10,14 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::member::Heard;
-use super::record::{HostCard, VmCard};
+use super::record::{ComponentCard, HostCard, VmCard};
 use super::{Fleet, HOSTS, VMS, keys, written};
+use crate::agent::process::boot_id;
+use crate::agent::{kernel_releases, kexec, kvm_releases};
 use crate::execute::Host;
 use crate::model::{
     HealthState, HostName, Moment, SwapRecord, SwapState, VmName, VmRecord, VmState, Wanted,
+    kvm_release,
 };
 use crate::plan::rollout::seen::Health;
 use crate::store::StoreError;
@@ -139,6 +142,14 @@ async fn cards(
     fleet: &Fleet,
 ) -> Result<BTreeMap<String, Vec<u8>>, StoreError> {
     let releases = host.store.releases().await?;
+    let kvm = ComponentCard {
+        runs: kvm_release(&host.store.host_swaps().await?, &boot_id()),
+        releases: kvm_releases::versions(&host.kvm_dir),
+    };
+    let kernel = ComponentCard {
+        runs: kexec::running(),
+        releases: kernel_releases::versions(&host.boot_dir),
+    };
     let card = HostCard {
         zone: fleet.stands.zone.clone(),
         fault_domain: fleet.stands.fault_domain.clone(),
@@ -147,6 +158,8 @@ async fn cards(
             .into_iter()
             .map(|release| release.manifest.version)
             .collect(),
+        kvm,
+        kernel,
         daemon: env!("CARGO_PKG_VERSION").into(),
     };
     let mut cards = BTreeMap::from([(keys::of_host(HOSTS, me), written(&card))]);

@@ -1,14 +1,17 @@
 //! What is written in the shared store. Only grows: a field that is new has a default that means "as
 //! before", so daemons of two versions share a store.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::clocks::Skew;
 pub use crate::model::RolloutId;
 use crate::model::{
-    Domain, GateSaid, HostName, Labels, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
+    GateSaid, HostName, Labels, Moment, Policy, Rung, SwapId, SwapRecord, VmName, VmState,
 };
+use crate::plan::rollout::evidence::Worst;
 use crate::plan::rollout::seen::{Health, Phase, Progress};
 use crate::plan::rollout::{State, Way};
 
@@ -24,8 +27,45 @@ pub struct HostCard {
     pub labels: Labels,
     /// Versions of the VMM that it has.
     pub releases: Vec<String>,
+    /// Its KVM.
+    #[serde(default)]
+    pub kvm: ComponentCard,
+    /// Its kernel.
+    #[serde(default)]
+    pub kernel: ComponentCard,
     /// Version of its daemon.
     pub daemon: String,
+}
+
+impl HostCard {
+    /// Whether the host has that release of what is swapped.
+    pub fn has(&self, rung: Rung, version: &str) -> bool {
+        let releases = match rung {
+            Rung::Vmm => &self.releases,
+            Rung::Backend => return false,
+            Rung::Kvm | Rung::Kernel => &self.whole(rung).releases,
+        };
+        releases.iter().any(|release| release == version)
+    }
+
+    /// What it says of a component that is swapped with all guests.
+    pub fn whole(&self, rung: Rung) -> &ComponentCard {
+        match rung {
+            Rung::Kernel => &self.kernel,
+            _ => &self.kvm,
+        }
+    }
+}
+
+/// What a host says of a component that is swapped with all its guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ComponentCard {
+    /// The release that it runs, or in words what else; empty of a daemon that doesn't say.
+    #[serde(default)]
+    pub runs: String,
+    /// Versions that it has.
+    #[serde(default)]
+    pub releases: Vec<String>,
 }
 
 /// That a host's daemon is heard.
@@ -117,13 +157,30 @@ pub struct DriverCard {
     pub since: Moment,
 }
 
+/// A guest of a host that is swapped with all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestRecord {
+    /// The VM.
+    pub vm: VmName,
+    /// Its availability set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set: Option<String>,
+    /// Its update domain in it.
+    #[serde(default)]
+    pub domain: u16,
+}
+
 /// A unit of a rollout, and how far it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UnitRecord {
     /// Its host.
     pub host: HostName,
-    /// The VM.
-    pub vm: VmName,
+    /// The VM; absent where the host is swapped with all its guests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<VmName>,
+    /// The guests of a host that is swapped with them, as they were when the rollout was laid out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guests: Vec<GuestRecord>,
     /// What is swapped.
     pub rung: Rung,
     /// Number of its stage; 0 for the canaries.
@@ -160,7 +217,41 @@ pub struct UnitRecord {
     pub brownout_ns: Option<u64>,
 }
 
+impl RolloutRecord {
+    /// What is swapped.
+    pub fn rung(&self) -> Rung {
+        // Nothing else was ever laid out but by its word.
+        self.component.parse().unwrap_or(Rung::Vmm)
+    }
+}
+
+impl RolloutRecord {
+    /// How much it swaps, in words.
+    pub fn what(&self) -> String {
+        let units = self.units.len();
+        match self.rung().takes_whole_host() {
+            true => {
+                let guests: usize = self.units.iter().map(|unit| unit.guests.len()).sum();
+                format!("{} of {units} hosts, with {guests} guests", self.component)
+            }
+            false => format!("{units} VMs"),
+        }
+    }
+}
+
+impl Far {
+    /// Whether no more will come to be known.
+    pub fn is_all_known(self) -> bool {
+        matches!(self, Self::Settled | Self::Failed)
+    }
+}
+
 impl UnitRecord {
+    /// What an order of it is of.
+    pub fn subject(&self) -> (HostName, Option<VmName>) {
+        (self.host.clone(), self.vm.clone())
+    }
+
     /// As the planner has it.
     pub fn progress(&self) -> Progress {
         Progress {
@@ -170,10 +261,54 @@ impl UnitRecord {
         }
     }
 
-    /// Its update domain, if it is in a set and the domain is one that sets have.
-    pub fn seat(&self) -> Option<(&str, Domain)> {
-        let domain = Domain::new(u8::try_from(self.domain).ok()?).ok()?;
-        self.set.as_deref().map(|set| (set, domain))
+    /// What it is called: `VM on HOST`, or `host HOST`.
+    pub fn name(&self) -> String {
+        match &self.vm {
+            Some(vm) => format!("{vm} on {}", self.host),
+            None => format!("host {}", self.host),
+        }
+    }
+
+    /// What it is called where nothing tells more: the VM, or the host.
+    pub fn short(&self) -> &str {
+        self.vm
+            .as_ref()
+            .map_or(self.host.as_str(), |vm| vm.as_str())
+    }
+
+    /// What is swapped of it, where its host is told beside it: the VM, or how many guests go together.
+    pub fn swapped(&self) -> String {
+        match &self.vm {
+            Some(vm) => vm.to_string(),
+            None => match self.guests.len() {
+                1 => "1 guest".into(),
+                many => format!("{many} guests"),
+            },
+        }
+    }
+
+    /// The update domains in which it has guests, each once; no set's where a guest is in none.
+    pub fn domains(&self) -> BTreeSet<(Option<&str>, u16)> {
+        let domain = |set: &'_ Option<String>, domain| match set {
+            Some(_) => domain,
+            None => 0,
+        };
+        if self.vm.is_some() {
+            return BTreeSet::from([(self.set.as_deref(), domain(&self.set, self.domain))]);
+        }
+        let guests = self.guests.iter();
+        guests
+            .map(|guest| (guest.set.as_deref(), domain(&guest.set, guest.domain)))
+            .collect()
+    }
+
+    /// Whether it takes away a VM of that host, or of the host as a whole.
+    pub fn takes(&self, host: &HostName, vm: Option<&VmName>) -> bool {
+        let is_it = match (&self.vm, vm) {
+            (Some(mine), Some(vm)) => mine == vm,
+            _ => true,
+        };
+        self.host == *host && is_it
     }
 }
 
@@ -182,8 +317,11 @@ impl UnitRecord {
 pub struct RolloutRecord {
     /// Its id.
     pub id: RolloutId,
-    /// What is swapped: `vmm`.
+    /// What is swapped: `vmm`, `kvm` or `kernel`.
     pub component: String,
+    /// The longest that guests of a host stand still that is swapped with all of them, ns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_ns: Option<u64>,
     /// Version of the release that is rolled out.
     pub to: String,
     /// Whether it may be below the pinned minimum.
@@ -240,10 +378,16 @@ pub struct Order {
     pub id: SwapId,
     /// The rollout.
     pub rollout: RolloutId,
+    /// What is swapped.
+    #[serde(default = "vmm")]
+    pub rung: Rung,
     /// The driver's epoch.
     pub epoch: u64,
-    /// The version that is to run the VM.
+    /// The version that is to run the VM, or to be the host's.
     pub to: String,
+    /// The longest that guests of the host stand still, ns, where it is swapped with all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget_ns: Option<u64>,
     /// In which direction that is.
     pub way: Way,
     /// How long before its pause the guest hears of it, ns; its own notice when absent.
@@ -256,6 +400,11 @@ pub struct Order {
     pub way_back: bool,
     /// Whether the release may be below the pinned minimum.
     pub allow_downgrade: bool,
+}
+
+/// What orders are of that don't say it.
+fn vmm() -> Rung {
+    Rung::Vmm
 }
 
 /// How far an order is.
@@ -274,6 +423,8 @@ pub enum Far {
     Kept,
     /// The guest was lost.
     Lost,
+    /// It was tried and did not succeed; the guests run, on what they ran on before as far as that is known.
+    Failed,
 }
 
 /// What became of an order.
@@ -289,4 +440,7 @@ pub struct Answer {
     /// The swap as it is recorded, once it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swap: Option<SwapRecord>,
+    /// What it was to the guests of a host that was swapped with all of them, once it is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst: Option<Worst>,
 }

@@ -167,15 +167,17 @@ impl Rung {
         }
     }
 
+    /// Whether a swap of it can be undone by another swap.
+    pub fn has_way_back(self) -> bool {
+        // A kernel that guests were stored by is gone with all that only it knew of the host.
+        self != Self::Kernel
+    }
+
     /// Why swaps of it can't be done, as long as they are not built.
     pub fn not_built(self) -> Option<&'static str> {
         match self {
-            Self::Vmm => None,
+            Self::Vmm | Self::Kvm | Self::Kernel => None,
             Self::Backend => Some("devices run inside the VMM, so there is no process to exchange"),
-            Self::Kvm => Some("`stillpoint swap kvm` does it on one host, and no rollout does yet"),
-            Self::Kernel => {
-                Some("`stillpoint swap kernel` does it on one host, and no rollout does yet")
-            }
         }
     }
 }

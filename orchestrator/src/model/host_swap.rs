@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::message::ProcessId;
 use utoipa::ToSchema;
 
+use super::fleet::RolloutId;
 use super::kernel::KernelJump;
 use super::kvm_swap::KvmSwap;
 use super::swap::{HOST, KVM, SwapId};
@@ -91,6 +92,9 @@ impl std::fmt::Display for CommandEnd {
 pub struct HostSwap {
     /// Id.
     pub id: SwapId,
+    /// The rollout that it is a step of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutId>,
     /// KVM's modules, if it is they that are exchanged: the guests let go of KVM while they stand still.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kvm: Option<KvmSwap>,
@@ -137,6 +141,7 @@ impl HostSwap {
     pub fn wanted(id: SwapId, vms: Vec<VmName>, budget_ns: u64, asked_at_unix_ns: u64) -> Self {
         Self {
             id,
+            rollout: None,
             kvm: None,
             command: Vec::new(),
             kernel: None,

@@ -36,7 +36,7 @@ pub use kernel::{
     JUMP, JumpPhase, KernelJump, Share, WallCorrection, bad_command_line, forgets_live_update,
     forgets_memory, nonce_of, to_be_used_again, with_nonce,
 };
-pub use kvm_swap::{KvmCheck, KvmSwap, Module};
+pub use kvm_swap::{AS_BOOTED, CameBackOn, KvmCheck, KvmSwap, Module, kvm_release};
 pub use label::{Label, Labels, LabelsError, MOST_LABELS, NoLabel, labels};
 pub use moment::Moment;
 pub use pause::{

@@ -104,6 +104,22 @@ impl Scenario {
         }
     }
 
+    /// The same of what takes whole hosts: the limits are of hosts then, and where there is no way back the rollout
+    /// stops.
+    #[must_use]
+    pub fn of(mut self, rung: Rung) -> Self {
+        self.rung = rung;
+        if rung.takes_whole_host() {
+            self.policy.at_once.total = (self.policy.at_once.total / self.guests_a_host()).max(1);
+        }
+        self.policy.roll_back &= rung.has_way_back();
+        self
+    }
+
+    fn guests_a_host(&self) -> u32 {
+        (self.size.vms / self.size.hosts.max(1)).max(1)
+    }
+
     /// The same, called otherwise and changed.
     #[must_use]
     pub fn but(mut self, name: &str, change: impl FnOnce(&mut Self)) -> Self {

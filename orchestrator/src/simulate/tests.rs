@@ -96,6 +96,26 @@ fn a_host_is_swapped_with_all_its_guests() {
     assert!(outcome.most_held >= 10, "{}", outcome.most_held);
 }
 
+/// A host runs ten guests of ten sets, and waits for all of them; none has two domains away by it.
+#[test]
+fn hosts_go_with_all_their_guests_and_no_set_has_two_domains_away() {
+    let outcome = run(&ordinary().of(Rung::Kvm));
+    assert_eq!(outcome.ended, "finished");
+    assert_eq!(outcome.touched, SIZE.vms);
+    assert_eq!(outcome.sets_with_two_domains, 0);
+    let bad = ordinary()
+        .of(Rung::Kernel)
+        .but("", |s| s.release.breaks = 1.0);
+    let outcome = run(&bad);
+    // A jump has no way back: the rollout stops, within its canaries.
+    assert_eq!(outcome.ended, "stopped");
+    assert!(
+        outcome.touched <= SIZE.vms / 100 * 10,
+        "{}",
+        outcome.touched
+    );
+}
+
 #[test]
 fn outcomes_come_in_the_order_of_their_scenarios() {
     let scenarios = standard(SIZE, 7);

@@ -239,14 +239,13 @@ impl<'a> World<'a> {
     fn check_domains(&mut self, plan: &Plan) {
         for begin in &plan.begin {
             let unit = &self.rollout.layout.units[begin.unit];
-            let seats = unit
-                .members(&self.fleet)
-                .iter()
-                .filter_map(|&vm| self.fleet.vms[vm].seat);
-            for seat in seats {
+            for &vm in unit.members(&self.fleet) {
+                let Some(seat) = self.fleet.vms[vm].seat else {
+                    continue;
+                };
                 // Members of a set are near one another by number.
                 let set = seat.set;
-                let own = unit.vm.map_or(0, usize::from);
+                let own = usize::from(vm);
                 let reach = 2 * self.scenario.set_size as usize;
                 let near = own.saturating_sub(reach)..(own + reach).min(self.fleet.vms.len());
                 let others = near.map(Ix::<Vm>::from).filter(|&vm| {

@@ -3,7 +3,7 @@
 use rusqlite::{OptionalExtension, params};
 
 use super::rows::{from_json, json};
-use super::swaps::{OPEN, write as write_part};
+use super::swaps::{COLUMNS, OPEN, record, write as write_part};
 use super::{Store, StoreError};
 use crate::model::{HostSwap, SwapId, SwapRecord};
 
@@ -86,11 +86,20 @@ impl Store {
         .await
     }
 
+    /// The guests' parts of one.
+    pub async fn parts(&self, of: &SwapId) -> Result<Vec<SwapRecord>, StoreError> {
+        let of = of.0.clone();
+        self.call(move |tx| {
+            let query = format!("{COLUMNS} WHERE part_of = ?1 ORDER BY vm");
+            tx.prepare(&query)?.query_map([of], record)?.collect()
+        })
+        .await
+    }
+
     /// The guests' parts of one, that are not over.
     pub async fn open_parts(&self, of: &SwapId) -> Result<Vec<SwapRecord>, StoreError> {
-        let of = of.clone();
-        let swaps = self.swaps(None).await?;
-        let mine = |swap: &SwapRecord| swap.part_of.as_ref() == Some(&of) && !swap.state.is_over();
-        Ok(swaps.into_iter().filter(mine).collect())
+        let mut parts = self.parts(of).await?;
+        parts.retain(|swap| !swap.state.is_over());
+        Ok(parts)
     }
 }

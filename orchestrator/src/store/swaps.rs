@@ -10,12 +10,12 @@ use super::vms::{Observed, write_observed};
 use super::{Store, StoreError, journal};
 use crate::model::{SwapId, SwapRecord, SwapState, VmName};
 
-const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
+pub(super) const COLUMNS: &str = "SELECT id, vm, component, from_json, to_json, state, step, reason, \
      budget_ns, successor_json, epoch_before, asked_at_unix_ns, ended_at_unix_ns, report_json, \
      clock, notice_ns, no_notice, part_of, safeguards_json, rollout FROM swaps";
 pub(super) const OPEN: &str = "state IN ('wanted', 'in_progress', 'in_doubt')";
 
-fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
+pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<SwapRecord> {
     Ok(SwapRecord {
         id: from_word(row, 0)?,
         vm: from_word(row, 1)?,

@@ -212,6 +212,7 @@ async fn one_swap_of_the_host_at_a_time_and_all_its_parts_or_none() {
             .expect("put");
     }
     let host_swap = |id: &str, state| HostSwap {
+        rollout: None,
         id: SwapId(id.into()),
         kvm: None,
         command: vec!["true".into()],

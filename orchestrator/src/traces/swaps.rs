@@ -83,12 +83,14 @@ pub(super) fn of_host_swap(swap: &HostSwap) -> Vec<Span> {
     };
     let (what, from, to) = match (&swap.kernel, &swap.kvm) {
         (Some(jump), _) => ("kernel", Some(jump.from.as_str()), jump.to.as_deref()),
-        (None, Some(_)) => (KVM, None, None),
+        (None, Some(kvm)) => (KVM, kvm.from.as_deref(), kvm.release.as_deref()),
         (None, None) => (HOST, None, None),
     };
-    let (trace, whole) = (ids::trace(None, &swap.id), ids::swap(&swap.id));
+    let (rollout, whole) = (swap.rollout.as_ref(), ids::swap(&swap.id));
+    let trace = ids::trace(rollout, &swap.id);
+    let step = rollout.map(|_| ids::step(&swap.id));
     let went_wrong = swap.state != HostSwapState::Done;
-    let draft = Draft::new(format!("swap {what}"), trace.clone(), whole.clone(), None)
+    let draft = Draft::new(format!("swap {what}"), trace.clone(), whole.clone(), step)
         .text("swap", &swap.id.0)
         .text("component", what)
         .text("guests", swap.guests())

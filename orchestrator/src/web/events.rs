@@ -128,7 +128,7 @@ impl From<Refusal> for Trouble {
 }
 
 impl Site {
-    fn knows(&self, said: &Said) -> Result<(), Trouble> {
+    pub(super) fn knows(&self, said: &Said) -> Result<(), Trouble> {
         let stranger = || {
             Trouble(
                 StatusCode::FORBIDDEN,

@@ -6,11 +6,13 @@ mod shown;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::{Path, State};
 use axum::response::Response;
 use maud::{Markup, html};
 
-use super::{Site, Trouble, page};
+use super::{Site, Trouble, acts, page};
+use crate::auth::{Caller, Role};
 use crate::cli::format::ago;
 use crate::execute::unix_ns;
 use crate::fleet::explain::{self, HostView, RolloutView};
@@ -32,6 +34,7 @@ pub(super) async fn show(State(site): State<Site>) -> Result<Response, Trouble> 
 /// One rollout.
 pub(super) async fn show_rollout(
     State(site): State<Site>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
 ) -> Result<Response, Trouble> {
     let (fleet, id) = (&site.desk.fleet, RolloutId(id));
@@ -40,8 +43,13 @@ pub(super) async fn show_rollout(
     let mut view = explain::view(&look, &found.record, now());
     view.driver = fleet.driver().await?.map(|card| card.host);
     let history = fleet.history(&id).await?;
+    // Forms that would be refused are not shown.
+    let acts = match caller.role >= Some(Role::Operate) {
+        true => acts::form(&found.record, &site),
+        false => html! {},
+    };
     let title = format!("Rollout to {}", found.record.to);
-    Ok(page(&title, "", rollout(&view, &history)))
+    Ok(page(&title, "", rollout(&view, &history, &acts)))
 }
 
 fn fleet(shown: &FleetShown) -> Markup {
@@ -103,7 +111,10 @@ fn hosts(hosts: &[HostView]) -> Markup {
                             @for (name, value) in &host.labels { " " span class="soft" { (name) "=" (value) } }
                         }
                         td { (host.guests) }
-                        td { (host.releases.join(" ")) }
+                        td {
+                            (host.releases.join(" "))
+                            @if !host.kvm.runs.is_empty() { " " span class="soft" { "KVM " (host.kvm.runs) ", kernel " (host.kernel.runs) } }
+                        }
                         td {
                             @if host.drives { "drives rollouts. " }
                             @if let Some(skew) = &host.clock { "Its clock is " (skew) " of the driver's: nothing is begun there. " }
@@ -160,16 +171,17 @@ fn state(view: &RolloutView) -> Markup {
 
 /// A bar for each update domain.
 fn domains(units: &[UnitRecord]) -> Markup {
-    let mut domains: BTreeMap<(String, u16), Vec<&UnitRecord>> = BTreeMap::new();
+    let mut domains: BTreeMap<(Option<&str>, u16), Vec<&UnitRecord>> = BTreeMap::new();
     for unit in units {
-        let set = unit.set.clone().unwrap_or_else(|| "no set".into());
-        domains.entry((set, unit.domain)).or_default().push(unit);
+        for domain in unit.domains() {
+            domains.entry(domain).or_default().push(unit);
+        }
     }
     html! {
         table class="bars" { tbody {
             @for ((set, domain), units) in &domains {
                 @let done = units.iter().filter(|unit| unit.phase == Phase::Done).count();
-                tr { td { (set) @if units[0].set.is_some() { " " (domain) } } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
+                tr { td { (set.unwrap_or("no set")) @if set.is_some() { " " (domain) } } td { (charts::bar(units)) } td { (done) " of " (units.len()) } }
             }
         } }
         p class="key" {
@@ -188,13 +200,13 @@ fn domains(units: &[UnitRecord]) -> Markup {
     }
 }
 
-fn rollout(view: &RolloutView, history: &[HistoryStep]) -> Markup {
+fn rollout(view: &RolloutView, history: &[HistoryStep], acts: &Markup) -> Markup {
     let record = &view.rollout;
     let blackouts = record.units.iter().filter_map(|unit| unit.blackout_ns);
     let blackouts: Vec<Duration> = blackouts.map(Duration::from_nanos).collect();
     html! {
-        h1 { "Rollout to " (record.to) }
-            section { h2 { (record.id) } (state(view)) (domains(&record.units)) }
+        h1 { "Rollout " @if record.rung().takes_whole_host() { "of " (record.component) " " } "to " (record.to) }
+            section { h2 { (record.id) } (state(view)) (acts) (domains(&record.units)) }
             section {
                 h2 { "Blackouts so far" }
                 @if blackouts.is_empty() { p class="soft" { "None yet." } }
@@ -205,7 +217,11 @@ fn rollout(view: &RolloutView, history: &[HistoryStep]) -> Markup {
                     }
                 }
             }
-            section { h2 { "Guests" } (units(view)) }
+            @let whole = record.rung().takes_whole_host();
+            section {
+                h2 { @if whole { "Hosts, each with all its guests" } @else { "Guests" } }
+                (units(view))
+            }
             section {
                 h2 { "What was done" }
                 table { tbody {
@@ -219,15 +235,26 @@ fn rollout(view: &RolloutView, history: &[HistoryStep]) -> Markup {
 
 fn units(view: &RolloutView) -> Markup {
     let record = &view.rollout;
+    let whole = record.rung().takes_whole_host();
     html! {
         table {
-            thead { tr { th { "Stage" } th { "Set" } th { "Guest" } th { "Is" } th { "Blackout" } th { "Why" } } }
+            thead { tr { th { "Stage" } th { "Set" } th { @if whole { "Host" } @else { "Guest" } } th { "Is" } th { "Blackout" } th { "Why" } } }
             tbody {
                 @for (unit, why) in record.units.iter().zip(&view.whys) {
                     tr {
                         td { @if unit.stage + 1 < record.stages { "canary " (unit.stage) } @else { "rest" } }
-                        td { @if let Some(set) = &unit.set { (set) " " (unit.domain) } }
-                        td { (unit.vm) span class="soft" { " on " (unit.host) } }
+                        td {
+                            @for (set, domain) in unit.domains() { @if let Some(set) = set { (set) " " (domain) " " } }
+                        }
+                        td {
+                            @match &unit.vm {
+                                Some(vm) => { (vm) span class="soft" { " on " (unit.host) } }
+                                None => {
+                                    (unit.host) " "
+                                    @for guest in &unit.guests { span class="soft" { (guest.vm) " " } }
+                                }
+                            }
+                        }
                         td class=[unit.phase.is_failure().then_some("failed")] { (unit.phase.words()) }
                         td { @if let Some(ns) = unit.blackout_ns { (charts::time(Duration::from_nanos(ns))) } }
                         td {

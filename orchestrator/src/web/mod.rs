@@ -7,6 +7,7 @@
 //! | `shell` | what every page has: head, ways to the others, style |
 //! | `guests`, `guest`, `events`, `host` | a page each, of this host |
 //! | `fleet` | the fleet by update domain, and rollouts as they move |
+//! | `acts` | what a person does to a rollout on its page |
 //! | `picture` | distributions and timelines, as inline SVG |
 //! | `live` | a page that changes while it is looked at |
 //!
@@ -15,6 +16,7 @@
 
 pub mod door;
 
+mod acts;
 mod events;
 mod fleet;
 mod guest;
@@ -103,6 +105,8 @@ pub fn pages(desk: Desk, key: Key) -> Router {
         .route("/guests/{name}", get(guest::show))
         .route("/fleet", get(fleet::show))
         .route("/rollouts/{id}", get(fleet::show_rollout))
+        .route("/rollouts/{id}/pause", post(acts::pause))
+        .route("/rollouts/{id}/resume", post(acts::resume))
         .route("/events", get(events::show))
         .route("/events/{event}/approve", post(events::approve))
         .route("/events/{event}/cancel", post(events::cancel))

@@ -3,6 +3,8 @@
 //! Only on a host that is there for it, an emulated one: whoever else uses KVM on a host of somebody's would
 //! stand in the way, or be stood in the way of.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -21,6 +23,8 @@ use stillpoint_tests::{needs, releases};
 
 use super::{DISK_MIB, HOST, TAP, host, image};
 
+/// Where a daemon looks for releases of KVM that is told nothing else.
+const KVM_DIR: &str = "/etc/stillpoint/kvm";
 const PARAMETER: &str = "/sys/module/kvm_amd/parameters/nested";
 
 fn not_ours() -> Option<String> {
@@ -81,6 +85,60 @@ fn exchanged(daemon: &Daemon, args: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The same by rollouts: a release with another parameter; one that the kernel refuses, after which the former is
+/// there as it was; and one that is put back for being beyond a limit.
+fn a_rollout_brings_modules(daemon: &Daemon, broken: &Path) -> anyhow::Result<()> {
+    let running = rustix::system::uname();
+    let ours = Path::new("/lib/modules").join(running.release().to_str()?);
+    let dir = Path::new(KVM_DIR);
+    for (version, from, parameters) in [
+        ("nested-off", ours.as_path(), "kvm_amd.nested=0\n"),
+        ("nested-on", &ours, "kvm_amd.nested=1\n"),
+        ("broken", broken, ""),
+    ] {
+        let folder = dir.join(version);
+        std::fs::create_dir_all(&folder)?;
+        for name in ["kvm.ko", "kvm_amd.ko"] {
+            std::fs::copy(from.join(name), folder.join(name))?;
+            std::fs::set_permissions(folder.join(name), Permissions::from_mode(0o644))?;
+        }
+        std::fs::write(folder.join("parameters"), parameters)?;
+    }
+    let of_kvm = ["rollout", "start", "--component", "kvm", "--budget", "30s"];
+    let quick = [
+        "--bake",
+        "0s",
+        "--well-for",
+        "100ms",
+        "--notice",
+        "0s",
+        "--retry-after",
+        "1s",
+    ];
+    for (version, more, state, nested) in [
+        ("nested-off", &[][..], "finished", "0"),
+        ("broken", &[], "rolled_back", "0"),
+        ("nested-on", &["--max-blackout", "1us"], "rolled_back", "0"),
+        ("nested-on", &[], "finished", "1"),
+    ] {
+        let args = [&of_kvm[..], &["--to", version], &quick[..], more].concat();
+        let over = daemon.stillpoint(&args)?;
+        ensure!(
+            over.json["rollout"]["state"] == state,
+            "{version}: {} {:#}",
+            over.error,
+            over.json
+        );
+        println!(
+            "rollout to {version}: {state}, {}",
+            over.json["rollout"]["units"][0]["blackout_ns"]
+        );
+        let now = std::fs::read_to_string(PARAMETER)?;
+        ensure!(now.trim() == nested, "after {version} nested is {now}");
+    }
+    Ok(())
+}
+
 #[test]
 fn kvm_modules_are_exchanged_under_guests_at_work() -> anyhow::Result<()> {
     needs!(no_fast_kvm, no_network_namespace, not_ours);
@@ -120,6 +178,8 @@ fn kvm_modules_are_exchanged_under_guests_at_work() -> anyhow::Result<()> {
     let reason = failed.json["reason"].as_str().unwrap_or_default();
     ensure!(reason.contains("refused to load"), "{reason}");
     ensure!(!reason.contains("way back"), "{reason}");
+    loads.go_on()?;
+    a_rollout_brings_modules(&daemon, &broken)?;
     loads.go_on()?;
     let seen = bare.wait_progress(&[0, 1], 20)?;
     ensure!(seen.faults().is_empty(), "{:#?}", seen.faults());

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::cli::format;
-use crate::fleet::explain::RolloutView;
-use crate::fleet::record::{HistoryStep, RolloutRecord, UnitRecord};
+use crate::fleet::explain::{RolloutView, UnitWhy};
+use crate::fleet::record::{GuestRecord, HistoryStep, RolloutRecord, UnitRecord};
 use crate::model::Opening;
 
 fn stage(record: &RolloutRecord, unit: &UnitRecord) -> String {
@@ -15,35 +15,77 @@ fn stage(record: &RolloutRecord, unit: &UnitRecord) -> String {
 }
 
 fn place(unit: &UnitRecord) -> [String; 2] {
-    match &unit.set {
-        Some(set) => [set.clone(), unit.domain.to_string()],
-        None => ["-".into(), "-".into()],
+    let domains = unit.domains();
+    let domains: Vec<_> = domains
+        .iter()
+        .filter_map(|&(set, domain)| Some((set?, domain)))
+        .collect();
+    if domains.is_empty() {
+        return ["-".into(), "-".into()];
     }
+    let sets: Vec<_> = domains.iter().map(|(set, _)| *set).collect();
+    let numbers: Vec<_> = domains
+        .iter()
+        .map(|(_, domain)| domain.to_string())
+        .collect();
+    [sets.join(" "), numbers.join(" ")]
 }
 
 /// What will be done, before it is.
 pub(super) fn of_plan(view: &RolloutView) -> String {
     let record = &view.rollout;
+    let table = match record.rung().takes_whole_host() {
+        true => hosts(view),
+        false => guests(record),
+    };
+    format!(
+        "to release {}: {}, in this order\n{table}{}",
+        record.to,
+        record.what(),
+        terms(record)
+    )
+}
+
+fn guests(record: &RolloutRecord) -> String {
     let row = |unit: &UnitRecord| {
         let [set, domain] = place(unit);
         vec![
             stage(record, unit),
             set,
             domain,
-            unit.vm.to_string(),
+            unit.swapped(),
             unit.host.to_string(),
             unit.from.clone(),
         ]
     };
     let rows: Vec<_> = record.units.iter().map(row).collect();
     let head = ["STAGE", "SET", "DOMAIN", "VM", "HOST", "FROM"];
-    format!(
-        "to release {}: {} VMs, in this order\n{}{}",
-        record.to,
-        record.units.len(),
-        format::table(&head, &[], &rows),
-        terms(record)
-    )
+    format::table(&head, &[], &rows)
+}
+
+/// Hosts that are swapped with all their guests, and what keeps one from being swapped until a hand helps.
+fn hosts(view: &RolloutView) -> String {
+    let record = &view.rollout;
+    let row = |(unit, why): (&UnitRecord, &UnitWhy)| {
+        let guest = |guest: &GuestRecord| match &guest.set {
+            Some(set) => format!("{} ({set} {})", guest.vm, guest.domain),
+            None => guest.vm.to_string(),
+        };
+        let guests: Vec<_> = unit.guests.iter().map(guest).collect();
+        vec![
+            stage(record, unit),
+            unit.host.to_string(),
+            guests.join(", "),
+            unit.from.clone(),
+            match why.waits_for.as_str() {
+                "hand" => why.why.clone(),
+                _ => String::new(),
+            },
+        ]
+    };
+    let rows: Vec<_> = record.units.iter().zip(&view.whys).map(row).collect();
+    let head = ["STAGE", "HOST", "GUESTS", "FROM", "NOTE"];
+    format::table(&head, &[], &rows)
 }
 
 /// How it goes about it.
@@ -58,6 +100,16 @@ fn terms(record: &RolloutRecord) -> String {
             "canary {number}: {}, watched for {}",
             stage.size,
             format::time(stage.bake)
+        ));
+    }
+    if let Some(budget) = record.budget_ns {
+        let back = match record.rung().has_way_back() {
+            true => "the way back is another swap, to what was there before",
+            false => "there is no way back",
+        };
+        lines.push(format!(
+            "all guests of a host stand still together, for {} at the longest; {back}",
+            format::time(Duration::from_nanos(budget))
         ));
     }
     let then = match policy.roll_back {
@@ -100,7 +152,7 @@ pub(super) fn headline(view: &RolloutView) -> String {
 /// A rollout, and each unit's reason.
 pub(super) fn of_view(view: &RolloutView) -> String {
     let record = &view.rollout;
-    let row = |(unit, why): (&UnitRecord, &crate::fleet::explain::UnitWhy)| {
+    let row = |(unit, why): (&UnitRecord, &UnitWhy)| {
         let [set, domain] = place(unit);
         let blackout = unit.blackout_ns.map(Duration::from_nanos);
         let note = unit.note.as_deref();
@@ -109,7 +161,7 @@ pub(super) fn of_view(view: &RolloutView) -> String {
             stage(record, unit),
             set,
             domain,
-            unit.vm.to_string(),
+            unit.swapped(),
             unit.host.to_string(),
             unit.phase.words().to_owned(),
             blackout.map_or_else(|| "-".into(), format::time),

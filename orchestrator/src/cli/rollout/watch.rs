@@ -79,8 +79,10 @@ impl Bars {
         self.head.set_message(tables::headline(view));
         let mut domains: BTreeMap<(String, u16), Vec<&UnitRecord>> = BTreeMap::new();
         for unit in &view.rollout.units {
-            let set = unit.set.clone().unwrap_or_else(|| "no set".into());
-            domains.entry((set, unit.domain)).or_default().push(unit);
+            for (set, domain) in unit.domains() {
+                let set = set.unwrap_or("no set").to_owned();
+                domains.entry((set, domain)).or_default().push(unit);
+            }
         }
         for (domain, units) in domains {
             let bar = self.domains.entry(domain.clone()).or_insert_with(|| {
@@ -96,7 +98,7 @@ impl Bars {
             bar.set_position(is(|phase| phase == Phase::Done).count() as u64);
             let failed = is(Phase::is_failure).count();
             let moving = is(Phase::is_in_flight);
-            let moving: Vec<&str> = moving.map(|unit| unit.vm.as_str()).collect();
+            let moving: Vec<&str> = moving.map(|unit| unit.short()).collect();
             let failed = match failed {
                 0 => String::new(),
                 failed => format!("{failed} failed  "),

@@ -16,7 +16,7 @@ use super::guests::{detach_all, rebuild_all};
 use super::{Part, Stood, command_deadline, run_command, undo};
 use crate::agent::modules::{self, ModulesError};
 use crate::execute::Host;
-use crate::model::{HostSwap, KvmSwap, Module};
+use crate::model::{CameBackOn, HostSwap, KvmSwap, Module};
 
 /// Between two tries to have guests rebuilt.
 const GLANCE: Duration = Duration::from_millis(50);
@@ -50,13 +50,21 @@ pub(super) async fn stand_apart(
         account.add("rebuild the guests");
         stood.reason = rebuilt.err();
     }
+    let mut came_back_on = Some(CameBackOn::New);
     if stood.reason.is_some() {
+        // Of a command without an undo nobody knows what it left.
+        let is_known = swap.command.is_empty() || swap.undo.is_some();
+        came_back_on = is_known.then_some(CameBackOn::Old);
         // What is left undone by this is said, and the guests keep trying by themselves.
         if let Err(why) = go_back(host, swap, modules, parts, &mut account).await {
             let first = stood.reason.take().unwrap_or_default();
             stood.reason = Some(format!("{first}; and the way back: {why}"));
+            came_back_on = None;
         }
         stood.output = std::mem::take(&mut swap.output);
+    }
+    if let Some(kvm) = &mut swap.kvm {
+        kvm.came_back_on = came_back_on;
     }
     stood.output.push_str(&account.0);
     stood
@@ -141,6 +149,8 @@ async fn go_back(
     } else {
         undo(host, swap).await;
         account.add("undo");
+        let failed = swap.undone.as_ref().filter(|ended| !ended.is_success());
+        problem = problem.or(failed.map(|ended| format!("the undo: {ended}")));
     }
     let rebuilt = rebuild_until(swap, parts, Instant::now() + REBUILD_PATIENCE).await;
     account.add("rebuild the guests");

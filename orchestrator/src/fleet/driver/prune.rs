@@ -64,6 +64,7 @@ mod tests {
 
     fn rollout(number: u64, state: State) -> RolloutRecord {
         RolloutRecord {
+            budget_ns: None,
             id: RolloutId(format!("r{number:04}")),
             component: "vmm".into(),
             to: "1".into(),

@@ -42,7 +42,7 @@ fn of_unit(rollout: &RolloutRecord, before: &UnitRecord, after: &UnitRecord) -> 
         .text("rollout", &rollout.id.0)
         .text("swap", &order.0)
         .text("host", before.host.as_str())
-        .text("vm", before.vm.as_str())
+        .maybe_text("vm", before.vm.as_ref().map(|vm| vm.as_str()))
         .maybe_text("set", before.set.as_deref())
         .number("domain", before.set.as_ref().map(|_| before.domain))
         .number("stage", Some(before.stage))

@@ -6,6 +6,7 @@ use crate::fleet::look::{Look, Versioned};
 use crate::fleet::record::{Answer, Far, HistoryStep, Order, RolloutRecord, UnitRecord};
 use crate::fleet::{ANSWERS, ORDERS, keys, written};
 use crate::model::{GateSaid, HostName, Moment, SwapId, SwapRecord};
+use crate::plan::rollout::evidence::Worst;
 use crate::plan::rollout::fleet::{Fleet, Ix, Vm};
 use crate::plan::rollout::seen::{Breach, Phase};
 use crate::plan::rollout::{Begin, Plan, Saw, State, Turn, Verdict, Way, plan};
@@ -97,15 +98,16 @@ pub(in crate::fleet) fn hear(look: &Look, record: &mut RolloutRecord, now: Momen
         let name = said(unit);
         let phase = match answer.far {
             Far::UnderWay => continue,
-            Far::Refused | Far::Kept if is_back => Phase::BackWaiting,
+            Far::Refused | Far::Kept | Far::Failed if is_back => Phase::BackWaiting,
             Far::Refused | Far::Kept => Phase::Waiting,
             Far::There | Far::Settled | Far::Lost if is_back => Phase::BackWatched,
-            Far::There | Far::Settled | Far::Lost => Phase::Watched,
+            Far::There | Far::Settled | Far::Lost | Far::Failed => Phase::Watched,
         };
         lines.push(match answer.far {
             Far::Refused => format!("{name} could not be begun: {reason}"),
             Far::Kept => format!("{name} was kept: {reason}"),
             Far::Lost => format!("{name} was lost: {reason}"),
+            Far::Failed => format!("the swap of {name} failed: {reason}"),
             _ if is_back => format!("{name} is back on {}", unit.from),
             _ => format!("{name} runs on {}, and is watched", record.to),
         });
@@ -137,16 +139,18 @@ fn note_gates(record: &mut RolloutRecord, gates: &[GateSaid], lines: &mut Vec<St
 
 fn note(unit: &mut UnitRecord, answer: &Answer) {
     unit.note.clone_from(&answer.reason);
-    let report = answer.swap.as_ref().and_then(|swap| swap.report.as_ref());
+    let of_one = || answer.swap.as_ref().map(|swap| Worst::of([swap]));
+    let measured = answer.worst.or_else(of_one);
     // What the way back measured is not the release's.
-    let (Some(report), false) = (report, unit.phase.is_back()) else {
+    let (Some(worst), false) = (
+        measured.filter(|worst| worst.guests > 0),
+        unit.phase.is_back(),
+    ) else {
         return;
     };
-    unit.blackout_ns = ns(report.blackout.host);
-    let clock = report.clock.as_ref();
-    unit.clock_error_ns = clock.and_then(|clock| clock.kvmclock_error_ns);
-    let bright = report.phases.iter().filter(|phase| !phase.in_blackout);
-    unit.brownout_ns = ns(bright.map(|phase| phase.duration).sum());
+    unit.blackout_ns = worst.blackout_ns;
+    unit.clock_error_ns = worst.clock_error_ns;
+    unit.brownout_ns = worst.brownout_ns;
 }
 
 fn ns(duration: std::time::Duration) -> Option<u64> {
@@ -213,8 +217,9 @@ fn orders(
     changes: &mut Vec<Change>,
 ) {
     for (at, unit) in record.units.iter().enumerate() {
-        let key = keys::of_vm(ORDERS, &unit.host, &unit.vm);
-        let standing = look.orders.get(&(unit.host.clone(), unit.vm.clone()));
+        let vm = unit.vm.as_ref();
+        let key = keys::of_unit(ORDERS, &unit.host, vm);
+        let standing = look.orders.get(&unit.subject());
         let standing = standing.filter(|order| order.rollout == record.id);
         if let Some(&(_, way)) = begun.iter().find(|(begun, _)| *begun == at) {
             if let Some(order) = order(record, unit, way, epoch) {
@@ -227,7 +232,7 @@ fn orders(
         };
         if !unit.phase.is_in_flight() {
             changes.push(Change::remove(key, Expect::Anything));
-            let key = keys::of_vm(ANSWERS, &unit.host, &unit.vm);
+            let key = keys::of_unit(ANSWERS, &unit.host, vm);
             changes.push(Change::remove(key, Expect::Anything));
         } else if order.epoch != epoch {
             // Of a driver that is gone: hosts act on it as on one of this driver's own.
@@ -252,7 +257,9 @@ fn order(record: &RolloutRecord, unit: &UnitRecord, way: Way, epoch: u64) -> Opt
     Some(Order {
         id: unit.order.clone()?,
         rollout: record.id.clone(),
+        rung: unit.rung,
         epoch,
+        budget_ns: record.budget_ns,
         to: match way {
             Way::Forward => record.to.clone(),
             Way::Back => unit.from.clone(),
@@ -268,11 +275,8 @@ fn order(record: &RolloutRecord, unit: &UnitRecord, way: Way, epoch: u64) -> Opt
 /// A unit's name.
 fn said(unit: &UnitRecord) -> String {
     match &unit.set {
-        Some(set) => format!(
-            "{} on {} (set {set}, domain {})",
-            unit.vm, unit.host, unit.domain
-        ),
-        None => format!("{} on {}", unit.vm, unit.host),
+        Some(set) => format!("{} (set {set}, domain {})", unit.name(), unit.domain),
+        None => unit.name(),
     }
 }
 
@@ -297,6 +301,7 @@ fn verdict(fleet: &Fleet, unit: &UnitRecord, saw: Saw) -> String {
 fn breached(unit: &UnitRecord, breach: Breach) -> String {
     let note = unit.note.as_deref().unwrap_or("no more is known");
     match breach {
+        Breach::Failed => format!("its swap did not succeed: {note}"),
         Breach::Unwell => format!("its guest was not well after the swap: {note}"),
         Breach::Blackout => format!(
             "its blackout of {} ns is beyond the limit",

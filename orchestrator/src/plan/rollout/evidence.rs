@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::seen::Breach;
 use crate::model::{HealthState, Limits, SwapRecord};
 
@@ -14,24 +16,68 @@ pub fn breach(swap: &SwapRecord, limits: &Limits) -> Option<Breach> {
     if health.is_some_and(|health| health.state == HealthState::Unwell) {
         return Some(Breach::Unwell);
     }
-    let report = swap.report.as_ref()?;
-    let over = |seen: Duration, limit: Option<Duration>| limit.is_some_and(|limit| seen > limit);
-    let error = report
-        .clock
-        .as_ref()
-        .and_then(|clock| clock.kvmclock_error_ns);
-    let error = Duration::from_nanos(error.map_or(0, i64::unsigned_abs));
-    let bright = report.phases.iter().filter(|phase| !phase.in_blackout);
-    let brownout = bright.map(|phase| phase.duration).sum();
-    if over(report.blackout.host, limits.blackout) {
-        Some(Breach::Blackout)
-    } else if over(error, limits.clock_error) {
-        Some(Breach::ClockError)
-    } else if over(brownout, limits.brownout) {
-        Some(Breach::Brownout)
-    } else {
-        None
+    Worst::of([swap]).breach(limits)
+}
+
+/// What swaps of one moment were to their guests: of each measure the worst.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worst {
+    /// How many guests were measured.
+    pub guests: u32,
+    /// The longest blackout, ns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout_ns: Option<u64>,
+    /// The error of the clock that was most wrong afterwards, ns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_error_ns: Option<i64>,
+    /// The longest brownout, ns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub brownout_ns: Option<u64>,
+}
+
+impl Worst {
+    /// Of these swaps, as far as they have reports.
+    pub fn of<'a>(swaps: impl IntoIterator<Item = &'a SwapRecord>) -> Self {
+        let mut worst = Self::default();
+        let reports = swaps.into_iter().filter_map(|swap| swap.report.as_ref());
+        for report in reports {
+            worst.guests += 1;
+            worst.blackout_ns = worst.blackout_ns.max(ns(report.blackout.host));
+            let clock = report.clock.as_ref();
+            let errors = [
+                worst.clock_error_ns,
+                clock.and_then(|clock| clock.kvmclock_error_ns),
+            ];
+            let errors = errors.into_iter().flatten();
+            worst.clock_error_ns = errors.max_by_key(|error| error.unsigned_abs());
+            let bright = report.phases.iter().filter(|phase| !phase.in_blackout);
+            let brownout = ns(bright.map(|phase| phase.duration).sum());
+            worst.brownout_ns = worst.brownout_ns.max(brownout);
+        }
+        worst
     }
+
+    /// The gravest that they were beyond.
+    pub fn breach(&self, limits: &Limits) -> Option<Breach> {
+        let over = |seen: Option<u64>, limit: Option<Duration>| {
+            let seen = Duration::from_nanos(seen.unwrap_or(0));
+            limit.is_some_and(|limit| seen > limit)
+        };
+        let error = self.clock_error_ns.map(i64::unsigned_abs);
+        if over(self.blackout_ns, limits.blackout) {
+            Some(Breach::Blackout)
+        } else if over(error, limits.clock_error) {
+            Some(Breach::ClockError)
+        } else if over(self.brownout_ns, limits.brownout) {
+            Some(Breach::Brownout)
+        } else {
+            None
+        }
+    }
+}
+
+fn ns(duration: Duration) -> Option<u64> {
+    u64::try_from(duration.as_nanos()).ok()
 }
 
 /// Whether all is known of a swap that its watch can tell: until then it may still be put back.
@@ -138,6 +184,25 @@ mod tests {
         assert_eq!(of(brownout), Some(Breach::Brownout));
         let unwell = swap(HealthState::Unwell);
         assert_eq!(breach(&unwell, &blackout(MS * 6)), Some(Breach::Unwell));
+    }
+
+    #[test]
+    fn of_many_guests_the_worst_counts_whichever_guest_it_was() {
+        let mut swaps = [swap(HealthState::Well), swap(HealthState::Well)];
+        let second = swaps[1].report.as_mut().expect("a report");
+        second.blackout.host = MS * 9;
+        second.clock = None;
+        let worst = Worst::of(&swaps);
+        assert_eq!(worst.guests, 2);
+        assert_eq!(worst.blackout_ns, Some(9_000_000));
+        assert_eq!(worst.clock_error_ns, Some(-20));
+        assert_eq!(worst.brownout_ns, Some(30_000_000));
+        let limits = Limits {
+            blackout: Some(MS * 8),
+            ..Limits::default()
+        };
+        assert_eq!(worst.breach(&limits), Some(Breach::Blackout));
+        assert_eq!(Worst::of(&[]).breach(&limits), None);
     }
 
     #[test]

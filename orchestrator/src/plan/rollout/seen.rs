@@ -199,6 +199,8 @@ impl Phase {
 /// What the record of a swap showed that was beyond its rollout's limits ([`super::evidence`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Breach {
+    /// It did not succeed.
+    Failed,
     /// The guest was not well after it.
     Unwell,
     /// The blackout was too long.

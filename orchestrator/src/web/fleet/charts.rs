@@ -32,7 +32,7 @@ pub(super) fn bar(units: &[&UnitRecord]) -> Markup {
             aria-label=(format!("{done} of {} done", units.len())) {
             @for (at, unit) in units.iter().enumerate() {
                 rect x=(at * cell) y="1" width=(cell - 1) height="14" rx="2" class=(fill(unit.phase)) {
-                    title { (unit.vm) " on " (unit.host) ": " (unit.phase.words()) }
+                    title { (unit.name()) ": " (unit.phase.words()) }
                 }
             }
         }

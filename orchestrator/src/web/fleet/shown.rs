@@ -60,7 +60,7 @@ fn seats(look: &Look, open: &[RolloutView]) -> BTreeMap<(bool, String, u16), Vec
     let mut sets: BTreeMap<(bool, String, u16), Vec<Seat>> = BTreeMap::new();
     for ((host, vm), card) in &look.vms {
         let mut units = open.iter().flat_map(|view| &view.rollout.units);
-        let unit = units.find(|unit| unit.host == *host && unit.vm == *vm);
+        let unit = units.find(|unit| unit.takes(host, Some(vm)));
         let key = match &card.set {
             Some(set) => (false, set.clone(), card.domain),
             None => (true, String::new(), 0),

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 mod cells;
 mod debian;
 mod kernel;
+mod kernel_rollout;
 mod kexecs;
 mod live_update;
 mod pulse;
@@ -32,6 +33,8 @@ enum What {
     Pulse,
     /// The host's kernel swapped under pulse, in the emulated host.
     Kernel(kernel::Args),
+    /// The same brought by a rollout, in the emulated host.
+    KernelRollout(kernel_rollout::Args),
     /// Every change of the host in turn, under guests at work, in the emulated host.
     Tour(tour::Args),
     /// What can go wrong on the way to another kernel, in the emulated host.
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
     let told = match args.what {
         What::Pulse => pulse::tell(),
         What::Kernel(args) => kernel::tell(&args),
+        What::KernelRollout(args) => kernel_rollout::tell(&args),
         What::Tour(args) => tour::tell(&args),
         What::Cells(args) => cells::tell(&args),
         What::Kexecs(args) => kexecs::tell(&args),

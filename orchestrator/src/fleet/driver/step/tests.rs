@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::fleet::ask::{NewRollout, lay_out};
-use crate::fleet::record::{Alive, HostCard, RolloutId, VmCard};
-use crate::model::{Labels, Policy, VmName, VmState};
+use crate::fleet::record::{Alive, ComponentCard, HostCard, RolloutId, VmCard};
+use crate::model::{Labels, Policy, Rung, VmName, VmState};
 use crate::plan::rollout::seen::Health;
 
 const NOW: Moment = Moment(1_000_000_000_000);
@@ -25,6 +25,14 @@ fn look() -> Look {
         fault_domain: "r".into(),
         labels: Labels::new(),
         releases: vec!["good".into(), "next".into()],
+        kernel: ComponentCard {
+            runs: "6.1.0".into(),
+            releases: vec!["next".into()],
+        },
+        kvm: ComponentCard {
+            runs: "as booted".into(),
+            releases: vec!["next".into()],
+        },
         daemon: "0".into(),
     });
     of_host.alive = Some(Alive {
@@ -49,8 +57,13 @@ fn look() -> Look {
 }
 
 fn rollout(look: &Look) -> Versioned<RolloutRecord> {
+    rollout_of(look, "vmm", None)
+}
+
+fn rollout_of(look: &Look, component: &str, budget_ns: Option<u64>) -> Versioned<RolloutRecord> {
     let new = NewRollout {
-        component: "vmm".into(),
+        component: component.into(),
+        budget_ns,
         to: "next".into(),
         policy: Policy::default(),
         sets: Vec::new(),
@@ -157,6 +170,7 @@ fn what_was_kept_is_tried_again_by_another_order() {
         far: Far::Kept,
         reason: Some("the disk was slow".into()),
         swap: None,
+        worst: None,
     };
     look.answers
         .insert((unit.host.clone(), unit.vm.clone()), answer);
@@ -176,4 +190,114 @@ fn what_was_kept_is_tried_again_by_another_order() {
         second[0].id, order.id,
         "or its answer would be taken for the new one's"
     );
+}
+
+/// What a host answers to the order of a look's only unit.
+fn answered(look: &mut Look, order: &Order, far: Far, blackout_ns: u64) {
+    let answer = Answer {
+        order: order.id.clone(),
+        far,
+        reason: None,
+        swap: None,
+        worst: Some(Worst {
+            guests: 2,
+            blackout_ns: Some(blackout_ns),
+            ..Worst::default()
+        }),
+    };
+    look.answers.insert((host("h"), None), answer);
+}
+
+/// Both guests in one domain, so that their host can be swapped as a whole.
+fn look_of_one_domain() -> Look {
+    let mut look = look();
+    for card in look.vms.values_mut() {
+        card.domain = 0;
+    }
+    look
+}
+
+const BUDGET: Option<u64> = Some(5_000_000_000);
+
+fn of_host(look: &Look) -> Versioned<RolloutRecord> {
+    let mut rollout = rollout_of(look, "kvm", BUDGET);
+    rollout.record.policy.set_budget = crate::model::Amount::Count(2);
+    rollout.record.policy.limits.blackout = Some(std::time::Duration::from_millis(50));
+    rollout
+}
+
+#[test]
+fn a_host_is_ordered_as_a_whole_and_its_guests_parts_are_its_own_doing() {
+    let mut look = look_of_one_domain();
+    let first = step(&look, &of_host(&look), NOW, &host("h"), 5, &[]).expect("a step");
+    let orders = orders_of(&first);
+    assert_eq!(orders.len(), 1, "{:?}", first.lines);
+    assert_eq!((orders[0].rung, orders[0].budget_ns), (Rung::Kvm, BUDGET));
+    let key = first
+        .changes
+        .iter()
+        .find(|change| change.key.starts_with(ORDERS));
+    assert_eq!(
+        key.map(|change| change.key.as_str()),
+        Some("live/orders/h/@host")
+    );
+    let begun = after(&first);
+    let unit = &begun.record.units[0];
+    assert_eq!((unit.vm.as_ref(), unit.guests.len()), (None, 2));
+    assert_eq!(unit.from, "as booted");
+    // Its guests have swaps that aren't over: parts of this one. Nobody else has them.
+    look.orders.insert((host("h"), None), orders[0].clone());
+    for ((_, name), card) in &mut look.vms {
+        card.swap = Some(SwapId(format!("{}.{name}", orders[0].id)));
+    }
+    let tables = look.tables(Some(&begun.record));
+    let seen = look.seen(&tables, &begun.record, NOW);
+    assert!(seen.vms.iter().all(|vm| !vm.busy), "{:?}", seen.vms);
+    answered(&mut look, &orders[0], Far::Settled, 49_000_000);
+    let moved = step(&look, &begun, NOW, &host("h"), 5, &[]).expect("a step");
+    let unit = after(&moved).record.units.remove(0);
+    assert_eq!(
+        (unit.phase, unit.blackout_ns),
+        (Phase::Watched, Some(49_000_000))
+    );
+}
+
+#[test]
+fn the_guest_of_a_host_that_fared_worst_is_evidence_and_the_host_is_put_back() {
+    for (far, blackout_ns, why) in [
+        (Far::Settled, 51_000_000, "beyond the limit"),
+        (Far::Failed, 1, "did not succeed"),
+    ] {
+        let mut look = look_of_one_domain();
+        let first = step(&look, &of_host(&look), NOW, &host("h"), 5, &[]).expect("a step");
+        let order = orders_of(&first).remove(0);
+        answered(&mut look, &order, far, blackout_ns);
+        let failed = step(&look, &after(&first), NOW, &host("h"), 5, &[]).expect("a step");
+        assert!(failed.lines.join("; ").contains(why), "{:?}", failed.lines);
+        let record = after(&failed);
+        assert_eq!(record.record.state, State::RollingBack);
+        let back = step(&look, &record, NOW, &host("h"), 5, &[]).expect("a step");
+        let back = orders_of(&back).remove(0);
+        assert_eq!((back.way, back.rung), (Way::Back, Rung::Kvm));
+        assert_eq!(back.to, "as booted");
+    }
+}
+
+#[test]
+fn a_host_that_runs_two_domains_of_a_set_is_never_begun_and_says_why() {
+    let look = look();
+    let rollout = of_host(&look);
+    let waits = step(&look, &rollout, NOW, &host("h"), 5, &[]).expect("a step");
+    assert_eq!(orders_of(&waits), []);
+    let why = crate::fleet::explain::explain(&look, &(host("h"), vm("a")), NOW);
+    assert!(why.contains("is in no rollout"), "{why}");
+    let mut look = look;
+    look.rollouts.push(rollout);
+    let why = crate::fleet::explain::explain(&look, &(host("h"), vm("a")), NOW);
+    for said in [
+        "VM a stands still with all guests of its host for its kvm",
+        "two update domains of set s",
+    ] {
+        assert!(why.contains(said), "{said}: {why}");
+    }
 }

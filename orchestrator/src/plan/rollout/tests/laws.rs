@@ -144,7 +144,7 @@ fn only_what_can_be_begun(after: &After<'_>) -> Verdict {
                     tries
                 );
                 let rung = after.unit(begin.unit).rung;
-                prop_assert!(matches!(rung, Rung::Vmm | Rung::Kernel));
+                prop_assert!(matches!(rung, Rung::Vmm | Rung::Kvm | Rung::Kernel));
             }
             Way::Back => {
                 prop_assert!(

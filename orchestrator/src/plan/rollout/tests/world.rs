@@ -185,10 +185,10 @@ impl World {
     pub(super) fn new(case: &Case) -> Self {
         let mut rng = fastrand::Rng::with_seed(case.seed);
         let fleet = fleet(case, &mut rng);
-        let rung = if case.whole_hosts {
-            Rung::Kernel
-        } else {
-            Rung::Vmm
+        let rung = match (case.whole_hosts, case.seed % 2) {
+            (true, 0) => Rung::Kernel,
+            (true, _) => Rung::Kvm,
+            (false, _) => Rung::Vmm,
         };
         let remedy = Remedy::contained_in([rung]).suppose_built(rung);
         let layout = Layout::new(&fleet, &remedy, &case.policy.stages, case.seed, |_| true);
