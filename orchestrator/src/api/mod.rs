@@ -35,7 +35,7 @@ use crate::traces::Traces;
 
 pub use audit::Known;
 pub use host::{NewHostSwap, NewKvm};
-pub use kernel::{CarveOutView, CarvedGuest, NewKernelSwap};
+pub use kernel::{CarveOutRetry, CarveOutView, CarvedGuest, NewKernelSwap};
 pub use metrics::metrics_router;
 pub use pauses::Cancel;
 pub use refusal::Refusal;
