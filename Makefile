@@ -147,7 +147,7 @@ demo-kernel: rig-static images ## the host's kernel swapped under guests at work
 .PHONY: demo-changes
 demo-changes: rig-static images ## every change of the host in turn, under three Debian guests and two others at work, on an emulated host (10 minutes)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
-	target/release/rig run --name demo-changes --time-limit 1500 --memory 3584 --scratch 768 --carve-out 1024 --scenario --peer \
+	target/release/rig run --name demo-changes --time-limit 2700 --memory 3584 --scratch 768 --carve-out 1024 --scenario --peer \
 		--images bookworm --images backports --archive curl --jump bookworm --jump backports --then "scenario tour" \
 		-- scenario tour $(addprefix --leg ,$(or $(LEGS),modules bookworm backports bookworm))
 

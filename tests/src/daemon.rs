@@ -12,6 +12,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use stillpoint_control::client::Client;
 
+use crate::fd_store::FdStore;
 use crate::guest::Pulse;
 use crate::patience::{PATIENCE, wait_end, wait_for};
 use crate::releases::root;
@@ -24,6 +25,8 @@ pub struct Daemon {
     bin: PathBuf,
     network: Network,
     more: Vec<String>,
+    /// What holds its descriptors while there is none.
+    store: Option<FdStore>,
 }
 
 /// Where a daemon lives.
@@ -85,15 +88,32 @@ impl Daemon {
         Self::start_as(dir, &programs(), Network::Ours, more)
     }
 
+    /// As [`Daemon::start`], with somebody who holds its descriptors when it dies, as systemd does.
+    pub fn start_with_fd_store(dir: &Path) -> anyhow::Result<Self> {
+        let store = Some(FdStore::open(dir)?);
+        Self::start_all(dir, &programs(), Network::Ours, &[], store)
+    }
+
     fn start_as(dir: &Path, bin: &Path, network: Network, more: &[&str]) -> anyhow::Result<Self> {
+        Self::start_all(dir, bin, network, more, None)
+    }
+
+    fn start_all(
+        dir: &Path,
+        bin: &Path,
+        network: Network,
+        more: &[&str],
+        store: Option<FdStore>,
+    ) -> anyhow::Result<Self> {
         let more: Vec<String> = more.iter().map(|&arg| arg.to_owned()).collect();
-        let child = spawn(dir, bin, &network, &more)?;
+        let child = spawn(dir, bin, (&network, store.as_ref()), &more)?;
         let mut daemon = Self {
             child,
             dir: dir.to_owned(),
             bin: bin.to_owned(),
             network,
             more,
+            store,
         };
         daemon.wait_answers()?;
         if let Network::New = daemon.network {
@@ -112,6 +132,11 @@ impl Daemon {
     /// Where everything of it is.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The names of what is held for the next one, if anybody does.
+    pub fn held(&self) -> Vec<String> {
+        self.store.as_ref().map(FdStore::names).unwrap_or_default()
     }
 
     /// Its process id.
@@ -146,7 +171,8 @@ impl Daemon {
 
     /// Starts it again after its end.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        self.child = spawn(&self.dir, &self.bin, &self.network, &self.more)?;
+        let place = (&self.network, self.store.as_ref());
+        self.child = spawn(&self.dir, &self.bin, place, &self.more)?;
         self.wait_answers()
     }
 
@@ -242,17 +268,26 @@ impl Daemon {
     }
 }
 
-fn spawn(dir: &Path, bin: &Path, network: &Network, more: &[String]) -> anyhow::Result<Child> {
+fn spawn(
+    dir: &Path,
+    bin: &Path,
+    (network, store): (&Network, Option<&FdStore>),
+    more: &[String],
+) -> anyhow::Result<Child> {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(dir.join("stillpointd.log"))?;
     // All of these become the daemon by exec, so the child's pid is its pid.
-    let mut command = match network {
-        Network::Ours => Command::new("env"),
-        Network::New | Network::OwnMounts => Command::new("unshare"),
-        Network::Kept(_) => Command::new("nsenter"),
+    let mut command = match (network, store) {
+        (Network::Ours, Some(store)) => store.command()?,
+        (Network::Ours, None) => Command::new("env"),
+        (Network::New | Network::OwnMounts, _) => Command::new("unshare"),
+        (Network::Kept(_), _) => Command::new("nsenter"),
     };
+    if store.is_none() {
+        command.env_remove("NOTIFY_SOCKET");
+    }
     match network {
         Network::Ours => {}
         Network::OwnMounts => drop(command.arg("-m")),
@@ -270,7 +305,6 @@ fn spawn(dir: &Path, bin: &Path, network: &Network, more: &[String]) -> anyhow::
         .arg(dir.join("state"))
         .args(more);
     command
-        .env_remove("NOTIFY_SOCKET")
         .env_remove("STILLPOINT_STORE")
         .stdin(Stdio::null())
         .stdout(Stdio::null())

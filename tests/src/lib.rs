@@ -17,6 +17,7 @@
 //! | [`clocks`] | a guest's clock, timers and flags, read from its RAM; and the figures of `make clock` |
 //! | [`patience`] | waiting for something, with an end to it |
 //! | [`daemon`] | a stillpointd of its own, and the `stillpoint` command against it |
+//! | [`fd_store`] | what systemd does for a daemon's descriptors |
 //! | [`linux`] | stock Linux guests, their workloads and their kernels' logs |
 //! | [`rig`] | a whole host, emulated, with KVM inside |
 //! | [`wire`] | a tap on which every frame comes back |
@@ -29,6 +30,7 @@ pub mod compat;
 pub mod console;
 pub mod daemon;
 pub mod devices;
+pub mod fd_store;
 pub mod furnished;
 pub mod ground;
 pub mod guarded;

@@ -58,6 +58,7 @@ pub struct Rig {
     memory_mib: u32,
     scratch_mib: u32,
     carve_out_mib: u32,
+    carve_out_later: bool,
     jumps: Vec<Jump>,
     files: Vec<(PathBuf, String)>,
     with_qemu: bool,
@@ -127,6 +128,7 @@ impl Rig {
             memory_mib: 2048,
             scratch_mib: 0,
             carve_out_mib: 0,
+            carve_out_later: false,
             jumps: Vec::new(),
             files: Vec::new(),
             with_qemu: false,
@@ -163,6 +165,13 @@ impl Rig {
     pub fn carve_out_mib(mut self, mib: u32) -> Self {
         self.carve_out_mib = mib;
         self.order.carve_out = true;
+        self
+    }
+
+    /// Kernels that are jumped into have one, by their command line; the first has none.
+    #[must_use]
+    pub fn carve_out_later(mut self) -> Self {
+        self.carve_out_later = true;
         self
     }
 
@@ -415,6 +424,7 @@ impl Rig {
         let order = Order {
             command: jump.command.clone(),
             jumped: true,
+            carve_out: self.order.carve_out || self.carve_out_later,
             ..self.order.clone()
         };
         let path = dir.join(format!("jump-{}", jump.name));

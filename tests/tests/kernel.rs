@@ -327,6 +327,19 @@ fn what_can_not_outlive_the_kernel_is_refused_by_name() -> anyhow::Result<()> {
     // A file is none that a kernel leaves to the next: nobody is paused for it.
     let said = refused(&some, &image)?;
     ensure!(said.contains("page cache"), "{said}");
+    // Nor for a release that could not be started after the jump.
+    let stored = format!(
+        "state/releases/{}/stillpoint-vmm",
+        env!("CARGO_PKG_VERSION")
+    );
+    let (stored, other) = (dir.path().join(stored), dir.path().join("other"));
+    std::fs::write(&other, "another")?;
+    let kept = dir.path().join("kept");
+    std::fs::rename(&stored, &kept)?;
+    std::fs::rename(&other, &stored)?;
+    let said = refused(&some, &image)?;
+    ensure!(said.contains("its guests would not be revived"), "{said}");
+    std::fs::rename(&kept, &stored)?;
     let view = some.must(&["adopt"])?;
     ensure!(
         view["guests"][0]["vm"] == "a" && view["guests"][0]["record"] == "empty",

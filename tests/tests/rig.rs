@@ -6,7 +6,8 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use stillpoint_images::packages::Kernel;
 use stillpoint_tests::needs;
-use stillpoint_tests::rig::{self, Rig};
+use stillpoint_tests::releases;
+use stillpoint_tests::rig::{self, Rig, order};
 
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -223,6 +224,34 @@ fn what_goes_wrong_on_the_way_to_another_kernel() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A host that `stillpoint host prepare` has written the boot configuration of, booted by it.
+#[test]
+fn a_host_boots_by_what_was_prepared() -> anyhow::Result<()> {
+    needs!(rig::missing);
+    let kernel = Kernel::Bookworm;
+    let outcome = Rig::new("prepared", kernel)
+        // Some of it above 4 GiB, where a carve-out may lie.
+        .memory_mib(5120)
+        .scratch_mib(256)
+        .carve_out_later()
+        .scenario()?
+        .jump(kernel.name(), kernel, &["scenario", "prepared"])
+        .command(&["scenario", "prepared"])
+        .time_limit(LIMIT)
+        .again_if_it_dies()
+        .run()?;
+    outcome.succeeded()?;
+    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
+    let told: Value = serde_json::from_slice(&told)?;
+    ensure!(
+        told["words"]
+            .as_str()
+            .is_some_and(|words| words.starts_with("memmap=256M!")),
+        "{told:#}"
+    );
+    Ok(())
+}
+
 /// Ten jumps in a row under guests whose memory live update keeps: `make luo`.
 fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
     const JUMPS: usize = 10;
@@ -236,11 +265,14 @@ fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
         "--jumps",
         &jumps,
     ];
+    let at = "target/releases/faulty";
+    let faulty = releases::root().join("target/static/releases/faulty");
     let outcome = Rig::new(name, Kernel::Luo)
         .memory_mib(2560)
         .scratch_mib(512)
         .scenario()?
         .jump(kernel, Kernel::Luo, &["scenario", "live-update"])
+        .file(faulty, format!("{}/{at}", order::ROOT))
         .images(Kernel::Backports, &["vmlinux", "initramfs"])
         .command(&[&scenario[..], more].concat())
         .time_limit(Duration::from_secs(1200))

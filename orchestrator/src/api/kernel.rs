@@ -59,6 +59,15 @@ pub struct CarveOutView {
     pub guests: Vec<CarvedGuest>,
 }
 
+/// How a guest is tried again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CarveOutRetry {
+    /// The release to run it; the one that ran it when absent, or the newest that reads its state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<String>,
+}
+
 /// A guest with memory in the carve-out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CarvedGuest {
@@ -226,16 +235,19 @@ pub(super) async fn show(State(desk): State<Desk>) -> Result<Json<CarveOutView>,
 
 /// Tries a guest again that was not revived after a jump.
 #[utoipa::path(
-    post, path = "/v1/host/carve-out/{vm}/retry", params(("vm" = String, Path,)),
+    post, path = "/v1/host/carve-out/{vm}/retry", params(("vm" = String, Path,)), request_body = Option<CarveOutRetry>,
     responses((status = 200, body = CarveOutView), (status = "4XX", body = Problem))
 )]
 pub(super) async fn retry(
     State(desk): State<Desk>,
     Path(name): Path<String>,
+    Body(how): Body<Option<CarveOutRetry>>,
 ) -> Result<Json<CarveOutView>, Refusal> {
     let name = VmName::try_from(name)?;
     let failed = |why: String| Problem::new(Code::StartFailed, why);
-    execute::retry(&desk.host, &name).await.map_err(failed)?;
+    let release = how.and_then(|how| how.release);
+    let retried = execute::retry(&desk.host, &name, release.as_deref()).await;
+    retried.map_err(failed)?;
     desk.waker.wake(&name);
     show(State(desk)).await
 }

@@ -6,7 +6,7 @@ use hyper::Method;
 
 use super::dry::{self, Dry};
 use super::{Desk, format, path_part, say, say_json};
-use crate::api::CarveOutView;
+use crate::api::{CarveOutRetry, CarveOutView};
 use crate::model::{Code, Problem, VmState};
 
 #[derive(Debug, clap::Args)]
@@ -14,6 +14,15 @@ pub(super) struct Args {
     /// Try a guest again that was not revived after a jump.
     #[arg(long, value_name = "NAME", group = "act")]
     retry: Option<String>,
+    /// By this release, where the one that ran it does not take it up [the one that ran it, or the newest that reads its
+    /// state].
+    #[arg(
+        id = "release",
+        long = "with",
+        value_name = "VERSION",
+        requires = "retry"
+    )]
+    with: Option<String>,
     /// Give back the memory of a guest that is not to be run from its record any more.
     #[arg(long, value_name = "NAME", group = "act")]
     forget: Option<String>,
@@ -33,7 +42,8 @@ pub(super) async fn run(desk: &Desk, args: Args) -> Result<ExitCode, Problem> {
     let view: CarveOutView = match (args.retry, args.forget) {
         (Some(name), _) => {
             let path = format!("{ALL}/{}/retry", path_part(&name)?);
-            desk.api.send(Method::POST, &path, &()).await?
+            let retry = CarveOutRetry { release: args.with };
+            desk.api.send(Method::POST, &path, &retry).await?
         }
         (None, Some(name)) => {
             let path = format!("{ALL}/{}", path_part(&name)?);

@@ -3,7 +3,7 @@
 //! ```text
 //!  nonce of the command line = nonce of the directory?
 //!    │ yes: the wall clock first ▶ for each guest whose record is stored for that jump, all at once:
-//!    │      record its VM ▶ its VMM: check, build, load, consume, enter ▶ its part is over
+//!    │      record its VM ▶ all stand at their gates ▶ its VMM: check, build, load, consume, enter ▶ its part is over
 //!    └ no, or a record that is none of this jump's: nothing of it is run; its memory stays its own
 //! ```
 //!
@@ -14,6 +14,7 @@
 
 mod kept;
 mod revive;
+mod together;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +35,8 @@ use crate::store::StoreError;
 pub(super) use kept::kept;
 use kept::restored;
 pub use revive::Verified;
-use revive::{Revived, revive};
+use revive::{By, Revived, revive};
+pub(super) use together::Turn;
 
 /// The tag of a VM by which it is revived before others: a number, and the higher comes first.
 const PRIORITY: &str = "priority";
@@ -207,14 +209,23 @@ async fn revive_all(
     };
     let mut order: Vec<usize> = (0..parts.len()).collect();
     order.sort_by_key(|&at| rank(&vms[at]));
+    let ranks: Vec<_> = order.iter().map(|&at| rank(&vms[at])).collect();
     let mut tasks = Vec::new();
-    for at in order {
+    for (at, turn) in order.into_iter().zip(together::turns(&ranks)) {
         let entry = directory.entry(parts[at].vm.as_str()).cloned();
         let (host, vm, nonce) = (host.clone(), vms[at].clone(), jump.nonce.clone());
         let verified = verified.clone();
         let revived = tokio::spawn(async move {
             match (vm, entry) {
-                (Ok(vm), Some(entry)) => revive(&host, &vm, &entry, (&nonce, &verified)).await,
+                (Ok(vm), Some(entry)) => {
+                    let by = By {
+                        nonce: &nonce,
+                        release: None,
+                        verified: &verified,
+                        turn: Some(turn),
+                    };
+                    revive(&host, &vm, &entry, by).await
+                }
                 (Err(why), _) => Err(why),
                 (Ok(_), None) => Err("it has no place in the carve-out".into()),
             }
@@ -325,8 +336,8 @@ async fn conclude(
     Ok(())
 }
 
-/// Tries a guest again that could not be revived.
-pub async fn retry(host: &Host, name: &VmName) -> Result<VmRecord, String> {
+/// Tries a guest again that could not be revived, by this release if one is named.
+pub async fn retry(host: &Host, name: &VmName, release: Option<&str>) -> Result<VmRecord, String> {
     let directory = host.carve_out.directory()?;
     let entry = directory
         .entry(name.as_str())
@@ -361,9 +372,23 @@ pub async fn retry(host: &Host, name: &VmName) -> Result<VmRecord, String> {
         ..vm
     };
     host.store.put_vm(&vm).await.map_err(failed)?;
-    let how = (jump.nonce.as_str(), &Verified::default());
-    match revive(host, &vm, entry, how).await {
-        Ok(revived) => Ok(revived.vm),
+    let by = By {
+        nonce: &jump.nonce,
+        release,
+        verified: &Verified::default(),
+        turn: None,
+    };
+    match revive(host, &vm, entry, by).await {
+        Ok(revived) => {
+            let release = revived.release.manifest.version;
+            if let Err(error) = host.store.revived_by(name, &release).await {
+                tracing::error!(vm = %name, release, "it runs by this release, which is not recorded: {error}");
+            }
+            Ok(VmRecord {
+                release,
+                ..revived.vm
+            })
+        }
         Err(why) => {
             let reason = format!("it was not revived: {why}. Its RAM and its record are kept");
             host.observe_surely(name, VmState::Failed, Some(reason), None)

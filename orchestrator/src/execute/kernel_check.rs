@@ -1,6 +1,7 @@
 //! Whether a swap of the host's kernel would work, as far as it can be told without one: everything that
 //! can fail is looked at while guests run, as there is no way back after the jump.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::Survive;
 
 use super::Host;
+use super::start::verified;
 use crate::agent::kexec;
 use crate::agent::next_kernel::{self, Found};
 use crate::doctor::{Check, Status};
@@ -107,8 +109,9 @@ pub async fn checks(
         checks.push(live_update::next_kernel(jump));
     }
     let vms = host.store.vms().await?;
-    let active = vms.iter().filter(|vm| vm.state.is_active());
-    checks.extend(active.map(|vm| guest(host, vm)));
+    let active = || vms.iter().filter(|vm| vm.state.is_active());
+    checks.extend(releases(host, active()).await?);
+    checks.extend(active().map(|vm| guest(host, vm)));
     // Last, and only if all else is well: it takes its time.
     if checks.iter().all(|check| check.status != Status::Fail) {
         checks.push(image(jump).await);
@@ -232,6 +235,32 @@ fn time(swaps: &[HostSwap], budget_ns: u64) -> Check {
             "after the jump a budget is a figure: give a larger one, or a kernel that starts faster",
         ),
     }
+}
+
+/// Whether the releases that run the guests can do so after the jump: their VMMs are started anew.
+async fn releases(
+    host: &Host,
+    vms: impl Iterator<Item = &VmRecord>,
+) -> Result<Vec<Check>, StoreError> {
+    let versions: BTreeSet<_> = vms.map(|vm| vm.release.as_str()).collect();
+    let mut checks = Vec::with_capacity(versions.len());
+    for version in versions {
+        let name = format!("release {version}");
+        let found = match host.store.release(version).await? {
+            Some(release) => verified(host, &release).await.map(drop),
+            None => Err("it is not in the store".into()),
+        };
+        checks.push(match found {
+            Ok(()) => Check::ok(&name, "its digest is what was added"),
+            Err(why) => Check::new(
+                &name,
+                Status::Fail,
+                format!("{why}: its guests would not be revived"),
+                "swap them to another release before (`stillpoint swap vmm`)",
+            ),
+        });
+    }
+    Ok(checks)
 }
 
 fn guest(host: &Host, vm: &VmRecord) -> Check {

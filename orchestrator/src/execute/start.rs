@@ -10,6 +10,7 @@ use stillpoint_control::secret::Secret;
 use stillpoint_control::spec::CarveOutSpec;
 
 use super::Host;
+use super::adopt::Turn;
 use crate::agent::binaries::Binaries;
 use crate::agent::find::{FindError, Held};
 use crate::agent::places::VmDir;
@@ -25,7 +26,7 @@ pub async fn start(host: &Host, vm: &VmRecord) -> Result<Held, String> {
     let release = host.store.release(&vm.release).await;
     let release = release.map_err(|e| e.to_string())?;
     let release = release.ok_or_else(|| format!("release {} is not in the store", vm.release))?;
-    start_as(host, vm, &release, &How::Boot).await
+    start_as(host, vm, &release, (&How::Boot, None)).await
 }
 
 /// How a guest comes to run.
@@ -46,12 +47,12 @@ pub(super) enum How {
     },
 }
 
-/// As [`start`], with this release.
+/// As [`start`], with this release, together with others.
 pub(super) async fn start_as(
     host: &Host,
     vm: &VmRecord,
     release: &Release,
-    how: &How,
+    (how, turn): (&How, Option<Turn>),
 ) -> Result<Held, String> {
     let dir = prepare(host, vm).await?;
     let gated = spawn_gated(host, vm, release, (&dir, how)).await?;
@@ -63,6 +64,9 @@ pub(super) async fn start_as(
     host.scopes.enclose(&vm.name, process.pid, false).await;
     // Before the guest's first instruction.
     host.ways.fence(vm);
+    if let Some(turn) = turn {
+        turn.come().await;
+    }
     let started = gated.let_go().map_err(|e| e.to_string())?;
     let ready = started.ready(PATIENCE).await.map_err(|e| e.to_string())?;
     match host.expected(vm).find().await {

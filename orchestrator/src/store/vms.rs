@@ -128,6 +128,17 @@ impl Store {
         .await
     }
 
+    /// Records that it goes on in this release, after a swap that did not take it along.
+    pub async fn revived_by(&self, name: &VmName, release: &str) -> Result<(), StoreError> {
+        let (name, release) = (name.clone(), release.to_owned());
+        self.call(move |tx| {
+            let query = "UPDATE vms SET release = ?2, swaps = swaps + 1 WHERE name = ?1";
+            tx.execute(query, params![name.as_str(), release])?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Records what its owner wants.
     pub async fn want(&self, name: &VmName, wanted: Wanted) -> Result<(), StoreError> {
         let name = name.clone();

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::agent::binaries::Binaries;
 use crate::agent::kexec;
 use crate::execute::Host;
+use crate::execute::adopt::Turn;
 use crate::execute::start::{How, start_as, verified_by};
 use crate::model::{Release, VmRecord, VmState, nonce_of};
 use crate::store::Store;
@@ -41,22 +42,38 @@ impl Revived {
     }
 }
 
+/// By what a guest is revived.
+#[derive(Debug)]
+pub(super) struct By<'a> {
+    /// The jump's.
+    pub(super) nonce: &'a str,
+    /// The release, if it is not to be chosen.
+    pub(super) release: Option<&'a str>,
+    pub(super) verified: &'a Verified,
+    /// With whom it goes, if not alone.
+    pub(super) turn: Option<Turn>,
+}
+
 /// Revives one guest. On an error nothing of it runs.
 pub(super) async fn revive(
     host: &Host,
     vm: &VmRecord,
     entry: &Entry,
-    (nonce, verified): (&str, &Verified),
+    by: By<'_>,
 ) -> Result<Revived, String> {
     let label = host.carve_out.label(entry)?;
-    let release = release_for(host, vm, label.format).await?;
+    let all = host.store.releases().await.map_err(|e| e.to_string())?;
+    let release = match by.release {
+        Some(named) => named_release(&all, named, label.format)?,
+        None => release_for(&all, vm, label.format)?,
+    };
     let how = How::Revive {
         place: host.carve_out.spec_of(entry),
-        nonce: nonce.to_owned(),
-        binary: verified.binary(&host.binaries, &release).await?,
+        nonce: by.nonce.to_owned(),
+        binary: by.verified.binary(&host.binaries, &release).await?,
         memory: host.carve_out.memory_of(entry)?.map(Arc::new),
     };
-    let held = start_as(host, vm, &release, &how).await?;
+    let held = start_as(host, vm, &release, (&how, by.turn)).await?;
     host.carve_out.let_go(vm.name.as_str());
     let (process, at) = (held.process.id().clone(), Instant::now());
     host.observe_surely(&vm.name, VmState::Running, None, Some(process.clone()))
@@ -77,8 +94,7 @@ pub(super) async fn revive(
 }
 
 /// The release that ran it, or the newest that reads its state.
-async fn release_for(host: &Host, vm: &VmRecord, format: u32) -> Result<Release, String> {
-    let all = host.store.releases().await.map_err(|e| e.to_string())?;
+fn release_for(all: &[Release], vm: &VmRecord, format: u32) -> Result<Release, String> {
     let reads = |release: &&Release| release.manifest.reads.contains(&format);
     let own = all
         .iter()
@@ -92,6 +108,21 @@ async fn release_for(host: &Host, vm: &VmRecord, format: u32) -> Result<Release,
             vm.name
         )
     })
+}
+
+/// The one that an operator names.
+fn named_release(all: &[Release], named: &str, format: u32) -> Result<Release, String> {
+    let found = all.iter().find(|one| one.manifest.version == named);
+    let found = found.ok_or_else(|| {
+        format!("release {named} is not in the store; `stillpoint release ls` lists those that are")
+    })?;
+    match found.manifest.reads.contains(&format) {
+        true => Ok(found.clone()),
+        false => Err(format!(
+            "release {named} does not read its state, which is in format {format}: it reads {:?}",
+            found.manifest.reads
+        )),
+    }
 }
 
 /// The binaries of releases that were verified: once for all guests that they run.

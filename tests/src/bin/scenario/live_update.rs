@@ -1,6 +1,9 @@
 //! Guests whose memory live update keeps, under one kexec of their host after another: each kernel that is
 //! jumped into has this scenario look at them and jump again, until it was as often as asked. Only for an
-//! emulated host whose kernel has `/dev/liveupdate`.
+//! emulated host whose kernel has `/dev/liveupdate`. Under the last a guest goes along that does not come back
+//! by itself ([`astray`]).
+
+mod astray;
 
 use std::path::Path;
 
@@ -38,7 +41,17 @@ struct State {
     /// What the guests showed before the last jump.
     pulses: Vec<Value>,
     debian: Value,
+    /// Of the guest that goes along in the last jump.
+    #[serde(default)]
+    astray: Value,
     told: Vec<Value>,
+}
+
+impl State {
+    /// Whether the next jump is the last.
+    fn is_last(&self) -> bool {
+        self.told.len() + 1 == self.jumps
+    }
 }
 
 pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
@@ -94,6 +107,7 @@ fn begin(args: &Args) -> anyhow::Result<Value> {
             jumps: args.jumps,
             pulses,
             debian,
+            astray: Value::Null,
             told: Vec::new(),
         },
     )
@@ -109,7 +123,10 @@ fn refuses(daemon: &Daemon, into: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn jump(daemon: &Daemon, state: State) -> anyhow::Result<Value> {
+fn jump(daemon: &Daemon, mut state: State) -> anyhow::Result<Value> {
+    if state.is_last() {
+        state.astray = astray::begin(daemon)?;
+    }
     stages::keep(STATE, &state)?;
     let number = state.told.len() + 1;
     println!("scenario: jump {number} of {}", state.jumps);
@@ -122,10 +139,10 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
     if with_debian {
         debian::tap()?;
     }
-    let daemon = stages::daemon_without_carve_out()?;
+    let mut daemon = stages::daemon_without_carve_out()?;
     let swap = stages::last_swap(&daemon)?;
     // Slow as an emulated host is, a pause beyond its budget is told of, and no failure.
-    ensure!(swap["state"] == "done", "{swap:#}");
+    ensure!(state.is_last() || swap["state"] == "done", "{swap:#}");
     ensure!(swap["kernel"]["to"].is_string(), "{swap:#}");
     let clock = &swap["kernel"]["clock"];
     let left = clock["left_ns"]
@@ -143,6 +160,11 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
         debian::is_up(&daemon)?;
         names.push(debian::GUEST);
     }
+    if state.is_last() {
+        let came_by = (&swap, state.into.as_str());
+        astray::comes_back(&mut daemon, came_by, &state.astray)?;
+        names.push(astray::GUEST);
+    }
     // Each once, and by its own VMM: nothing is left that could be run again.
     let kept = daemon.must(&["adopt"])?;
     for guest in kept["guests"].as_array().into_iter().flatten() {
@@ -152,8 +174,10 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
         kept["guests"].as_array().map(Vec::len) == Some(names.len()),
         "{kept:#}"
     );
+    // Of who came back by another try no swap tells.
     let reports = names
         .iter()
+        .filter(|name| **name != astray::GUEST)
         .map(|name| Ok(daemon.must(&["report", name])?["report"].clone()))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let number = state.told.len() + 1;

@@ -13,6 +13,7 @@ mod kernel;
 mod kernel_rollout;
 mod kexecs;
 mod live_update;
+mod prepared;
 mod pulse;
 mod stages;
 mod tour;
@@ -41,6 +42,8 @@ enum What {
     Cells(cells::Args),
     /// Guests whose memory live update keeps, under ten kexecs of the emulated host.
     LiveUpdate(live_update::Args),
+    /// A host that boots by what `stillpoint host prepare` wrote, in the emulated host.
+    Prepared(prepared::Args),
     /// Pairs of kexecs, one empty and one under guests, in the emulated host.
     Kexecs(kexecs::Args),
 }
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         What::Tour(args) => tour::tell(&args),
         What::Cells(args) => cells::tell(&args),
         What::Kexecs(args) => kexecs::tell(&args),
+        What::Prepared(args) => prepared::tell(&args),
         What::LiveUpdate(args) => live_update::tell(&args),
     };
     match told.and_then(|report| write(&args.results, &report)) {

@@ -94,10 +94,10 @@ pub(crate) fn daemon() -> anyhow::Result<Daemon> {
     Daemon::start_with(Path::new(HOST), &["--carve-out", CARVE_OUT])
 }
 
-/// A daemon that has only what the host's kernel gives it.
+/// A daemon that has only what the host's kernel gives it, and somebody who holds its descriptors.
 pub(crate) fn daemon_without_carve_out() -> anyhow::Result<Daemon> {
     std::fs::create_dir_all(HOST)?;
-    Daemon::start_with(Path::new(HOST), &[])
+    Daemon::start_with_fd_store(Path::new(HOST))
 }
 
 /// Adds the release that guests are run by.
