@@ -160,14 +160,16 @@ impl Shares {
         let top = 78.0;
         let bottom = top + pair_high * self.pairs.len() as f64;
         let high = bottom + 112.0;
-        let longest = self.pairs.iter().map(|pair| pair.total.max(pair.empty));
+        // A guest that was stopped last did not stand still for all of its storing.
+        let bars = |pair: &Pair| pair.parts.iter().sum::<Duration>().max(pair.empty);
+        let longest = self.pairs.iter().map(bars);
         let longest = longest.max().unwrap_or_default().as_secs_f64().max(0.1);
         let step = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0];
         let step = step
             .into_iter()
             .find(|step| longest / step <= 10.0)
             .unwrap_or(60.0);
-        let scale = (WIDE - LEFT - 130.0) / longest;
+        let scale = (WIDE - LEFT - 150.0) / longest;
         let x = |seconds: f64| LEFT + seconds * scale;
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDE}\" height=\"{high}\" viewBox=\"0 0 {WIDE} {high}\" \

@@ -19,17 +19,14 @@
 use std::time::Duration;
 
 use stillpoint_carveout::directory::Jump;
-use stillpoint_carveout::mark::Mark;
 use stillpoint_carveout::wall::{self, Carried, Point};
 use tokio::time::Instant;
 
 use super::host::{self, Part, Stood};
 use super::{Host, unix_ns};
 use crate::agent::kexec;
-use crate::agent::process::Process;
 use crate::model::{
-    HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, VmRecord, nonce_of,
-    with_nonce,
+    HostSwap, HostSwapState, JumpPhase, KernelJump, Share, SwapRecord, nonce_of, with_nonce,
 };
 use crate::store::StoreError;
 
@@ -106,46 +103,10 @@ async fn settle(host: &Host, swap: &mut HostSwap) -> Result<(), StoreError> {
     };
     let stood = Stood {
         ended: None,
-        reason: Some(format!("{why}{}", memory_of(host, &parts))),
+        reason: Some(why.into()),
         output: String::new(),
     };
     host::conclude(host, swap, parts, stood).await
-}
-
-/// What there is of the guests whose VMMs are gone: after a kernel that failed to boot, or another that the
-/// host came up under, their memory may be there or not.
-fn memory_of(host: &Host, parts: &[Part]) -> String {
-    let lives = |vm: &VmRecord| {
-        let process = vm.process.as_ref().map(Process::open);
-        process.is_some_and(|found| found.is_ok_and(|process| process.is_alive()))
-    };
-    let vms = parts.iter().map(Part::vm);
-    let lost: Vec<_> = vms
-        .filter(|vm| !lives(vm))
-        .map(|vm| vm.name.as_str())
-        .collect();
-    let directory = host.carve_out.directory().ok();
-    let is_stored = |name: &&str| {
-        let entry = directory
-            .as_ref()
-            .and_then(|directory| directory.entry(name));
-        entry.is_some_and(|entry| host.carve_out.mark(entry) == Ok(Mark::Stored))
-    };
-    let (stored, gone): (Vec<_>, Vec<_>) = lost.into_iter().partition(is_stored);
-    let mut text = String::new();
-    if !stored.is_empty() {
-        text.push_str(&format!(
-            "; stored, and their memory kept until they are given up (`stillpoint adopt`): {}",
-            stored.join(", ")
-        ));
-    }
-    if !gone.is_empty() {
-        text.push_str(&format!(
-            "; nothing that could be run is left of: {}",
-            gone.join(", ")
-        ));
-    }
-    text
 }
 
 async fn load(jump: &mut KernelJump) -> Result<(), String> {

@@ -420,9 +420,6 @@ fn cut_off(state: State) -> anyhow::Result<Value> {
         cells.state(name, "crashed")?;
     }
     cells.last("failed", "came by no jump")?;
-    // What there is of each is said, and is so.
-    cells.last("failed", &format!("(`stillpoint adopt`): {}", GUESTS[0]))?;
-    cells.last("failed", &format!("is left of: {}", GUESTS[1]))?;
     cells.is_kept_until_forgotten(GUESTS[0])?;
     ensure!(cells.place(GUESTS[1])?.mark() != Mark::Stored);
     cells.daemon.must(&["rm", GUESTS[1]])?;
