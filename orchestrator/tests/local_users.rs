@@ -115,6 +115,29 @@ fn local_users_have_the_role_of_their_group_by_the_kernels_word() {
     assert_eq!(daemon.show("web")["release"], "2");
     let (_, message) = as_user(&daemon, "4711", &["release", "rm", "1"]).bad();
     assert!(message.contains("needs the role `admin`"), "{message}");
+    // By a rollout the hosts themselves are as little theirs as by hand; to look at one is.
+    let kvm = [
+        "rollout",
+        "start",
+        "--component",
+        "kvm",
+        "--to",
+        "1.1",
+        "--budget",
+        "1s",
+        "--detach",
+    ];
+    let (code, message) = as_user(&daemon, "4711", &kvm).bad();
+    assert_eq!(code, "forbidden");
+    assert!(
+        message.contains("needs the role `admin`, and uid 65534 has `operate`"),
+        "{message}"
+    );
+    let (code, _) = as_user(&daemon, "4711", &[&kvm[..], &["--dry-run"]].concat()).bad();
+    assert_eq!(
+        code, "not_found",
+        "there is no such release, and that is all"
+    );
     assert!(is_audited(
         &daemon,
         "uid 65534",

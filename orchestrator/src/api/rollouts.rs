@@ -10,11 +10,12 @@ use super::Desk;
 use super::gate::By;
 use super::refusal::{Body, Refusal};
 use super::swaps::new_id;
+use crate::auth::{Caller, Role};
 use crate::execute::unix_ns;
 use crate::fleet::ask::{Act, NewRollout, the_vm};
 use crate::fleet::explain::{self, HostView, RolloutSummary, RolloutView};
 use crate::fleet::record::{HistoryStep, RolloutId};
-use crate::model::{Code, Moment, Problem, VMM};
+use crate::model::{Code, Moment, Problem, Rung, VMM};
 
 /// The longest reason for a cordon.
 const MAX_REASON: usize = 500;
@@ -67,7 +68,8 @@ pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<RolloutSum
     ))
 }
 
-/// Starts a rollout, or with `dry_run` says what one would do. Whatever daemon is elected drives it.
+/// Starts a rollout, or with `dry_run` says what one would do. Whatever daemon is elected drives it. One that swaps
+/// whole hosts needs the role `admin`.
 #[utoipa::path(
     post, path = "/v1/rollouts", request_body = NewRollout,
     responses(
@@ -78,8 +80,10 @@ pub(super) async fn list(State(desk): State<Desk>) -> Result<Json<Vec<RolloutSum
 pub(super) async fn start(
     State(desk): State<Desk>,
     Extension(By(by)): Extension<By>,
+    Extension(caller): Extension<Caller>,
     Body(new): Body<NewRollout>,
 ) -> Result<(StatusCode, Json<RolloutView>), Refusal> {
+    may_change(&caller, &new)?;
     if !new.allow_downgrade && new.component == VMM {
         desk.pin_allows(&new.to).await?;
     }
@@ -94,6 +98,21 @@ pub(super) async fn start(
         false => StatusCode::ACCEPTED,
     };
     Ok((status, Json(view)))
+}
+
+/// What changes hosts themselves is for admins, by a rollout as by hand.
+fn may_change(caller: &Caller, new: &NewRollout) -> Result<(), Problem> {
+    let of_hosts = new.component.parse().is_ok_and(Rung::takes_whole_host);
+    if !of_hosts || new.dry_run || caller.role >= Some(Role::Admin) {
+        return Ok(());
+    }
+    let (component, who) = (&new.component, &caller.who);
+    let role = caller.role.map_or("none", Role::word);
+    let message = format!(
+        "a rollout of {component} changes the hosts themselves and needs the role `admin`, and {who} has `{role}`: {}",
+        caller.remedy
+    );
+    Err(Problem::new(Code::Forbidden, message))
 }
 
 /// One rollout, and why each of its units isn't begun now.

@@ -191,7 +191,8 @@ mod tests {
         let mut swaps = [swap(HealthState::Well), swap(HealthState::Well)];
         let second = swaps[1].report.as_mut().expect("a report");
         second.blackout.host = MS * 9;
-        second.clock = None;
+        let clock = second.clock.as_mut().expect("a receipt");
+        clock.kvmclock_error_ns = Some(7);
         let worst = Worst::of(&swaps);
         assert_eq!(worst.guests, 2);
         assert_eq!(worst.blackout_ns, Some(9_000_000));

@@ -96,6 +96,12 @@ fn asked(hosts: usize) -> impl Strategy<Value = Asked> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 1000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
     /// Whatever two rollouts ask for: none has a host twice or a guest twice, and no guest is in both, nor a
     /// guest in one whose host is in the other.
     #[test]
