@@ -217,8 +217,22 @@ pub fn echo(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A connection to the guest's own echo.
+/// A connection to the guest's own echo, when it listens: until its driver is there the device hangs up.
 pub fn call(dir: &Path) -> anyhow::Result<BufReader<UnixStream>> {
+    let mut last = None;
+    let called = wait_for("the guest's echo to listen", PATIENCE, || {
+        match call_once(dir) {
+            Ok(stream) => Ok(Some(stream)),
+            Err(error) => {
+                last = Some(error);
+                Ok(None)
+            }
+        }
+    });
+    called.with_context(|| format!("{last:?}"))
+}
+
+fn call_once(dir: &Path) -> anyhow::Result<BufReader<UnixStream>> {
     let mut stream = UnixStream::connect(dir.join("vsock.sock"))?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -116,6 +116,24 @@ fn every_other_change_is_named() {
 }
 
 #[test]
+fn pages_that_are_there_again_are_told_of_after_a_load_where_the_guest_wants_that() {
+    const PAGES: u8 = 0xf3;
+    let told = |switched: u64| {
+        let mut before = vcpu();
+        before.msr_indices.extend([ASYNC_PF, ASYNC_PF_INTERRUPT]);
+        before.msr_values.extend([switched, PAGES.into()]);
+        let mut again = before.clone();
+        request(&mut again.lapic, PAGES);
+        differences(&machine(&before, &DISK), &machine(&again, &DISK)).expect("states")
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(told(0x1000 | BY_INTERRUPT), none);
+    for other in [0, 1, 0x1000 | 1 << 3] {
+        assert_eq!(told(other), ["vcpu/0: interrupt 0xf3 came from nowhere"]);
+    }
+}
+
+#[test]
 fn an_interrupt_that_waits_is_not_lost() {
     let mut waits = vcpu();
     request(&mut waits.lapic, KEYBOARD);
