@@ -266,7 +266,7 @@ fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
         &jumps,
     ];
     let at = "target/releases/faulty";
-    let faulty = releases::root().join("target/static/releases/faulty");
+    let faulty = releases::root().join(at);
     let outcome = Rig::new(name, Kernel::Luo)
         .memory_mib(2560)
         .scratch_mib(512)
