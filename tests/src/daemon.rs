@@ -42,6 +42,18 @@ enum Network {
     Kept(File),
 }
 
+/// Terms of a rollout that nobody has to wait for.
+pub const SOON: [&str; 8] = [
+    "--bake",
+    "0s",
+    "--well-for",
+    "100ms",
+    "--notice",
+    "0s",
+    "--retry-after",
+    "1s",
+];
+
 /// What a command printed, and whether it succeeded.
 #[derive(Debug)]
 pub struct Answer {

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
 use stillpoint_images::cache::Cache;
 use stillpoint_images::packages::{FetchError, Kernel, Set, Unpacked};
 use stillpoint_images::progress::Progress;
@@ -106,6 +107,14 @@ impl Outcome {
             );
         }
         Ok(console)
+    }
+
+    /// The report that the command left, if it succeeded; otherwise an error as of [`Self::succeeded`].
+    pub fn report<T: DeserializeOwned>(&self) -> anyhow::Result<T> {
+        self.succeeded()?;
+        let path = self.results.join("report.json");
+        let report = std::fs::read(&path).with_context(|| path.display().to_string())?;
+        Ok(serde_json::from_slice(&report)?)
     }
 }
 

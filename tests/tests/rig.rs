@@ -19,14 +19,12 @@ fn pulse_on(kernel: Kernel, release: &str, fills_page_tables: bool) -> anyhow::R
         .command(&["scenario", "pulse"])
         .time_limit(LIMIT)
         .run()?;
-    outcome.succeeded()?;
+    let report: Value = outcome.report()?;
     let dmesg = std::fs::read_to_string(outcome.results.join("dmesg.txt"))?;
     ensure!(
         dmesg.contains(&format!("Linux version {release}")),
         "another kernel:\n{dmesg}"
     );
-    let report = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let report: Value = serde_json::from_slice(&report)?;
     let kvm = |check: &&Value| {
         check["check"]
             .as_str()
@@ -151,9 +149,7 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
         .time_limit(LIMIT)
         .again_if_it_dies()
         .run()?;
-    outcome.succeeded()?;
-    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let told: Value = serde_json::from_slice(&told)?;
+    let told: Value = outcome.report()?;
     ensure!(told["after_the_crash"].is_object(), "{told:#}");
     let kernel = &told["swap"]["kernel"];
     let (from, to) = (kernel["from"].as_str(), kernel["to"].as_str());
@@ -185,9 +181,7 @@ fn a_rollout_brings_the_hosts_kernel_by_one_jump() -> anyhow::Result<()> {
         .time_limit(LIMIT)
         .again_if_it_dies()
         .run()?;
-    outcome.succeeded()?;
-    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let told: Value = serde_json::from_slice(&told)?;
+    let told: Value = outcome.report()?;
     ensure!(told["rollout"]["state"] == "finished", "{told:#}");
     Ok(())
 }
@@ -215,9 +209,7 @@ fn what_goes_wrong_on_the_way_to_another_kernel() -> anyhow::Result<()> {
         .time_limit(LIMIT * 2)
         .again_if_it_dies()
         .run()?;
-    outcome.succeeded()?;
-    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let told: Value = serde_json::from_slice(&told)?;
+    let told: Value = outcome.report()?;
     // As many as the scenario has: none of them was left out.
     let cells = told["cells"].as_array().map_or(0, Vec::len);
     ensure!(cells == 8, "{told:#}");
@@ -240,9 +232,7 @@ fn a_host_boots_by_what_was_prepared() -> anyhow::Result<()> {
         .time_limit(LIMIT)
         .again_if_it_dies()
         .run()?;
-    outcome.succeeded()?;
-    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let told: Value = serde_json::from_slice(&told)?;
+    let told: Value = outcome.report()?;
     ensure!(
         told["words"]
             .as_str()
@@ -277,9 +267,7 @@ fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
         .command(&[&scenario[..], more].concat())
         .time_limit(Duration::from_secs(1200))
         .run()?;
-    outcome.succeeded()?;
-    let told = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    let told: Value = serde_json::from_slice(&told)?;
+    let told: Value = outcome.report()?;
     let jumps = told["jumps"].as_array().context("the jumps")?;
     ensure!(jumps.len() == JUMPS, "{told:#}");
     for jump in jumps {

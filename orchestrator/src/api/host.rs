@@ -146,31 +146,23 @@ pub(crate) fn check(new: &NewHostSwap) -> Result<(), Problem> {
 
 /// What an exchange loads, and what is there before it.
 fn swap_by(exchange: Exchange) -> Result<KvmSwap, ModulesError> {
-    let swap = match exchange {
-        Exchange::Command => KvmSwap::default(),
+    let (to, before) = match exchange {
+        Exchange::Command => Default::default(),
         Exchange::PutBack(modules) => {
             let before = modules::present()?;
-            let to = modules::instead(&modules, None, &[])?;
-            KvmSwap {
-                to,
-                before,
-                ..KvmSwap::default()
-            }
+            (modules::instead(&modules, None, &[])?, before)
         }
         Exchange::Folder(new) => {
             let before = modules::present()?;
             let folder = new.to.as_deref().map(std::path::Path::new);
-            let to = modules::instead(&before, folder, &new.parameters)?;
-            KvmSwap {
-                to,
-                before,
-                ..KvmSwap::default()
-            }
+            (modules::instead(&before, folder, &new.parameters)?, before)
         }
     };
     Ok(KvmSwap {
+        to,
+        before,
         boot_id: boot_id(),
-        ..swap
+        ..KvmSwap::default()
     })
 }
 

@@ -2,6 +2,8 @@
 //! before", so daemons of two versions share a store.
 
 mod order;
+#[cfg(test)]
+pub(crate) mod samples;
 
 use std::collections::BTreeSet;
 

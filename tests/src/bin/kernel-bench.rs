@@ -100,8 +100,5 @@ fn measure(args: &Args) -> anyhow::Result<Value> {
         .command(&command)
         .time_limit(Duration::from_secs(args.time_limit))
         .live(true);
-    let outcome = rig.run()?;
-    outcome.succeeded()?;
-    let report = std::fs::read(outcome.results.join("report.json")).context("report.json")?;
-    Ok(serde_json::from_slice(&report)?)
+    rig.run()?.report()
 }

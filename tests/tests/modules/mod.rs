@@ -11,7 +11,7 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use stillpoint_agent::protocol::Shutdown;
 use stillpoint_control::report::SwapReport;
-use stillpoint_tests::daemon::Daemon;
+use stillpoint_tests::daemon::{Daemon, SOON};
 use stillpoint_tests::ground::{is_emulated_host, no_fast_kvm};
 use stillpoint_tests::guest::Pulse;
 use stillpoint_tests::linux::images::{Form, Kernel};
@@ -105,23 +105,13 @@ fn a_rollout_brings_modules(daemon: &Daemon, broken: &Path) -> anyhow::Result<()
         std::fs::write(folder.join("parameters"), parameters)?;
     }
     let of_kvm = ["rollout", "start", "--component", "kvm", "--budget", "30s"];
-    let quick = [
-        "--bake",
-        "0s",
-        "--well-for",
-        "100ms",
-        "--notice",
-        "0s",
-        "--retry-after",
-        "1s",
-    ];
     for (version, more, state, nested) in [
         ("nested-off", &[][..], "finished", "0"),
         ("broken", &[], "rolled_back", "0"),
         ("nested-on", &["--max-blackout", "1us"], "rolled_back", "0"),
         ("nested-on", &[], "finished", "1"),
     ] {
-        let args = [&of_kvm[..], &["--to", version], &quick[..], more].concat();
+        let args = [&of_kvm[..], &["--to", version], &SOON[..], more].concat();
         let over = daemon.stillpoint(&args)?;
         ensure!(
             over.json["rollout"]["state"] == state,

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
 use rustix::net::SocketFlags;
 use stillpoint_control::frame;
 use stillpoint_control::message::{GuestState, Reply, Request};
@@ -15,12 +14,14 @@ use stillpoint_control::message::{GuestState, Reply, Request};
 use super::desk::Desk;
 use crate::event::{Event, Job};
 use crate::handover::correct;
-use crate::peer;
+use crate::{handover, peer};
 
 /// The most callers at a time.
 const MAX_CALLERS: usize = 32;
 /// How often a door that somebody knocks at looks whether it is open.
 const GLANCE: Duration = Duration::from_millis(20);
+/// As good as never.
+const FAR: Duration = Duration::from_secs(3600);
 
 /// Starts serving.
 pub(super) fn start(
@@ -34,7 +35,9 @@ pub(super) fn start(
         .name("control".into())
         .spawn(move || {
             loop {
-                let may_enter = is_knocked_at(&listener) && desk.is_open();
+                // However long nobody does: a guest that sleeps costs its host nothing.
+                let knocks = handover::wait_readable(&listener, Instant::now() + FAR);
+                let may_enter = knocks && desk.is_open();
                 match may_enter.then(|| accept(&listener)).flatten() {
                     Some(caller) => admit(caller, &desk, &events, &callers),
                     // Callers wait in the backlog while the guest is handed over, or while there is
@@ -44,12 +47,6 @@ pub(super) fn start(
             }
         })
         .map(drop)
-}
-
-/// Waits until somebody knocks, however long: while nobody does, a guest that sleeps costs its host nothing.
-fn is_knocked_at(listener: &OwnedFd) -> bool {
-    let mut doors = [PollFd::new(listener, PollFlags::IN)];
-    rustix::event::poll(&mut doors, None).is_ok()
 }
 
 fn accept(listener: &OwnedFd) -> Option<OwnedFd> {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
-use stillpoint_tests::daemon::Daemon;
+use stillpoint_tests::daemon::{Daemon, SOON};
 use stillpoint_tests::ground;
 use stillpoint_tests::patience::wait_for;
 use stillpoint_tests::rig::order::{CARVE_OUT, JUMPS};
@@ -103,17 +103,7 @@ fn leave(kernel: &str) -> anyhow::Result<Value> {
         "30s",
         "--detach",
     ];
-    let quick = [
-        "--bake",
-        "0s",
-        "--well-for",
-        "100ms",
-        "--notice",
-        "0s",
-        "--retry-after",
-        "1s",
-    ];
-    let back = daemon.stillpoint(&[&rollout[..], &quick].concat())?;
+    let back = daemon.stillpoint(&[&rollout[..], &SOON].concat())?;
     ensure!(
         !back.success && back.error.contains("has no way back"),
         "{}",
@@ -132,7 +122,7 @@ fn leave(kernel: &str) -> anyhow::Result<Value> {
     ]))?;
     keep(SEEN, &json!({ "guests": guests, "to": name }))?;
     println!("scenario: a rollout is started, and the host jumps into {name}");
-    daemon.must(&[&rollout[..], &quick, &["--no-roll-back"]].concat())?;
+    daemon.must(&[&rollout[..], &SOON, &["--no-roll-back"]].concat())?;
     wait_for("the jump", PATIENCE, || {
         let rollout = daemon.stillpoint(&["rollout", "show"])?;
         ensure!(

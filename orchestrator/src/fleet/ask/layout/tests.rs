@@ -3,9 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::fleet::record::{ComponentCard, HostCard, VmCard};
-use crate::model::{Labels, Policy, VmName, VmState};
-use crate::plan::rollout::seen::Health;
+use crate::fleet::record::samples;
+use crate::model::{Labels, Policy, VmName};
 
 const NOW: Moment = Moment(1_000_000_000_000);
 
@@ -18,33 +17,10 @@ fn look(guests: &[usize]) -> Look {
     let mut look = Look::default();
     for (number, &many) in guests.iter().enumerate() {
         let of_host = look.hosts.entry(host(number)).or_default();
-        of_host.card = Some(HostCard {
-            zone: "z".into(),
-            fault_domain: "r".into(),
-            labels: Labels::new(),
-            releases: vec!["next".into()],
-            kernel: ComponentCard {
-                runs: "6.1.0".into(),
-                releases: vec!["next".into()],
-            },
-            kvm: ComponentCard {
-                runs: "as booted".into(),
-                releases: vec!["next".into()],
-            },
-            daemon: "0".into(),
-        });
+        of_host.card = Some(samples::host());
         for guest in 0..many {
-            let card = VmCard {
-                set: [None, Some("a".into()), Some("b".into())][(number + guest) % 3].clone(),
-                domain: 0,
-                state: VmState::Running,
-                release: "good".into(),
-                health: Health::Well,
-                ailment: None,
-                since: Moment(1),
-                swap: None,
-                busy: false,
-            };
+            let set = [None, Some("a"), Some("b")][(number + guest) % 3];
+            let card = samples::guest(set, 0);
             let name = VmName::try_from(format!("vm{number}-{guest}")).expect("a name");
             look.vms.insert((host(number), name), card);
         }

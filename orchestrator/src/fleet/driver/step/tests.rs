@@ -2,9 +2,8 @@
 
 use super::*;
 use crate::fleet::ask::{NewRollout, lay_out};
-use crate::fleet::record::{Alive, ComponentCard, HostCard, RolloutId, VmCard};
-use crate::model::{Labels, Policy, Rung, VmName, VmState};
-use crate::plan::rollout::seen::Health;
+use crate::fleet::record::{Alive, RolloutId, samples};
+use crate::model::{Labels, Policy, Rung, VmName};
 
 const NOW: Moment = Moment(1_000_000_000_000);
 
@@ -20,37 +19,13 @@ fn vm(name: &str) -> VmName {
 fn look() -> Look {
     let mut look = Look::default();
     let of_host = look.hosts.entry(host("h")).or_default();
-    of_host.card = Some(HostCard {
-        zone: "z".into(),
-        fault_domain: "r".into(),
-        labels: Labels::new(),
-        releases: vec!["good".into(), "next".into()],
-        kernel: ComponentCard {
-            runs: "6.1.0".into(),
-            releases: vec!["next".into()],
-        },
-        kvm: ComponentCard {
-            runs: "as booted".into(),
-            releases: vec!["next".into()],
-        },
-        daemon: "0".into(),
-    });
+    of_host.card = Some(samples::host());
     of_host.alive = Some(Alive {
         since: Moment(1),
         clock: None,
     });
     for name in ["a", "b"] {
-        let card = VmCard {
-            set: Some("s".into()),
-            domain: u16::from(name == "b"),
-            state: VmState::Running,
-            release: "good".into(),
-            health: Health::Well,
-            ailment: None,
-            since: Moment(1),
-            swap: None,
-            busy: false,
-        };
+        let card = samples::guest(Some("s"), u16::from(name == "b"));
         look.vms.insert((host("h"), vm(name)), card);
     }
     look
