@@ -4,6 +4,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -116,7 +117,7 @@ pub struct Vm {
     pub(crate) manner: Manner,
     spec: MachineSpec,
     /// The guest's own notes.
-    pub pulse: Pulse,
+    pub pulse: Arc<Pulse>,
     /// The ownership page, as the daemon holds it.
     pub ownership: Ownership,
 }
@@ -154,7 +155,7 @@ impl Vm {
         // From here on a failure ends the process by the drop of what holds it.
         let mut child = Held(Some(child));
         let (ram, ownership) = connect(&control(dir.path()))?.lend_guest()?;
-        let pulse = Pulse::find_of(ram, &spec, PATIENCE)?;
+        let pulse = Arc::new(Pulse::find_of(ram, &spec, PATIENCE)?);
         let ownership = Ownership::map(ownership)?;
         Ok(Self {
             child: child.0.take().context("a child")?,
@@ -270,7 +271,7 @@ impl Vm {
         drop(writer);
         wait_ready(reader, "the VMM that revives", &log)?;
         let (ram, ownership) = self.client()?.lend_guest()?;
-        self.pulse = Pulse::find_of(ram, &self.spec, PATIENCE)?;
+        self.pulse = Arc::new(Pulse::find_of(ram, &self.spec, PATIENCE)?);
         self.ownership = Ownership::map(ownership)?;
         Ok(())
     }

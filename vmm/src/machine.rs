@@ -32,6 +32,7 @@ use crate::devices::{Busy, Device};
 use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
 use crate::memory::GuestRam;
+use crate::vcpu::hurry::Hurry;
 use crate::vcpu::{Entered, VcpuSet, VcpusError};
 use crate::{clock, irq, release};
 
@@ -216,13 +217,13 @@ impl Machine {
 
     /// Runs a machine that was built and has not run: devices first, then the vCPUs. The guest must
     /// be ours.
-    pub fn enter(&self, patience: Duration) -> Result<Entered, VcpusError> {
+    pub fn enter(&self, hurry: Hurry, patience: Duration) -> Result<Entered, VcpusError> {
         for device in &self.devices {
             device.resume();
         }
         self.buffer.thaw();
         let began = clock::host_tsc();
-        let entered = self.vcpus.enter(&self.bus, patience)?;
+        let entered = self.vcpus.enter(&self.bus, hurry, patience)?;
         let cycles = entered.tsc.saturating_sub(began);
         // A machine is entered once in its life.
         let _ = self.entry.set(clock::duration(cycles, self.tsc_khz));
@@ -270,9 +271,15 @@ impl Machine {
     }
 
     /// Parks the vCPUs and quiesces the devices. On an error call [`Machine::run_on`].
-    fn stand_still(&self, deadline: Instant, timing: &mut Timing) -> Result<(), FreezeError> {
+    fn stand_still(
+        &self,
+        hurry: &Hurry,
+        deadline: Instant,
+        timing: &mut Timing,
+    ) -> Result<(), FreezeError> {
         let patience = deadline.saturating_duration_since(Instant::now());
         self.vcpus.park(patience)?;
+        hurry.among();
         timing.mark("park");
         // After the vCPUs: nothing new can reach a device now.
         for device in &self.devices {
@@ -283,6 +290,11 @@ impl Machine {
         Ok(())
     }
 
+    /// The guest is about to stand still: its threads go before all others of the host.
+    fn hurry(&self) -> Hurry {
+        self.vcpus.hurry()
+    }
+
     /// The machine runs and nothing is urgent: its threads go where the scheduler wants them.
     pub fn release_cpus(&self) {
         self.vcpus.release_cpus();
@@ -290,12 +302,17 @@ impl Machine {
 
     /// As [`Machine::run_on`], after a pause in place that was meant: `stolen` of it counts as such
     /// to a guest that keeps an account. Tells how the vCPUs were let in.
-    fn resume(&self, stolen: Duration, patience: Duration) -> Result<Entered, VcpusError> {
+    fn resume(
+        &self,
+        stolen: Duration,
+        hurry: Hurry,
+        patience: Duration,
+    ) -> Result<Entered, VcpusError> {
         for device in &self.devices {
             device.resume();
         }
         self.buffer.thaw();
-        self.vcpus.resume(stolen, patience)
+        self.vcpus.resume(stolen, hurry, patience)
     }
 
     /// Undoes [`Machine::drain`] and [`Machine::stand_still`], wherever they came to.

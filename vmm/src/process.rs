@@ -38,6 +38,7 @@ use crate::handover::{Channel, measure, recovery};
 use crate::machine::Machine;
 use crate::machine::frozen::Guest;
 use crate::memory::GuestRam;
+use crate::vcpu::hurry::Hurry;
 use desk::Desk;
 pub use revive::Source;
 
@@ -117,7 +118,10 @@ impl Process {
             dir,
         };
         process.open()?;
-        process.guest.machine.enter(ENTER_PATIENCE)?;
+        process
+            .guest
+            .machine
+            .enter(Hurry::default(), ENTER_PATIENCE)?;
         process.guest.machine.release_cpus();
         Ok(process)
     }
@@ -256,7 +260,7 @@ impl Process {
         self.waiting.extend(self.events.try_iter());
         self.waiting
             .retain(|event| matches!(event, Event::Control(_)));
-        self.guest.machine.enter(ENTER_PATIENCE)?;
+        self.guest.machine.enter(Hurry::default(), ENTER_PATIENCE)?;
         self.guest.machine.release_cpus();
         Ok(())
     }

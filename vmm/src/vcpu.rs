@@ -15,6 +15,7 @@
 //! the middle of (api.rst, KVM_RUN: "pending operations complete after re-entering").
 
 pub mod error;
+pub mod hurry;
 pub mod load;
 pub mod msrs;
 pub mod placement;
@@ -41,6 +42,7 @@ use crate::bus::Bus;
 use crate::event::Event;
 use crate::memory::Memory;
 use error::VcpuError;
+use hurry::Hurry;
 use load::{LoadedVcpu, Pause};
 use orders::{Answer, Gone, Order, SPIN, wait_for};
 use placement::Home;
@@ -86,7 +88,8 @@ pub enum VcpusError {
 struct Thread {
     orders: Sender<Order>,
     handle: Option<JoinHandle<()>>,
-    home: Home,
+    /// Known once it is ready.
+    home: Option<Home>,
     turns: Arc<AtomicU64>,
 }
 
@@ -184,7 +187,7 @@ impl VcpuSet {
             set.threads.push(Thread {
                 orders,
                 handle: Some(handle),
-                home: Home::default(),
+                home: None,
                 turns,
             });
         }
@@ -203,16 +206,27 @@ impl VcpuSet {
             },
         )?;
         for (thread, home) in set.threads.iter_mut().zip(homes) {
-            thread.home = home;
+            thread.home = Some(home);
         }
         Ok(set)
     }
 
     /// Lets the threads run wherever they were allowed to before they were spread.
     pub fn release_cpus(&self) {
-        for thread in &self.threads {
-            thread.home.return_to();
+        for home in self.homes() {
+            home.return_to();
         }
+    }
+
+    fn homes(&self) -> impl Iterator<Item = &Home> {
+        self.threads
+            .iter()
+            .filter_map(|thread| thread.home.as_ref())
+    }
+
+    /// Has the calling thread, which leads, and the vCPUs' go before all others.
+    pub fn hurry(&self) -> Hurry {
+        Hurry::with(self.homes().map(Home::thread))
     }
 
     /// How many.
@@ -297,9 +311,15 @@ impl VcpuSet {
     }
 
     /// Lets every vCPU run on after a pause in place, of which `stolen` counts as such.
-    pub fn resume(&self, stolen: Duration, patience: Duration) -> Result<Entered, VcpusError> {
+    pub fn resume(
+        &self,
+        stolen: Duration,
+        hurry: Hurry,
+        patience: Duration,
+    ) -> Result<Entered, VcpusError> {
+        hurry.above();
         self.tell(|_| Order::Resume { stolen })?;
-        self.entered(patience)
+        self.entered(hurry, patience)
     }
 
     /// Tells every vCPU to save itself for `format`; [`VcpuSet::saved`] waits for it.
@@ -322,9 +342,12 @@ impl VcpuSet {
         )
     }
 
-    /// Wakes the threads ahead of an order that comes at once.
+    /// Wakes the threads ahead of an order that comes at once, where they may stay awake for it.
     pub fn stand_by(&self) -> Result<(), VcpusError> {
-        self.tell(|_| Order::StandBy)
+        match self.spin.is_zero() {
+            true => Ok(()),
+            false => self.tell(|_| Order::StandBy),
+        }
     }
 
     /// Has the first vCPU fill the machine's second-level page tables for a range of guest-physical addresses.
@@ -431,14 +454,21 @@ impl VcpuSet {
     }
 
     /// The guest is ours: every vCPU loads what may write guest memory, and runs.
-    pub fn enter(&self, bus: &Arc<Bus>, patience: Duration) -> Result<Entered, VcpusError> {
+    pub fn enter(
+        &self,
+        bus: &Arc<Bus>,
+        hurry: Hurry,
+        patience: Duration,
+    ) -> Result<Entered, VcpusError> {
+        hurry.above();
         self.tell(|_| Order::Enter(Arc::clone(bus)))?;
-        self.entered(patience)
+        self.entered(hurry, patience)
     }
 
-    fn entered(&self, patience: Duration) -> Result<Entered, VcpusError> {
+    fn entered(&self, hurry: Hurry, patience: Duration) -> Result<Entered, VcpusError> {
         // Their answers would wake this thread on the very cores they are about to use.
         std::thread::sleep(HEAD_START);
+        drop(hurry);
         let entries = self.gather(
             Wait {
                 what: "enter the guest",

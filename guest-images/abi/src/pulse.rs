@@ -9,7 +9,7 @@ use crate::virtio::{Blk, Driver, Hostile, Net, Rng, Vsock};
 /// Version of what pulse writes: [`Globals::version`]. A pulse of before wrote 0, and had no
 /// virtio drivers; one of version 2 told no [`Report::count`], and one of version 3 not when it was
 /// [`Globals::born`].
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Offset of [`Globals`] in the table's page.
 pub const GLOBALS_OFFSET: u64 = 64;
 /// Offset of [`Report`] in a vCPU's page.
@@ -49,6 +49,10 @@ pub struct Globals {
     pub touch_wanted: u64,
     /// Bytes of them that were written. Equal to `touch_wanted` when all is done.
     pub touched: u64,
+    /// How often all of them were written.
+    pub touch_passes: u64,
+    /// TSC when that last was done.
+    pub touch_ended: u64,
     /// [`VERSION`].
     pub version: u32,
     /// 0.

@@ -61,7 +61,10 @@ fn run(line: &str) {
             say!("forgotten");
         }
         ("touch", ..) => {
-            touch::again();
+            match line.ends_with(" always") {
+                true => touch::always(),
+                false => touch::again(),
+            }
             say!("touching");
         }
         ("mode", Some(vcpu), Some(mode)) => {

@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use crate::bootinfo::BootInfo;
 use crate::gaps::Gaps;
 use crate::pages::{self, add, field};
-use crate::{options, paging};
+use crate::{options, paging, tsc};
 
 const PAGE: u64 = 4096;
 /// Pages touched in a loop, at most.
@@ -27,10 +27,18 @@ static PLAN: Plan = Plan(UnsafeCell::new([(0, 0); RANGES]));
 
 /// All of it is to be touched once more.
 static AGAIN: AtomicBool = AtomicBool::new(false);
+/// And then again and again: a guest whose work is all of its RAM.
+static ALWAYS: AtomicBool = AtomicBool::new(false);
 
 /// Has vCPU 0 touch everything once more, from the beginning: after a swap, to see what that costs.
 pub(crate) fn again() {
     AGAIN.store(true, Relaxed);
+}
+
+/// Has vCPU 0 begin anew whenever it has touched everything; each pass notes its end.
+pub(crate) fn always() {
+    again();
+    ALWAYS.store(true, Relaxed);
 }
 
 /// Chooses the ranges: `touch=` bytes of RAM, the pattern among them, as far as there is RAM.
@@ -81,9 +89,23 @@ impl Touch {
     /// Begins once more, if that was asked of vCPU 0.
     pub(crate) fn begin_again(&mut self) {
         if AGAIN.swap(false, Relaxed) {
-            let globals = pages::globals();
-            field!(globals.touched).store(0, Relaxed);
-            *self = Self::new(0);
+            self.begin();
+        }
+    }
+
+    fn begin(&mut self) {
+        let globals = pages::globals();
+        field!(globals.touched).store(0, Relaxed);
+        *self = Self::new(0);
+    }
+
+    /// What follows the last range.
+    fn end(&mut self) {
+        let globals = pages::globals();
+        field!(globals.touch_ended).store(tsc::read(), Relaxed);
+        add(field!(globals.touch_passes), 1);
+        if ALWAYS.load(Relaxed) {
+            self.begin();
         }
     }
 
@@ -96,6 +118,9 @@ impl Touch {
             if self.at >= end {
                 self.ranges = rest;
                 self.at = rest.first().map_or(0, |range| range.0);
+                if rest.is_empty() {
+                    self.end();
+                }
                 continue;
             }
             // SAFETY: the page lies in RAM that the memory map gave and no one else uses.

@@ -2,6 +2,8 @@
 //! more. Ours fills the new process's page tables before the freeze, and KVM's own where the kernel can
 //! (KVM_PRE_FAULT_MEMORY, Linux 6.11); builds that leave out the one or both are the controls.
 
+mod recovery;
+
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -10,6 +12,7 @@ use stillpoint_tests::console::Console;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::vm::{Recipe, Vm};
 
+pub(crate) use self::recovery::Recoveries;
 use crate::ours::pause;
 use crate::run::progress;
 use crate::scene::WORK_MIB;
@@ -35,6 +38,8 @@ pub(crate) struct Brownout {
     pub(crate) steady: Vec<u64>,
     /// Guest-visible blackouts of the first kind, and of the last.
     pub(crate) blackouts: [Vec<u64>; 2],
+    /// What reports say of it, of the first kind and of the last.
+    pub(crate) recoveries: [Recoveries; 2],
 }
 
 impl Brownout {
@@ -65,6 +70,7 @@ impl Brownout {
         }
         progress("writing all RAM after swaps", count, count);
         vm.power_off()?;
+        all.recoveries = recovery::measure(count, touched_mib)?;
         Ok(all)
     }
 

@@ -90,6 +90,16 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             after.faulted.p50,
             after.filled.n
         )?;
+        let kinds = ["filled beforehand", "left to be filled"];
+        for (of, kind) in after.recoveries.iter().zip(kinds) {
+            let Some(of) = of else { continue };
+            writeln!(
+                to,
+                "\nA guest that writes {} MiB again and again lost {:.0} ms after its pause by its own notes, {:.0} ms by the swap's report, with \
+                 page tables {kind} (medians of {}; {} more had not recovered within the 2 s that a report looks).",
+                after.touched_mib, of.noted.p50, of.told.p50, of.told.n, of.not_seen
+            )?;
+        }
     }
     if let Some(many) = &report.many {
         writeln!(

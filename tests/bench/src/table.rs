@@ -96,6 +96,16 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             after.faulted.p50,
             after.steady.p50
         )?;
+        let kinds = ["filled", "left to faults"];
+        for (of, kind) in after.recoveries.iter().zip(kinds) {
+            let Some(of) = of else { continue };
+            writeln!(
+                to,
+                "a guest that writes it again and again lost {:.0} ms by its own notes, {:.0} ms by the report (page tables {kind}, n = {}, {} not \
+                 recovered in time)",
+                of.noted.p50, of.told.p50, of.told.n, of.not_seen
+            )?;
+        }
     }
     if let Some(many) = &report.many {
         writeln!(

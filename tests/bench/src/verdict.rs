@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::brownout::Brownout;
+use crate::brownout::{Brownout, Recoveries};
 use crate::environment::Facts;
 use crate::light::{Light, Weight};
 use crate::many::Many;
@@ -128,6 +128,19 @@ pub(crate) struct Afterwards {
     pub(crate) faulted: Summary,
     /// A pass with nothing to be filled.
     pub(crate) steady: Summary,
+    /// What swaps of the first kind, and of the last, cost the guest after its pause.
+    pub(crate) recoveries: [Option<Recovered>; 2],
+}
+
+/// What swaps cost a guest that writes all of its RAM again and again, after its pause, ms.
+#[derive(Debug, Serialize)]
+pub(crate) struct Recovered {
+    /// By the swaps' reports.
+    pub(crate) told: Summary,
+    /// By the guest's own notes.
+    pub(crate) noted: Summary,
+    /// Swaps whose report gave no end of the slow time.
+    pub(crate) not_seen: usize,
 }
 
 /// Many guests on a host.
@@ -237,6 +250,15 @@ fn afterwards(brownout: &Brownout) -> Option<Afterwards> {
         shallow: stats::summary(&brownout.shallow),
         faulted: stats::summary(&brownout.faulted)?,
         steady: stats::summary(&brownout.steady)?,
+        recoveries: brownout.recoveries.each_ref().map(recovered),
+    })
+}
+
+fn recovered(of: &Recoveries) -> Option<Recovered> {
+    Some(Recovered {
+        told: stats::summary(&of.told)?,
+        noted: stats::summary(&of.noted)?,
+        not_seen: of.not_seen,
     })
 }
 

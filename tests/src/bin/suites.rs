@@ -67,7 +67,18 @@ const SUITES: &[Suite] = &[
         ],
         1,
     ),
-    scenario("swap", &["-p", "stillpoint-tests", "--test", "swap"], 1),
+    scenario(
+        "swap",
+        &[
+            "-p",
+            "stillpoint-tests",
+            "--test",
+            "swap",
+            "--test",
+            "hurry",
+        ],
+        1,
+    ),
     scenario("compat", &["-p", "stillpoint-tests", "--test", "compat"], 1),
     scenario("modes", &["-p", "stillpoint-tests", "--test", "modes"], 1),
     scenario(

@@ -36,6 +36,7 @@ use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
+use crate::vcpu::hurry::Hurry;
 use crate::{clock, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
@@ -238,7 +239,7 @@ fn await_files(channel: &mut Channel, count: u32) -> Result<Borrowed, AdoptError
 }
 
 fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, AdoptError> {
-    let (len, viewers) = await_state(&mut prepared, channel)?;
+    let (len, viewers, hurry) = await_state(&mut prepared, channel)?;
     // From here to `enter` the guest stands still.
     let mut timing = Timing::start();
     prepared.blank.stand_by()?;
@@ -268,7 +269,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     // ending: nobody else may run it again.
     let taken_tsc = clock::host_tsc();
     machine.tell_of_swap(loaded.has_disturbed_tsc());
-    let entered = machine.enter(ENTER_PATIENCE)?;
+    let entered = machine.enter(hurry, ENTER_PATIENCE)?;
     // By the vCPUs' own stamps: this thread leaves the cores to them first.
     let entering = clock::duration(entered.tsc.saturating_sub(taken_tsc), machine.tsc_khz());
     timing.marks.push(("enter", entering));
@@ -323,15 +324,17 @@ fn settle_in(
     })
 }
 
-/// Waits until the saved state is there; gives its length, and the viewers' sockets.
+/// Waits until the saved state is there, in a hurry as soon as that may be what comes next; gives its
+/// length, and the viewers' sockets.
 fn await_state(
     prepared: &mut Prepared,
     channel: &mut Channel,
-) -> Result<(u64, Vec<OwnedFd>), AdoptError> {
+) -> Result<(u64, Vec<OwnedFd>, Hurry), AdoptError> {
     let failed = |source| AdoptError::Channel {
         what: "state",
         source,
     };
+    let mut hurry = prepared.blank.hurry();
     let heard = loop {
         let heard = channel
             .receive_from(&prepared.predecessor, Instant::now() + OFFER_PATIENCE)
@@ -339,18 +342,23 @@ fn await_state(
         match heard {
             // Opened after the offer; the state follows.
             Some((Body::Files(part), fds)) => prepared.files.add(part.names, fds),
-            Some((Body::Ahead(state), fds)) => load_ahead(prepared, state, fds),
+            Some((Body::Ahead(state), fds)) => {
+                // The guest runs: this takes no core from it.
+                drop(hurry);
+                load_ahead(prepared, state, fds);
+                hurry = prepared.blank.hurry();
+            }
             heard => break heard,
         }
     };
     match heard {
-        Some((Body::State(state), viewers)) => Ok((state.len, viewers)),
+        Some((Body::State(state), viewers)) => Ok((state.len, viewers, hurry)),
         Some((other, _)) => Err(failed(out_of_turn(&other))),
         // Dead. If it came as far as the seal, the state is complete, and ours to take.
         None => match prepared.ownership.read()? {
             Owner::Sealed(epoch) | Owner::Revoked(epoch) if epoch.0 == prepared.offer.epoch => {
                 let stat = rustix::fs::fstat(&prepared.state).map_err(AdoptError::Read)?;
-                Ok((u64::try_from(stat.st_size).unwrap_or(0), Vec::new()))
+                Ok((u64::try_from(stat.st_size).unwrap_or(0), Vec::new(), hurry))
             }
             _ => Err(AdoptError::Unsealed),
         },

@@ -18,6 +18,7 @@ use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 
 use super::{FreezeError, Machine, Timing};
 use crate::handover::lend::Lending;
+use crate::vcpu::hurry::Hurry;
 use crate::vcpu::{Entered, VcpusError};
 use crate::{clock, faults, release};
 
@@ -55,6 +56,8 @@ pub struct Frozen<'g> {
     sealed: Option<Epoch>,
     given_up: bool,
     resumed: bool,
+    /// Who runs before all others meanwhile.
+    hurry: Hurry,
     /// Host TSC at the kick: the blackout began here.
     pub kicked_tsc: u64,
     /// When that was.
@@ -110,6 +113,7 @@ impl Guest {
             sealed: None,
             given_up: false,
             resumed: false,
+            hurry: Hurry::default(),
             kicked_tsc: 0,
             kicked: began,
             deadline: began,
@@ -117,13 +121,15 @@ impl Guest {
             timing: Timing::start(),
         };
         frozen.guest.machine.drain(began + DRAIN_PATIENCE)?;
+        frozen.hurry = frozen.guest.machine.hurry();
+        frozen.hurry.take_effect();
         frozen.kicked_tsc = clock::host_tsc();
         frozen.kicked = Instant::now();
         frozen.deadline = frozen.kicked + budget;
         frozen.drained = frozen.kicked - began;
         frozen.timing = Timing::start();
         let machine = &frozen.guest.machine;
-        machine.stand_still(frozen.deadline, &mut frozen.timing)?;
+        machine.stand_still(&frozen.hurry, frozen.deadline, &mut frozen.timing)?;
         Ok(frozen)
     }
 
@@ -177,7 +183,8 @@ impl<'g> Frozen<'g> {
     pub fn resume(mut self, stolen: Duration, patience: Duration) -> Result<Entered, VcpusError> {
         // Nothing is left to undo: what could go wrong from here on, another try would not mend.
         self.resumed = true;
-        self.guest.machine.resume(stolen, patience)
+        let hurry = std::mem::take(&mut self.hurry);
+        self.guest.machine.resume(stolen, hurry, patience)
     }
 
     /// Ends the guard of a guest whose saved state is all there will be of it: the caller is about to
@@ -239,6 +246,8 @@ impl Drop for Frozen<'_> {
                 }
             }
         }
+        // Whoever would end it later might not get a core beside vCPUs that run in it.
+        drop(std::mem::take(&mut self.hurry));
         self.guest.machine.run_on();
     }
 }

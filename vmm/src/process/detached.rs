@@ -45,6 +45,7 @@ use crate::machine::frozen::{Aside, Guest};
 use crate::machine::vcpus::Promise;
 use crate::machine::{FreezeError, Machine, Timing};
 use crate::memory::GuestRam;
+use crate::vcpu::hurry::Hurry;
 
 /// How long vCPUs may take to load their state.
 const LOAD_PATIENCE: Duration = Duration::from_secs(60);
@@ -362,7 +363,7 @@ impl Built {
         self.timing.mark("await");
         let began = clock::host_tsc();
         self.machine.tell_of_swap(self.loaded.has_disturbed_tsc());
-        let entered = self.machine.enter(ENTER_PATIENCE)?;
+        let entered = self.machine.enter(Hurry::default(), ENTER_PATIENCE)?;
         let cycles = entered.tsc.saturating_sub(began);
         let took = clock::duration(cycles, self.machine.tsc_khz());
         self.timing.marks.push(("enter", took));

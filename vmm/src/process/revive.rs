@@ -39,6 +39,7 @@ use crate::machine::frozen::Guest;
 use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::GuestRam;
+use crate::vcpu::hurry::Hurry;
 use crate::{clock, release};
 
 /// Which record.
@@ -191,7 +192,7 @@ fn build(
     // The guest is ours. Nobody runs it from the record again, whatever becomes of it here.
     machine.tell_of_swap(loaded.has_disturbed_tsc());
     let taken_tsc = clock::host_tsc();
-    let entered = machine.enter(ENTER_PATIENCE)?;
+    let entered = machine.enter(Hurry::default(), ENTER_PATIENCE)?;
     let khz = machine.tsc_khz();
     let entering = clock::duration(entered.tsc.saturating_sub(taken_tsc), khz);
     timing.marks.push(("enter", entering));

@@ -10,22 +10,25 @@
 
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-/// A thread and the cores it was allowed before it was bound to one.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Home(Option<(Pid, CpuSet)>);
+/// A thread, and the cores it was allowed if it was bound to one of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Home {
+    thread: Pid,
+    allowed: Option<CpuSet>,
+}
 
 impl Home {
     /// Binds the calling thread to the core that the vCPU `id` should start on. Best effort: a
     /// process that may not do so has the scheduler's own placement.
     pub(super) fn spread(id: u8) -> Self {
         let Ok(allowed) = sched_getaffinity(None) else {
-            return Self::default();
+            return Self::unbound();
         };
         let cores: Vec<usize> = (0..CpuSet::MAX_CPU)
             .filter(|&core| allowed.is_set(core))
             .collect();
         if cores.len() < 2 {
-            return Self::default();
+            return Self::unbound();
         }
         Self::bind(allowed, cores[usize::from(id) % cores.len()])
     }
@@ -34,23 +37,35 @@ impl Home {
     pub(super) fn stay() -> Self {
         match sched_getaffinity(None) {
             Ok(allowed) => Self::bind(allowed, sched_getcpu()),
-            Err(_) => Self::default(),
+            Err(_) => Self::unbound(),
+        }
+    }
+
+    fn unbound() -> Self {
+        Self {
+            thread: gettid(),
+            allowed: None,
         }
     }
 
     fn bind(allowed: CpuSet, core: usize) -> Self {
         let mut one = CpuSet::new();
         one.set(core);
-        match sched_setaffinity(None, &one) {
-            Ok(()) => Self(Some((gettid(), allowed))),
-            Err(_) => Self::default(),
+        Self {
+            thread: gettid(),
+            allowed: sched_setaffinity(None, &one).ok().map(|()| allowed),
         }
+    }
+
+    /// The thread.
+    pub(super) fn thread(&self) -> Pid {
+        self.thread
     }
 
     /// Gives the thread its old freedom back.
     pub(super) fn return_to(&self) {
-        if let Some((thread, allowed)) = &self.0 {
-            let _ = sched_setaffinity(Some(*thread), allowed);
+        if let Some(allowed) = &self.allowed {
+            let _ = sched_setaffinity(Some(self.thread), allowed);
         }
     }
 }

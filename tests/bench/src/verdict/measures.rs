@@ -66,6 +66,15 @@ pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
             ),
         ),
         (
+            "recovery_told_vs_noted_p50",
+            "slow time after a swap: by its report over by the guest",
+            {
+                // Where it is long: of a few milliseconds neither can tell.
+                let [_, faulted] = &measured.brownout.recoveries;
+                stats::ratio(&faulted.told, &faulted.noted, 0.5)
+            },
+        ),
+        (
             "vcpu8_vs_vcpu1_p50",
             "8 resting vCPUs: median over that of 1",
             over(guest(eight, Who::Ours), guest(one, Who::Ours), 0.5),

@@ -19,6 +19,8 @@ const MOST_BY_SIZE: f64 = 0.10;
 const MOST_BY_VCPUS: f64 = 4.0;
 /// A write pass over 1 GiB right after a swap may take so much longer, s.
 const MOST_BROWNOUT_S: f64 = 0.3;
+/// A report's figure of the slow time may be off the guest's own by so much.
+const MOST_OFF: f64 = 0.2;
 /// And p99 so many times its own median.
 const MOST_TAIL: f64 = 3.0;
 /// No guest of many that are swapped by one command may stand still for more than so many times what one does alone.
@@ -67,6 +69,12 @@ pub(super) fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
             "8 resting vCPUs: median at most 4 times that of 1",
             0.0,
             MOST_BY_VCPUS,
+        ),
+        (
+            "recovery_told_vs_noted_p50",
+            "slow time after a swap: a report's figure within 20 % of the guest's",
+            1.0 - MOST_OFF,
+            1.0 + MOST_OFF,
         ),
         (
             "many_vs_lone_max",

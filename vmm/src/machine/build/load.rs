@@ -22,6 +22,7 @@ use crate::devices::vmclock::VmClock;
 use crate::faults::{self, Spoilt};
 use crate::handover::lend::Borrowed;
 use crate::machine::Machine;
+use crate::vcpu::hurry::Hurry;
 use crate::vcpu::load::{LoadedVcpu, Pause};
 use crate::vcpu::msrs;
 use crate::{clock, irq};
@@ -56,6 +57,13 @@ impl Loaded {
 }
 
 impl Blank {
+    /// Has the calling thread and the vCPUs' go before all others.
+    pub fn hurry(&self) -> Hurry {
+        let hurry = self.vcpus.hurry();
+        hurry.among();
+        hurry
+    }
+
     /// Wakes the vCPUs' threads for a load that comes at once.
     pub fn stand_by(&self) -> Result<(), BuildError> {
         Ok(self.vcpus.stand_by()?)
