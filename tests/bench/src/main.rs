@@ -61,7 +61,8 @@ pub(crate) struct Options {
     /// Swaps of the machine with 8 GiB; each takes seconds of preparation.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     big_swaps: u32,
-    /// Time for all of it: on a busy machine there are fewer swaps, and the output says so.
+    /// Time for swaps of single guests, of all that is measured the most: on a busy machine there are fewer of them, and the
+    /// output says so. The rest takes some four minutes.
     #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// A small run, about a minute, without the machine with 8 GiB.
