@@ -92,6 +92,8 @@ const SUITES: &[Suite] = &[
             "--test",
             "rehearsal",
             "--test",
+            "jump_rehearsal",
+            "--test",
             "way_back",
         ],
         2,
