@@ -152,7 +152,7 @@ demo-changes: rig-static images ## every change of the host in turn, under three
 		-- scenario tour $(addprefix --leg ,$(or $(LEGS),modules bookworm backports bookworm))
 
 .PHONY: bench-kernel
-bench-kernel: rig-static images ## what of a swap of the host's kernel is ours: pairs with an empty kexec, on an emulated host (BENCH="--pairs 2")
+bench-kernel: rig-static images ## what of a swap of the host's kernel is ours: pairs with an empty kexec, on an emulated host (BENCH="--pairs 2"; BENCH=--parameters: what words of its command line are worth)
 	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin kernel-bench
 	target/release/kernel-bench $(BENCH)
 

@@ -38,6 +38,7 @@ pub mod guest;
 pub mod linux;
 pub mod matrix;
 pub mod pair;
+pub mod parameters;
 pub mod patience;
 pub mod rehearse;
 pub mod releases;

@@ -122,7 +122,7 @@ impl Vm {
     pub fn start_successor(&mut self, to: Release) -> anyhow::Result<Successor> {
         self.swaps += 1;
         let state = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let (reader, successor) = self.start_beside(to, "adopt", |child, socket| {
+        let (reader, successor) = self.start_beside(to, &["adopt"], |child, socket| {
             Ok(Successor {
                 child,
                 to,
@@ -140,7 +140,7 @@ impl Vm {
     pub(crate) fn start_beside<T>(
         &self,
         to: Release,
-        verb: &str,
+        verb: &[&str],
         hold: impl FnOnce(Child, OwnedFd) -> anyhow::Result<T>,
     ) -> anyhow::Result<(PipeReader, T)> {
         let flags = SocketFlags::CLOEXEC;
@@ -150,7 +150,7 @@ impl Vm {
         let log = self.dir.path().join("vmm.log");
         let binary = binary(to, self.manner.uid, self.dir.path())?;
         let mut command = command(&binary, &log, self.manner)?;
-        command.args(to.arguments()).arg(verb);
+        command.args(to.arguments()).args(verb);
         command
             .arg("--handover-fd")
             .arg(theirs.as_raw_fd().to_string());

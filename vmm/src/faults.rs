@@ -80,6 +80,8 @@ pub enum Spoilt {
     /// Saved state is refused (`spoil=load`): what such a release does only after the freeze, and a
     /// rehearsal before it.
     Load,
+    /// A guest's record is left as it was by who runs the guest from it (`spoil=mark`): two could.
+    Mark,
 }
 
 #[cfg(not(feature = "fault-injection"))]
@@ -164,6 +166,7 @@ mod imp {
                 "populate" => Spoilt::Populate,
                 "pre-fault" => Spoilt::PreFault,
                 "load" => Spoilt::Load,
+                "mark" => Spoilt::Mark,
                 _ => return Err(bad()),
             };
             return SPOILT

@@ -36,6 +36,7 @@ pub mod incoming;
 pub mod lend;
 pub mod measure;
 pub mod outgoing;
+pub mod record;
 pub mod recovery;
 pub mod rehearsal;
 

@@ -46,7 +46,7 @@ enum Command {
     /// Revive a guest from its record in what outlived the kernel (started by the daemon).
     Revive(Revive),
     /// Rehearse taking a guest over: nothing comes of it but the answer (started by the daemon).
-    Rehearse(Adopt),
+    Rehearse(Rehearse),
     /// Say what this release is.
     Describe {
         /// As JSON.
@@ -117,6 +117,15 @@ struct Adopt {
 }
 
 #[derive(Args)]
+struct Rehearse {
+    #[command(flatten)]
+    adopt: Adopt,
+    /// The nonce by which the guest's record is looked at, where a jump of the host is rehearsed.
+    #[arg(long)]
+    nonce: Option<String>,
+}
+
+#[derive(Args)]
 struct Revive {
     /// The guest's place, as JSON: path, ram, record and record_len.
     #[arg(long, value_name = "JSON", value_parser = parse_place)]
@@ -176,7 +185,7 @@ fn main() -> ExitCode {
         Command::Run(run) => boot(run),
         Command::Adopt(adopt) => take_over(adopt),
         Command::Revive(args) => revive(args),
-        Command::Rehearse(adopt) => rehearse(adopt),
+        Command::Rehearse(args) => rehearse(args),
         Command::Describe { json } => describe(json),
         Command::Doctor { json } => examine(json),
     };
@@ -338,11 +347,15 @@ fn take_over(adopt: Adopt) -> anyhow::Result<()> {
     }
 }
 
-fn rehearse(adopt: Adopt) -> anyhow::Result<()> {
+fn rehearse(args: Rehearse) -> anyhow::Result<()> {
+    let Rehearse { adopt, nonce } = args;
     let mut ready = adopt.told.ready_fd.map(inherited).transpose()?;
     let socket = told(&mut ready, inherited(adopt.handover_fd))?;
     tell(ready, &Ready::Yes);
-    Ok(rehearsal::perform(&mut Channel::new(socket))?)
+    Ok(rehearsal::perform(
+        &mut Channel::new(socket),
+        nonce.as_deref(),
+    )?)
 }
 
 fn describe(json: bool) -> anyhow::Result<()> {

@@ -8,9 +8,11 @@
 //!
 //! Must never: write a byte of a guest that another process owns. [`GuestRam::populate`] maps
 //! pages that the file already holds and changes no content. A rehearsal has a [`GuestRam::view`],
-//! whose writes are its own, over a file that it can't write to; a carve-out has none.
+//! whose writes are its own, over a file that it can't write to; a device-dax has no such writes, so its
+//! view takes none.
 #![allow(unsafe_code)] // Memory slots and madvise take raw addresses.
 
+mod carved;
 mod hold;
 
 use std::fs::File;
@@ -21,9 +23,8 @@ use kvm_ioctls::VmFd;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::Advice;
-use stillpoint_carveout::layout::Extent;
 use stillpoint_carveout::map::{Device, MapError};
-use stillpoint_control::spec::{CarveOutSpec, MemorySpec, Pages, Survive};
+use stillpoint_control::spec::{MemorySpec, Pages, Survive};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -106,9 +107,6 @@ pub enum MemoryError {
          the daemon finds; start the guest by `stillpoint run --survive kernel`"
     )]
     NoPlace,
-    /// It can't be looked at without being written.
-    #[error("RAM in a carve-out has no private view, so nothing can be rehearsed over it")]
-    NoView,
 }
 
 /// Guest RAM: the file and this process's mapping of it.
@@ -119,6 +117,8 @@ pub struct GuestRam {
     size: u64,
     /// Where it begins in the file.
     base: u64,
+    /// A view that can only be read.
+    is_read_only: bool,
 }
 
 /// Guest-physical ranges of `size` bytes of RAM: (start, bytes), lowest first.
@@ -156,11 +156,6 @@ fn not_to(what: &'static str) -> impl Fn(Errno) -> MemoryError {
         source,
         remedy: "",
     }
-}
-
-/// The place, if it is one in a carve-out.
-fn carved_at(spec: &MemorySpec) -> Option<&CarveOutSpec> {
-    spec.carve_out.as_ref().filter(|at| !at.is_memfd())
 }
 
 /// Bytes of a memfd of RAM: with the room of the record, where it has one.
@@ -226,59 +221,9 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// RAM at its place in the carve-out, zeroed: it may hold what another guest left.
-    fn in_carve_out(place: &CarveOutSpec, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        let device = Device::open(&place.path)?;
-        let ram = Self::carved(&device, place, spec)?;
-        ram.zero();
-        Ok(ram)
-    }
-
-    /// RAM at its place in the carve-out, as it is.
-    fn carved(
-        device: &Device,
-        place: &CarveOutSpec,
-        spec: &MemorySpec,
-    ) -> Result<Self, MemoryError> {
-        let fd = device.as_fd().try_clone_to_owned();
-        let fd = fd.map_err(|_| not_to("duplicate")(Errno::MFILE))?;
-        let mut base = place.ram;
-        let mut regions = Vec::new();
-        for (start, len) in ranges(spec.size) {
-            let mapping = device.map(Extent { start: base, len })?;
-            let length = usize::try_from(len).unwrap_or(usize::MAX);
-            let prot = libc::PROT_READ | libc::PROT_WRITE;
-            let at = mapping.keep();
-            // SAFETY: mapped just now, and for the rest of the process's life: `keep` says so.
-            let region = unsafe { MmapRegion::build_raw(at, length, prot, libc::MAP_SHARED) };
-            let region = region.map_err(MemoryError::View)?;
-            let region = GuestRegionMmap::new(region, start);
-            regions.push(region.ok_or(not_to("map: it ends beyond all addresses;")(Errno::INVAL))?);
-            base += len;
-        }
-        Ok(Self {
-            fd,
-            map: Memory::from_regions(regions).map_err(MemoryError::Regions)?,
-            size: spec.size,
-            base: place.ram,
-        })
-    }
-
-    /// Whether it lies in a carve-out.
-    fn is_carved(&self) -> bool {
-        self.base != 0
-    }
-
-    fn zero(&self) {
-        for region in self.map.iter() {
-            // SAFETY: a region's own mapping, which nobody else uses: no guest runs in it.
-            unsafe { std::ptr::write_bytes(region.as_ptr(), 0, region.size()) };
-        }
-    }
-
     /// RAM that another process made.
     pub fn adopt(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        if let Some(place) = carved_at(spec) {
+        if let Some(place) = carved::at(spec) {
             let device = Device::of(&place.path, fd)?;
             return Self::carved(&device, place, spec);
         }
@@ -305,6 +250,7 @@ impl GuestRam {
             map,
             size: spec.size,
             base: 0,
+            is_read_only: false,
         };
         if spec.pages == Pages::Thp {
             // Best effort: whether it does anything is the host's setting, which `doctor` shows.
@@ -314,11 +260,12 @@ impl GuestRam {
     }
 
     /// A view of RAM that another process's guest runs in: read from the file page by page, and
-    /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process. The
-    /// file may be open for reading only.
+    /// copied where it is written (`MAP_PRIVATE`), so that no write gets out of this process; of a
+    /// device-dax one that [can't be written](Self::takes_writes). The file may be open for reading only.
     pub fn view(fd: OwnedFd, spec: &MemorySpec) -> Result<Self, MemoryError> {
-        if carved_at(spec).is_some() {
-            return Err(MemoryError::NoView);
+        if let Some(place) = carved::at(spec) {
+            let device = Device::of(&place.path, fd)?;
+            return Self::view_in_carve_out(&device, place, spec);
         }
         check_size(&fd, spec, "view: its size is not the spec's;")?;
         let mut offset = 0;
@@ -347,6 +294,7 @@ impl GuestRam {
             map,
             size: spec.size,
             base: 0,
+            is_read_only: false,
         })
     }
 
@@ -359,6 +307,11 @@ impl GuestRam {
             source,
             remedy: "",
         })
+    }
+
+    /// Whether it may be written: not so a view of a device-dax, where a write ends the process.
+    pub fn takes_writes(&self) -> bool {
+        !self.is_read_only
     }
 
     /// This process's mapping.

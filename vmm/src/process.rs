@@ -34,13 +34,13 @@ use crate::doors::{CONTROL_SOCKET, Doors};
 use crate::event::{Event, Job};
 use crate::handover::incoming::{self, Arrived};
 use crate::handover::outgoing::{self, Errand};
+pub use crate::handover::record::Source;
 use crate::handover::{Channel, measure, recovery};
 use crate::machine::Machine;
 use crate::machine::frozen::Guest;
 use crate::memory::GuestRam;
 use crate::vcpu::hurry::Hurry;
 use desk::Desk;
-pub use revive::Source;
 
 /// How long a vCPU may take to enter at a cold boot.
 const ENTER_PATIENCE: Duration = Duration::from_secs(10);

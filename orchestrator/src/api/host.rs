@@ -311,7 +311,10 @@ impl Desk {
             clock: None,
             notice_ns: swap.notice_ns,
             no_notice: swap.no_notice.clone(),
-            safeguards: Safeguards::default(),
+            safeguards: Safeguards {
+                rehearse: swap.kernel.as_ref().is_some_and(|jump| jump.rehearse),
+                ..Safeguards::default()
+            },
             successor: None,
             epoch_before: None,
             asked_at_unix_ns: swap.asked_at_unix_ns,

@@ -15,7 +15,7 @@ use super::refusal::{Body, Refusal};
 use super::swaps::{check_budget, check_notice, new_id};
 use crate::agent::kexec;
 use crate::doctor::{Check, Status};
-use crate::execute::{self, unix_ns};
+use crate::execute::{self, LookAtJump, unix_ns};
 use crate::model::{
     Code, HostSwap, KernelJump, Problem, RolloutId, SwapId, VmName, VmState, to_be_used_again,
 };
@@ -42,6 +42,21 @@ pub struct NewKernelSwap {
     /// Why the guests get no notice. Recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_notice: Option<String>,
+    /// Whether each guest's revival is rehearsed before it stands still, and nothing begun if one fails; true when
+    /// absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rehearse: Option<bool>,
+}
+
+/// A look at a swap of the host's kernel beforehand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewKernelCheck {
+    /// The swap that is thought of.
+    pub swap: NewKernelSwap,
+    /// Whether guests' records are made for a rehearsal, for which each stands still a moment; true when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peek: Option<bool>,
 }
 
 /// What outlives the kernel: what lies in the carve-out, or what live update kept and keeps.
@@ -111,6 +126,7 @@ impl Desk {
                 .as_deref()
                 .map_or_else(running, to_be_used_again),
             nonce: hex(&random.as_bytes()[..16]),
+            rehearse: new.rehearse.unwrap_or(true),
             from: kexec::running(),
             to: None,
             phases: Vec::new(),
@@ -156,19 +172,28 @@ impl Desk {
     }
 }
 
-/// Looks whether it would work. Loads the kernel, and forgets it again; guests notice nothing.
+/// Looks whether it would work. Loads the kernel, and forgets it again; guests stand still for the rehearsal's peek
+/// alone.
 #[utoipa::path(
-    post, path = "/v1/host/kernel-swaps/check", request_body = NewKernelSwap,
+    post, path = "/v1/host/kernel-swaps/check", request_body = NewKernelCheck,
     responses((status = 200, body = [Check]), (status = "4XX", body = Problem))
 )]
 pub(super) async fn check(
     State(desk): State<Desk>,
-    Body(new): Body<NewKernelSwap>,
+    Body(NewKernelCheck { swap: new, peek }): Body<NewKernelCheck>,
 ) -> Result<Json<Vec<Check>>, Refusal> {
     let jump = desk.jump_of(&new)?;
-    Ok(Json(
-        execute::kernel_checks(&desk.host, &jump, new.budget_ns).await?,
-    ))
+    let mut checks = execute::kernel_checks(&desk.host, &jump, new.budget_ns).await?;
+    if jump.rehearse {
+        let look = LookAtJump {
+            id: new_id()?,
+            peek: peek.unwrap_or(true),
+            budget_ns: new.budget_ns,
+            no_notice: new.no_notice,
+        };
+        checks.extend(execute::rehearsals(&desk.host, &look).await?);
+    }
+    Ok(Json(checks))
 }
 
 /// Swaps the host's kernel. It is recorded, then done; after the jump `GET /v1/host/swaps/{id}` of the next

@@ -36,7 +36,7 @@ use crate::traces::Traces;
 pub use audit::Known;
 pub(crate) use host::{Exchange, check as check_host_swap, names};
 pub use host::{NewHostSwap, NewKvm};
-pub use kernel::{CarveOutRetry, CarveOutView, CarvedGuest, NewKernelSwap};
+pub use kernel::{CarveOutRetry, CarveOutView, CarvedGuest, NewKernelCheck, NewKernelSwap};
 pub use metrics::metrics_router;
 pub use pauses::Cancel;
 pub use refusal::Refusal;

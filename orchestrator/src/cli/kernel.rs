@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use hyper::Method;
 
-use super::{Desk, format, host, io_problem, say, say_json};
-use crate::api::NewKernelSwap;
+use super::{Desk, format, host, io_problem, progress, say, say_json};
+use crate::api::{NewKernelCheck, NewKernelSwap};
 use crate::doctor::{Check, Status};
 use crate::model::{HostSwap, JumpPhase, KernelJump, Problem, Share};
 
@@ -36,10 +36,19 @@ pub(super) struct SwapArgs {
     /// Pause the guests without notice, for this reason, which is recorded.
     #[arg(long, value_name = "REASON", conflicts_with = "notice")]
     no_notice: Option<String>,
-    /// Only say whether it would work, guest by guest. The kernel is loaded for it, and forgotten again.
-    /// Exits 0 if it would.
-    #[arg(long, visible_alias = "dry-run")]
+    /// Only say whether it would work, guest by guest. The kernel is loaded for it, and forgotten again; each guest
+    /// stands still for a moment, while its record is made for a rehearsal. Exits 0 if it would.
+    #[arg(long)]
     check: bool,
+    /// As --check --no-peek: only say whether it would work, as far as that can be told while the guests run on.
+    #[arg(long, conflicts_with_all = ["check", "no_rehearsal"])]
+    dry_run: bool,
+    /// With --check: leave out the rehearsal of the guests' records, and so the moment.
+    #[arg(long, requires = "check")]
+    no_peek: bool,
+    /// Jump without a rehearsal of the guests' revival before it.
+    #[arg(long, conflicts_with = "check")]
+    no_rehearsal: bool,
 }
 
 /// `stillpoint swap kernel`
@@ -55,9 +64,11 @@ pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Proble
         budget_ns: format::whole_ns(args.budget),
         notice_ns: args.notice.map(format::whole_ns),
         no_notice: args.no_notice,
+        rehearse: args.no_rehearsal.then_some(false),
     };
-    if args.check {
-        return check(desk, &new).await;
+    if args.check || args.dry_run {
+        let peek = Some(!(args.no_peek || args.dry_run));
+        return check(desk, &NewKernelCheck { swap: new, peek }).await;
     }
     let asked: HostSwap = desk
         .api
@@ -67,9 +78,12 @@ pub(super) async fn swap(desk: &Desk, args: SwapArgs) -> Result<ExitCode, Proble
     host::follow_to_end(desk, &asked).await
 }
 
-async fn check(desk: &Desk, new: &NewKernelSwap) -> Result<ExitCode, Problem> {
+async fn check(desk: &Desk, new: &NewKernelCheck) -> Result<ExitCode, Problem> {
     let path = "/v1/host/kernel-swaps/check";
-    let checks: Vec<Check> = desk.api.send(Method::POST, path, new).await?;
+    let bar = progress::waiting(desk.json, "looking at a swap of the host's kernel");
+    let checks = desk.api.send(Method::POST, path, new).await;
+    bar.finish_and_clear();
+    let checks: Vec<Check> = checks?;
     let would = checks.iter().all(|check| check.status != Status::Fail);
     if desk.json {
         say_json(&checks)?;

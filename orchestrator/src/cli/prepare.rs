@@ -18,6 +18,8 @@ use crate::model::{Code, Problem};
 const MODULES: [&str; 4] = ["nd_e820", "nd_pmem", "dax_pmem", "device_dax"];
 /// The device of the first, and as a rule the only, carve-out.
 const DEVICE: &str = "/dev/dax0.0";
+/// The word that has a kernel leave out its ciphers' self-tests.
+const NO_SELF_TESTS: &str = "cryptomgr.notests";
 const DEVICE_OF_LIVE_UPDATE: &str = stillpoint_liveupdate::DEVICE;
 
 #[derive(Debug, clap::Args)]
@@ -115,7 +117,30 @@ fn checks(root: &Path, carve_out: bool) -> Vec<Check> {
             service(root),
         ]);
     }
+    checks.push(self_tests(&kexec::command_line(), &config(root)));
     checks
+}
+
+/// A word by which each boot is shorter, jumps among them. It is proposed and not written: what it leaves out may be
+/// wanted. Of all that were tried it is the only one whose effect could be told (docs/kernel.md).
+fn self_tests(command_line: &str, config: &str) -> Check {
+    const NAME: &str = "boot parameters";
+    let has = |word: &str| command_line.split_ascii_whitespace().any(|one| one == word);
+    let built_without = |line: &str| line == "CONFIG_CRYPTO_MANAGER_DISABLE_TESTS=y";
+    if has("fips=1") {
+        return Check::ok(NAME, "the ciphers' self-tests stay, as `fips=1` wants them");
+    }
+    if has(NO_SELF_TESTS) || config.lines().any(built_without) {
+        return Check::ok(NAME, "no time goes into self-tests of ciphers");
+    }
+    Check::new(
+        NAME,
+        Status::Warn,
+        "each boot, and so each jump, tests the kernel's ciphers against known answers: seconds of it on an emulated \
+         host (docs/kernel.md)",
+        "`cryptomgr.notests` on the kernel's command line leaves that out; measure what it is worth on this host \
+         (`stillpoint swap kernel --command-line`)",
+    )
 }
 
 fn left_alone(command_line: &str) -> Check {
@@ -350,6 +375,27 @@ mod tests {
                 .iter()
                 .all(|check| check.status == Status::Warn)
         );
+    }
+
+    #[test]
+    fn what_makes_boots_shorter_is_proposed_where_it_is_neither_there_nor_unwanted() {
+        let proposed = self_tests(
+            "quiet",
+            "# CONFIG_CRYPTO_MANAGER_DISABLE_TESTS is not set\n",
+        );
+        assert_eq!(proposed.status, Status::Warn);
+        assert!(proposed.remedy.contains(NO_SELF_TESTS), "{proposed:?}");
+        let there = format!("quiet {NO_SELF_TESTS}");
+        assert_eq!(self_tests(&there, "").status, Status::Ok);
+        let built = "CONFIG_CRYPTO_MANAGER_DISABLE_TESTS=y\n";
+        assert_eq!(self_tests("quiet", built).status, Status::Ok);
+        let wanted = self_tests("fips=1 quiet", "");
+        assert!(
+            wanted.status == Status::Ok && wanted.found.contains("stay"),
+            "{wanted:?}"
+        );
+        // Words of which it is a part are others.
+        assert_eq!(self_tests("cryptomgr.notests=0", "").status, Status::Warn);
     }
 
     #[test]

@@ -35,6 +35,7 @@ use crate::store::StoreError;
 pub(super) use kept::kept;
 use kept::restored;
 pub use revive::Verified;
+pub(super) use revive::release_for;
 use revive::{By, Revived, revive};
 pub(super) use together::Turn;
 

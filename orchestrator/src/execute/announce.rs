@@ -198,35 +198,43 @@ pub(super) enum Peek {
     LeftOut(String),
 }
 
+/// A look at a swap beforehand.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look<'a> {
+    /// Its id.
+    pub(super) id: &'a SwapId,
+    /// The longest its pause may be, ns; the VM's own budget when absent.
+    pub(super) budget_ns: Option<u64>,
+    /// Why the guest hears of that only when it starts.
+    pub(super) no_notice: Option<&'a String>,
+}
+
 /// Announces the peek of a look beforehand. Where nobody listens its event starts at once; where
 /// somebody does, an operator's reason has it so, and without one the guest is left alone: a look
 /// is not worth a wait of a quarter of an hour, and none is taken without a word.
-pub(super) async fn peek(
-    host: &Host,
-    vm: &VmRecord,
-    asked: &SwapRecord,
-) -> Result<Peek, StoreError> {
+pub(super) async fn peek(host: &Host, vm: &VmRecord, look: Look<'_>) -> Result<Peek, StoreError> {
     let group = Group::of(&vm.name, &vm.profile);
     let (id, event) = (PauseId(fresh_guid()), EventId(fresh_guid()));
     host.notices
         .change(|board, now| {
-            if asked.no_notice.is_none() && board.is_heard(&group, now) {
-                let why = "the guest listens for events, and a peek is a pause that it was not told of:                            --no-notice REASON peeks all the same, and --no-peek leaves it out";
+            if look.no_notice.is_none() && board.is_heard(&group, now) {
+                let why = "the guest listens for events, and a peek is a pause that it was not told of: \
+                           --no-notice REASON peeks all the same, and --no-peek leaves it out";
                 return Peek::LeftOut(why.into());
             }
             let budget = vm.spec.blackout_budget.as_nanos();
             let new = Announcement {
                 id,
-                swap: asked.id.clone(),
+                swap: look.id.clone(),
                 description: "Virtual machine is being paused for a moment to see whether the software \
                               that runs it can be updated."
                     .into(),
                 notices: vec![(event, group, vec![vm.name.clone()])],
                 notice_ns: 0,
-                expected_ns: asked
+                expected_ns: look
                     .budget_ns
                     .unwrap_or(u64::try_from(budget).unwrap_or(u64::MAX)),
-                no_notice: asked.no_notice.clone(),
+                no_notice: look.no_notice.cloned(),
             };
             let id = board.announce(new, now);
             board.start(&id, now);
@@ -236,18 +244,14 @@ pub(super) async fn peek(
 }
 
 /// The peek is over; it took this long.
-pub(super) async fn end_peek(
-    host: &Host,
-    asked: &SwapRecord,
-    took: Duration,
-) -> Result<(), StoreError> {
+pub(super) async fn end_peek(host: &Host, look: &SwapId, took: Duration) -> Result<(), StoreError> {
     let measured = Measured {
         pause_ns: Some(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX)).filter(|&ns| ns > 0),
         ..Measured::default()
     };
     host.notices
         .change(|board, now| {
-            if let Some(id) = board.of_swap(&asked.id).map(|pause| pause.id.clone()) {
+            if let Some(id) = board.of_swap(look).map(|pause| pause.id.clone()) {
                 board.end(&id, measured, now);
             }
         })

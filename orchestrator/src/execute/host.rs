@@ -24,7 +24,8 @@ use super::command::{self, Running};
 use super::{Host, unix_ns};
 use crate::agent::find::Expected;
 use crate::model::{
-    CommandEnd, Event, HostSwap, HostSwapState, Measured, SwapRecord, SwapState, VmRecord, VmState,
+    CommandEnd, Event, HostSwap, HostSwapState, Measured, Rehearsed, SwapRecord, SwapState,
+    VmRecord, VmState,
 };
 use crate::store::StoreError;
 use guests::freeze_all;
@@ -210,6 +211,11 @@ impl Part {
         self.swap.clone()
     }
 
+    /// What its rehearsal showed.
+    pub(super) fn rehearsed(&mut self, rehearsed: Option<Rehearsed>) {
+        self.swap.safeguards.rehearsal = rehearsed;
+    }
+
     pub(super) fn begin(&mut self) -> SwapRecord {
         self.swap.state = SwapState::InProgress;
         self.swap.step = "stand still".into();
@@ -219,8 +225,13 @@ impl Part {
 
 pub(super) fn longest(reports: &[Result<SwapReport, String>]) -> Option<u64> {
     let pauses = reports.iter().flatten().map(|report| report.blackout.host);
-    let longest = pauses.filter(|pause| !pause.is_zero()).max()?;
-    Some(u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX))
+    whole_ns(pauses.max()?)
+}
+
+/// A pause as it is recorded, if it was one.
+pub(super) fn whole_ns(pause: Duration) -> Option<u64> {
+    let ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
+    (ns > 0).then_some(ns)
 }
 
 pub(super) fn ended(

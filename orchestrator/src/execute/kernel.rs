@@ -3,10 +3,12 @@
 //! there is in [`super::adopt`].
 //!
 //! ```text
-//!  load ▶ announce ▶ wait ▶ record ▶ preserve ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
-//!    │         │                        │                  │         │            │        └▶ it failed ─┐
-//!    └─────────┴─▶ refused              └──────────────────┴─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
+//!  load ▶ announce ▶ wait ▶ rehearse ▶ record ▶ preserve ▶ store all ─┬▶ directory: jump ▶ hold on ▶ sync ▶ the jump ▶ (adopt)
+//!    │         │             │                     │                  │         │            │        └▶ it failed ─┐
+//!    └─────────┴─────────────┴─▶ refused           └──────────────────┴─────────┴────────────┴▶ directory: no jump ─┴▶ resume all
 //! ```
+//!
+//! The revival of each guest is rehearsed ([`super::kernel_check`]): for that it stands still, for a moment and by itself.
 //!
 //! Memfds are preserved while the guests run: every hole of them is filled then, which takes seconds.
 //!
@@ -155,12 +157,41 @@ async fn begin(host: &Host, swap: &mut HostSwap) -> Result<Result<Vec<Part>, Str
             "`{other}` runs by now and is no part of it; ask again"
         )));
     }
+    if let Err(why) = rehearse(host, swap, &mut parts).await? {
+        return Ok(Err(why));
+    }
     swap.state = HostSwapState::InProgress;
     swap.step = "store".into();
     let records: Vec<_> = parts.iter_mut().map(Part::begin).collect();
     host.store.update_host_swap(swap, &records).await?;
     host.tell_host_swap(swap);
     Ok(Ok(parts))
+}
+
+/// Rehearses what the guests will go through under the next kernel, if that was not left out.
+async fn rehearse(
+    host: &Host,
+    swap: &mut HostSwap,
+    parts: &mut [Part],
+) -> Result<Result<(), String>, StoreError> {
+    if !swap.kernel.as_ref().is_some_and(|jump| jump.rehearse) {
+        return Ok(Ok(()));
+    }
+    swap.step = "rehearse".into();
+    host.tell_host_swap(swap);
+    let began = Instant::now();
+    let rehearsed = super::kernel_check::rehearse_parts(host, swap, parts).await;
+    let phase = phase("rehearse", Share::Ours, false, began.elapsed());
+    if let Some(jump) = &mut swap.kernel {
+        jump.phases.push(phase);
+    }
+    let records: Vec<_> = parts.iter().map(Part::record).collect();
+    if let Err((_, longest)) = &rehearsed {
+        // The only pause that there was of it.
+        swap.pause_ns = host::whole_ns(*longest);
+    }
+    host.store.update_host_swap(swap, &records).await?;
+    Ok(rehearsed.map_err(|(why, _)| why))
 }
 
 async fn left_out(host: &Host, swap: &HostSwap) -> Result<Option<String>, StoreError> {

@@ -20,8 +20,11 @@ use crate::model::{
 use crate::store::StoreError;
 
 mod live_update;
+mod rehearsal;
 
 pub(super) use live_update::memfds;
+pub(super) use rehearsal::rehearse_parts;
+pub use rehearsal::{LookAtJump, rehearsals};
 
 /// What can be swapped under a guest, and why not the rest.
 pub fn rungs(host: &Host, vm: &VmRecord) -> Vec<Check> {
@@ -326,6 +329,7 @@ mod tests {
             nonce: "n".into(),
             from: "1".into(),
             to: to.map(str::to_owned),
+            rehearse: true,
             phases: vec![
                 phase("load", Share::Ours, false, Duration::from_secs(3)),
                 phase("kernel", Share::Kernel, true, Duration::from_millis(1500)),

@@ -39,7 +39,7 @@ pub use announce::{Clearance, begin, clear_swap, forget, may_begin, settle_pause
 pub use health::{Next, Watching, supersede, watch};
 pub use holds::Holds;
 pub use host::host_swap;
-pub use kernel_check::{checks as kernel_checks, rungs};
+pub use kernel_check::{LookAtJump, checks as kernel_checks, rehearsals, rungs};
 pub use lanes::{Hurry, Lane, Lanes};
 pub use preflight::{preflight, updatable};
 pub use settle::settle;

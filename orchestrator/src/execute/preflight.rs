@@ -10,8 +10,8 @@ use stillpoint_control::clock::Policy;
 use stillpoint_control::rehearsal::{Rehearsal, Stage, Verdict};
 use stillpoint_control::spec::MachineSpec;
 
-use super::announce::{self, Peek};
-use super::rehearsal::{self, Terms};
+use super::announce::{self, Look, Peek};
+use super::rehearsal::{self, Of, Terms};
 use super::{Host, Hurry, health};
 use crate::agent::reserves;
 use crate::doctor::{Check, Status};
@@ -44,14 +44,20 @@ pub async fn preflight(
     checks.push(agent(host, vm).await);
     // Its successor would take the cores of a swap that goes on.
     let _lane = host.lanes.enter(vm.spec.cpus, Hurry::None).await;
+    let look = Look {
+        id: &asked.id,
+        budget_ns: asked.budget_ns,
+        no_notice: asked.no_notice.as_ref(),
+    };
     let peeked = match peek {
-        true => announce::peek(host, vm, &asked).await?,
+        true => announce::peek(host, vm, look).await?,
         false => Peek::LeftOut("--no-peek: no state was saved, so loading it was not tried".into()),
     };
     let terms = Terms {
         peek: matches!(peeked, Peek::Announced),
         budget_ns: asked.budget_ns,
         clock: asked.clock,
+        of: Of::Handover,
     };
     let rehearsed = rehearsal::rehearse(host, vm, to, terms).await;
     let told = match &rehearsed {
@@ -59,7 +65,12 @@ pub async fn preflight(
         _ => None,
     };
     if let Peek::Announced = peeked {
-        announce::end_peek(host, &asked, told.map_or(Duration::ZERO, |told| told.peek)).await?;
+        announce::end_peek(
+            host,
+            &asked.id,
+            told.map_or(Duration::ZERO, |told| told.peek),
+        )
+        .await?;
     }
     let peek = told.map_or(Duration::ZERO, |told| told.peek);
     match &rehearsed {

@@ -1,5 +1,6 @@
 //! Rehearses a swap: a throw-away process of the other release builds the machine and loads the guest's
-//! state, over a private view of its RAM, while the guest runs. Nothing comes of it but the answer.
+//! state, over a private view of its RAM, while the guest runs. Nothing comes of it but the answer. A jump of the host
+//! is rehearsed so too, by the release that would revive the guest: with its record in place of its state.
 //!
 //! ```text
 //!  spawn ▶ (its scope) ▶ let go ▶ its Ready ▶ ask the guest's VMM ─▶ Told ▶ it has ended
@@ -34,6 +35,17 @@ const MARGIN: Duration = Duration::from_secs(5);
 const END_PATIENCE: Duration = Duration::from_secs(5);
 /// With this a command ends that does not know its verb.
 const USAGE: Exit = Exit::Code(2);
+/// By which a record is stored for a rehearsal. Jumps have theirs in hexadecimal, so no kernel's command line names it.
+const NONCE: &str = "rehearsal";
+
+/// Of what it is a rehearsal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Of {
+    /// Of a handover to a successor.
+    Handover,
+    /// Of a revival under the host's next kernel.
+    Revival,
+}
 
 /// What is to be rehearsed.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +56,8 @@ pub(super) struct Terms {
     pub(super) budget_ns: Option<u64>,
     /// What its clocks would make of the pause; its own policy if `None`.
     pub(super) clock: Option<Policy>,
+    /// Which swap.
+    pub(super) of: Of,
 }
 
 /// Rehearses a swap of `vm` to `release`. `Err`: the release can't even be started, so a swap to it
@@ -56,11 +70,7 @@ pub(super) async fn rehearse(
 ) -> Result<Rehearsed, String> {
     let began = Instant::now();
     let version = &release.manifest.version;
-    let carved = vm.spec.memory.carve_out.as_ref();
-    if carved.is_some_and(|at| !at.is_memfd()) {
-        let why = "its RAM lies in a carve-out, of which there is no private view to rehearse with";
-        return Ok(Rehearsed::Unknown { why: why.into() });
-    }
+    let nonce = (terms.of == Of::Revival).then(|| NONCE.to_owned());
     let Channel {
         predecessor: ours,
         successor: theirs,
@@ -70,6 +80,7 @@ pub(super) async fn rehearse(
         format!("--handover-fd={GIVEN_FD}"),
         format!("--ready-fd={READY_FD}"),
     ];
+    args.extend(nonce.iter().map(|nonce| format!("--nonce={nonce}")));
     args.extend(release_args(release));
     let job = Job {
         binary: verified(host, release).await?,
@@ -96,6 +107,7 @@ pub(super) async fn rehearse(
         budget_ns: terms.budget_ns,
         patience: PATIENCE,
         clock: terms.clock,
+        nonce,
     };
     let told = host
         .expected(vm)

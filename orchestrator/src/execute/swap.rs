@@ -113,6 +113,7 @@ async fn rehearse(host: &Host, vm: &VmRecord, swap: &mut SwapRecord) -> Result<(
         peek: true,
         budget_ns: swap.budget_ns,
         clock: swap.clock,
+        of: rehearsal::Of::Handover,
     };
     let rehearsed = rehearsal::rehearse(host, vm, &release, terms).await?;
     let refusal = rehearsal::refusal(&rehearsed);

@@ -232,10 +232,23 @@ impl RolloutRecord {
         match self.rung().takes_whole_host() {
             true => {
                 let guests: usize = self.units.iter().map(|unit| unit.guests.len()).sum();
-                format!("{} of {units} hosts, with {guests} guests", self.component)
+                whole_hosts(&self.component, units, guests)
             }
-            false => format!("{units} VMs"),
+            false => counted(units, "VM"),
         }
+    }
+}
+
+fn whole_hosts(component: &str, hosts: usize, guests: usize) -> String {
+    let (hosts, guests) = (counted(hosts, "host"), counted(guests, "guest"));
+    format!("{component} of {hosts}, with {guests}")
+}
+
+/// So many of them, in words.
+fn counted(number: usize, one: &str) -> String {
+    match number {
+        1 => format!("1 {one}"),
+        _ => format!("{number} {one}s"),
     }
 }
 
@@ -362,4 +375,20 @@ pub struct HistoryStep {
     pub by: String,
     /// What, and why.
     pub lines: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_one_and_not_many() {
+        assert_eq!(
+            whole_hosts("kernel", 1, 1),
+            "kernel of 1 host, with 1 guest"
+        );
+        assert_eq!(whole_hosts("kvm", 2, 0), "kvm of 2 hosts, with 0 guests");
+        assert_eq!(counted(1, "VM"), "1 VM");
+        assert_eq!(counted(12, "VM"), "12 VMs");
+    }
 }

@@ -24,6 +24,9 @@ pub struct KernelJump {
     pub command_line: String,
     /// What the directory beside the guests' memory and the next kernel's command line have in common.
     pub nonce: String,
+    /// The guests' revival is rehearsed before they stand still, and the jump not begun where that fails.
+    #[serde(default)]
+    pub rehearse: bool,
     /// The kernel that is left (`uname -r`).
     pub from: String,
     /// The kernel that it came to; absent while it is not known to have come anywhere.
@@ -50,7 +53,7 @@ pub enum Share {
 /// A phase of a jump, for the host as a whole; each guest's own are in its report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JumpPhase {
-    /// `load`, `preserve`, `store`, `sync`, `kernel`, `start`, `open`, `clock`, `adopt`.
+    /// `load`, `rehearse`, `preserve`, `store`, `sync`, `kernel`, `start`, `open`, `clock`, `adopt`.
     pub name: String,
     /// Whose time it is.
     pub share: Share,

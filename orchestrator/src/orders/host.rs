@@ -93,6 +93,7 @@ async fn begin_kernel(desk: &Desk, order: &Order) -> Answer {
                 budget_ns: order.budget_ns.unwrap_or(0),
                 notice_ns: order.notice_ns,
                 no_notice: order.no_notice.clone(),
+                rehearse: None,
             };
             let rollout = Some(order.rollout.clone());
             let asked = desk.ask_kernel_swap(new, order.id.clone(), rollout);

@@ -185,7 +185,7 @@ impl Peer {
         let sockets = [main_of(dir, next), cpr_of(dir, next)];
         // The other one is there when this one has been heard.
         wait_for("QEMU's successor to listen", PATIENCE, || {
-            Ok(sockets[1].exists().then_some(()))
+            Ok(listens(&sockets[1])?.then_some(()))
         })
         .inspect_err(|_| {
             let _ = child.kill();
@@ -207,6 +207,17 @@ impl Peer {
         (guest.child, guest.monitor, guest.number) = (child, new, next);
         Ok(sample)
     }
+}
+
+/// Whether somebody listens there: the file comes first. To connect would be to be the one that is waited for.
+fn listens(path: &Path) -> anyhow::Result<bool> {
+    let sockets = std::fs::read_to_string("/proc/net/unix").context("read /proc/net/unix")?;
+    // Num, RefCount, Protocol, Flags (of which this is __SO_ACCEPTCON), Type, St, Inode, Path.
+    let mut lines = sockets
+        .lines()
+        .map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    Ok(lines
+        .any(|line| line.get(3) == Some(&"00010000") && line.get(7).map(Path::new) == Some(path)))
 }
 
 impl Guest {

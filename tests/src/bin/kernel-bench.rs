@@ -1,7 +1,7 @@
 //! `make bench-kernel`: what of a swap of the host's kernel is ours, measured on an emulated host, as JSON and
-//! as a picture.
+//! as a picture; with `--parameters`, what parameters of its command line are worth to the next kernel.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,9 +9,10 @@ use anyhow::{Context, ensure};
 use clap::Parser;
 use serde_json::Value;
 use stillpoint_images::packages::Kernel;
+use stillpoint_tests::parameters::Parameters;
 use stillpoint_tests::releases::root;
-use stillpoint_tests::rig::Rig;
 use stillpoint_tests::rig::emulator::ground;
+use stillpoint_tests::rig::{Rig, order};
 use stillpoint_tests::shares::Shares;
 
 /// Pairs of kexecs into one kernel: an empty one, and a swap under guests.
@@ -38,7 +39,32 @@ struct Args {
     /// Only draw the report again that is there.
     #[arg(long)]
     draw: bool,
+    /// Measure empty kexecs with one parameter more on the command line each, in place of swaps.
+    #[arg(long)]
+    parameters: bool,
+    /// How often each parameter; below 6 nothing can be told from chance.
+    #[arg(long, default_value_t = 6)]
+    rounds: usize,
+    /// Words to try, in place of the usual ones; those that begin with `-` are taken out of the base line.
+    #[arg(long = "with", value_name = "WORDS", allow_hyphen_values = true)]
+    with: Vec<String>,
+    /// Words that every kexec has.
+    #[arg(long, value_name = "WORDS", default_value = "")]
+    also: String,
 }
+
+/// What is tried. `mitigations=off` is measured as a fact: nobody is to switch them off for this.
+const WORDS: [&str; 9] = [
+    "-quiet",
+    "-console=ttyS0",
+    "lpj=",
+    "no_timer_check",
+    "cryptomgr.notests",
+    "audit=0 nmi_watchdog=0",
+    "random.trust_cpu=on",
+    "rcupdate.rcu_expedited=1",
+    "mitigations=off",
+];
 
 fn main() -> ExitCode {
     match told(&Args::parse()) {
@@ -56,6 +82,9 @@ fn told(args: &Args) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| root().join("target/bench-kernel"));
     std::fs::create_dir_all(&out).with_context(|| out.display().to_string())?;
+    if args.parameters {
+        return parameters(args, &out);
+    }
     let path = out.join("report.json");
     if !args.draw {
         let mut report = measure(args)?;
@@ -97,6 +126,59 @@ fn measure(args: &Args) -> anyhow::Result<Value> {
         .scenario()?
         .jump(args.kernel.name(), args.kernel, &["scenario", "kexecs"])
         .images(Kernel::Backports, &["vmlinux", "initramfs"])
+        .command(&command)
+        .time_limit(Duration::from_secs(args.time_limit))
+        .live(true);
+    rig.run()?.report()
+}
+
+/// What is measured stays beside what is made of it.
+fn parameters(args: &Args, out: &Path) -> anyhow::Result<()> {
+    let measured = out.join("parameters-measured.json");
+    if !args.draw {
+        let mut report = measure_parameters(args)?;
+        report["ground"] = ground().into();
+        std::fs::write(&measured, serde_json::to_vec_pretty(&report)?)?;
+    }
+    let bytes = std::fs::read(&measured).with_context(|| measured.display().to_string())?;
+    let told = Parameters::of(&serde_json::from_slice(&bytes)?)?;
+    let path = out.join("parameters.json");
+    std::fs::write(&path, serde_json::to_vec_pretty(&told)?)?;
+    print!("{}", told.table());
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn measure_parameters(args: &Args) -> anyhow::Result<Value> {
+    let rounds = args.rounds.to_string();
+    let mut command = vec![
+        "scenario",
+        "parameters",
+        "--into",
+        args.kernel.name(),
+        "--rounds",
+        &rounds,
+        "--also",
+        &args.also,
+    ];
+    let with = match args.with.is_empty() {
+        true => WORDS.to_vec(),
+        false => args.with.iter().map(String::as_str).collect(),
+    };
+    let with: Vec<_> = with.iter().map(|words| format!("--with={words}")).collect();
+    command.extend(with.iter().map(String::as_str));
+    // Nothing else is run there: the less there is to unpack, the less a kexec differs from the next.
+    let scenario = root().join("target/static/scenario");
+    ensure!(
+        scenario.is_file(),
+        "{} is not built; run `make rig-static`",
+        scenario.display()
+    );
+    let rig = Rig::new("bench-parameters", args.kernel)
+        .memory_mib(1536)
+        .scratch_mib(256)
+        .file(scenario, format!("{}/target/release/scenario", order::ROOT))
+        .jump(args.kernel.name(), args.kernel, &["scenario", "parameters"])
         .command(&command)
         .time_limit(Duration::from_secs(args.time_limit))
         .live(true);

@@ -103,6 +103,8 @@ const SUITES: &[Suite] = &[
             "--test",
             "rehearsal",
             "--test",
+            "jump_rehearsal",
+            "--test",
             "way_back",
         ],
         2,

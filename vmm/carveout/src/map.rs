@@ -134,26 +134,10 @@ impl Device {
 
     /// Maps a part of it.
     pub fn map(&self, extent: Extent) -> Result<Mapping, MapError> {
-        let failed = |source| MapError::Map { extent, source };
-        if extent.end().is_none_or(|end| end > self.size) {
-            return Err(failed(Errno::OVERFLOW));
-        }
-        let len = usize::try_from(extent.len).map_err(|_| failed(Errno::OVERFLOW))?;
         let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing else is there.
-        let base = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                len,
-                prot,
-                MapFlags::SHARED,
-                &self.fd,
-                extent.start,
-            )
-        }
-        .map_err(failed)?;
+        let (base, len) = self.map_as(extent, prot, MapFlags::SHARED)?;
         Ok(Mapping {
-            base: base.cast(),
+            base,
             len,
             file: match self.is_file {
                 true => Some(
@@ -166,6 +150,56 @@ impl Device {
             },
         })
     }
+
+    /// Maps a part of it to be looked at, for the rest of the process's life; it may be open for reading only. What
+    /// is written to a file's stays this process's own. The kernel maps a device-dax in no private way, so
+    /// that one can't be written at all: a write there ends the process.
+    pub fn view(&self, extent: Extent) -> Result<View, MapError> {
+        let (prot, how) = match self.is_file {
+            // Nothing is reserved: next to none of it is written.
+            true => (
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            ),
+            false => (ProtFlags::READ, MapFlags::SHARED),
+        };
+        let (base, len) = self.map_as(extent, prot, how)?;
+        Ok(View {
+            base,
+            len,
+            is_private: self.is_file,
+        })
+    }
+
+    fn map_as(
+        &self,
+        extent: Extent,
+        prot: ProtFlags,
+        how: MapFlags,
+    ) -> Result<(*mut u8, usize), MapError> {
+        let failed = |source| MapError::Map { extent, source };
+        if extent.end().is_none_or(|end| end > self.size) {
+            return Err(failed(Errno::OVERFLOW));
+        }
+        let len = usize::try_from(extent.len).map_err(|_| failed(Errno::OVERFLOW))?;
+        // SAFETY: a new mapping at an address of the kernel's choice; nothing else is there.
+        let base = unsafe {
+            rustix::mm::mmap(std::ptr::null_mut(), len, prot, how, &self.fd, extent.start)
+        }
+        .map_err(failed)?;
+        Ok((base.cast(), len))
+    }
+}
+
+/// A part that is only looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    /// Where it is mapped.
+    pub base: *mut u8,
+    /// Its length.
+    pub len: usize,
+    /// Whether what is written there stays this process's own; else it can't be written.
+    pub is_private: bool,
 }
 
 impl AsFd for Device {
@@ -348,6 +382,31 @@ mod tests {
         let mut bytes = [0; 5];
         again.read(100, &mut bytes);
         assert_eq!((&bytes, again.load(8)), (b"words", 6));
+    }
+
+    #[test]
+    fn what_is_written_to_a_view_stays_with_who_wrote_it() {
+        let (_dir, path) = file(8);
+        let extent = Extent {
+            start: ALIGN,
+            len: ALIGN,
+        };
+        let mapping = Device::open(&path).expect("opened").map(extent);
+        let mapping = mapping.expect("mapped");
+        mapping.store(8, 5).expect("stored");
+        let reader = File::open(&path).expect("for reading only");
+        let device = Device::of(&path, reader.into()).expect("a file");
+        device.map(extent).expect_err("it can't be written");
+        let view = device.view(extent).expect("a view");
+        assert!(view.is_private && view.len as u64 == ALIGN);
+        let word = view.base.wrapping_add(8).cast::<u64>();
+        // SAFETY: a mapping of this test's own, which stays for good; the word is aligned.
+        let seen = unsafe {
+            let seen = word.read_volatile();
+            word.write_volatile(6);
+            (seen, word.read_volatile())
+        };
+        assert_eq!((seen, mapping.load(8)), ((5, 6), 5));
     }
 
     #[test]

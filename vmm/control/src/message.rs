@@ -124,6 +124,10 @@ pub enum Request {
         /// What the guest's clocks would make of the pause; the VM's own policy when absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         clock: Option<Policy>,
+        /// A jump of the host is rehearsed: the state goes as a record that is stored by this nonce, which is no
+        /// jump's. A swap of the VMM when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        nonce: Option<String>,
     },
     /// Are guest and VMM well? Answered by [`Reply::Signs`].
     Signs,

@@ -29,7 +29,7 @@ use prost::Message;
 
 use super::Offer;
 
-pub use peek::{Errand, rehearse};
+pub use peek::{Errand, Jump, rehearse};
 pub use stage::{StageError, perform};
 
 /// What is to be rehearsed. Beside it travel guest RAM, open for reading only, and a memfd for the
@@ -39,6 +39,9 @@ pub struct Rehearse {
     /// As it would be offered; without secret, directory and name of a swap.
     #[prost(message, optional, tag = "1")]
     pub offer: Option<Offer>,
+    /// A jump is rehearsed: the memfd will hold a record.
+    #[prost(bool, tag = "2")]
+    pub record: bool,
 }
 
 /// Number of fds beside it.

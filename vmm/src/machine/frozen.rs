@@ -133,15 +133,14 @@ impl Guest {
         Ok(frozen)
     }
 
-    /// Saves the guest's state for a rehearsal, and lets it run on: it stands still meanwhile, for no
-    /// longer than `budget`, and nothing is sealed. Gives the state, and what the pause was.
-    pub fn peek(
+    /// Has the guest stand still while `save` saves its state for a rehearsal, and lets it run on: for no
+    /// longer than `budget`, and nothing is sealed. Gives what was saved, and what the pause was.
+    pub fn peek<T>(
         &mut self,
-        format: u32,
-        policy: Policy,
         budget: Duration,
+        save: impl FnOnce(&mut Frozen<'_>) -> Result<T, FreezeError>,
         to: &mut Lending,
-    ) -> Result<(Vec<u8>, Duration), (FreezeError, Duration)> {
+    ) -> Result<(T, Duration), (FreezeError, Duration)> {
         let mut frozen = match self.freeze(budget) {
             Ok(frozen) => frozen,
             // At most this: a drain that came to nothing has frozen nobody.
@@ -149,15 +148,15 @@ impl Guest {
             Err(error) => return Err((error, budget)),
         };
         let kicked = frozen.kicked;
-        let saved = frozen.save(format, policy).and_then(|bytes| {
+        let saved = save(&mut frozen).and_then(|saved| {
             // What was opened meanwhile is in the state.
             frozen.machine().lend(to).map_err(FreezeError::Lend)?;
-            Ok(bytes)
+            Ok(saved)
         });
         drop(frozen);
         let stood = kicked.elapsed();
         saved
-            .map(|bytes| (bytes, stood))
+            .map(|saved| (saved, stood))
             .map_err(|error| (error, stood))
     }
 }

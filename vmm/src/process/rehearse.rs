@@ -10,7 +10,7 @@ use stillpoint_control::spec::MAX_BUDGET;
 use super::Process;
 use crate::event::{Event, Job};
 use crate::handover::Channel;
-use crate::handover::rehearsal::{self, Errand};
+use crate::handover::rehearsal::{self, Errand, Jump};
 
 impl Process {
     pub(super) fn rehearse(&mut self, job: Job) {
@@ -51,6 +51,7 @@ impl Process {
             budget_ns,
             patience,
             clock,
+            nonce,
         } = job.request
         else {
             return Err("not a rehearsal".into());
@@ -71,6 +72,11 @@ impl Process {
             budget,
             patience,
             clock: clock.unwrap_or(spec.clock.policy),
+            jump: nonce.map(|nonce| Jump {
+                nonce,
+                release: self.desk.release().clone(),
+                swaps: self.desk.swaps(),
+            }),
         };
         Ok((errand, socket))
     }

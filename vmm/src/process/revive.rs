@@ -10,56 +10,31 @@
 //! fails after that costs the guest, as a power cut would.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-use anyhow::{Context, bail, ensure};
-use stillpoint_carveout::area::Place;
-use stillpoint_carveout::layout::Extent;
-use stillpoint_carveout::map::Device;
-use stillpoint_carveout::mark::Mark;
-use stillpoint_carveout::record::Record;
 use stillpoint_control::ownership::{Epoch, Owner, Ownership};
-use stillpoint_control::spec::{CarveOutSpec, MachineSpec};
 use stillpoint_state::Unclaimed;
 
 use super::desk::Desk;
 use super::{ENTER_PATIENCE, Process, Start};
 use crate::boot::cpuid;
+use crate::clock;
 use crate::devices::virtio::backend;
 use crate::doors::Doors;
 use crate::event::Event;
 use crate::handover::incoming;
 use crate::handover::lend::Borrowed;
 use crate::handover::measure::{self, Evidence};
+use crate::handover::record::{self, Found, Source, look};
 use crate::machine::build::Blank;
 use crate::machine::frozen::Guest;
 use crate::machine::vcpus::Promise;
 use crate::machine::{Machine, Timing};
 use crate::memory::GuestRam;
 use crate::vcpu::hurry::Hurry;
-use crate::{clock, release};
-
-/// Which record.
-#[derive(Debug)]
-pub struct Source<'a> {
-    /// Where the guest lies.
-    pub at: &'a CarveOutSpec,
-    /// Its memfd, if it lies in one.
-    pub memory: Option<OwnedFd>,
-    /// The jump's nonce.
-    pub nonce: &'a str,
-}
-
-/// A record that was looked at, and may be run.
-struct Found {
-    device: Device,
-    place: Place,
-    record: Record,
-    spec: MachineSpec,
-}
 
 impl Process {
     /// Revives a guest.
@@ -104,55 +79,6 @@ impl Process {
     }
 }
 
-/// Checks all that can be checked before anything is made.
-fn look(source: Source<'_>, now_tsc: u64) -> anyhow::Result<Found> {
-    let device = match source.memory {
-        Some(memory) => Device::of(&source.at.path, memory)?,
-        None => Device::open(&source.at.path)?,
-    };
-    let extent = Extent {
-        start: source.at.record,
-        len: source.at.record_len,
-    };
-    let place = Place::of(&device, extent)?;
-    match place.mark() {
-        Mark::Stored => {}
-        Mark::Consumed => bail!(
-            "its record was consumed: the guest has run since, and what the record holds is of before"
-        ),
-        other => bail!("its record is marked as {other}, not as stored"),
-    }
-    let record = place.read()?;
-    let label = &record.label;
-    ensure!(
-        label.nonce == source.nonce,
-        "its record was stored for another jump than the one this kernel came by"
-    );
-    ensure!(
-        release::FORMATS.contains(&label.format),
-        "its state is in format {}, which this release does not read: add one that does, and try \
-         again with `stillpoint adopt --retry`",
-        label.format
-    );
-    ensure!(
-        now_tsc > label.kicked_tsc,
-        "the host's TSC was reset: it was {} when the guest was stopped, and is {now_tsc}; the guest's \
-         clocks can't be carried on",
-        label.kicked_tsc
-    );
-    let spec = MachineSpec::from_json(&label.spec).context("the spec in its record")?;
-    ensure!(
-        spec.memory.carve_out.as_ref() == Some(source.at),
-        "its record says that its RAM lies elsewhere than the directory does"
-    );
-    Ok(Found {
-        device,
-        place,
-        record,
-        spec,
-    })
-}
-
 /// Builds it, loads it, takes it, and lets it run.
 fn build(
     found: &Found,
@@ -187,7 +113,7 @@ fn build(
     let pages = incoming::pages_before(&machine, &loaded);
     let wall = incoming::wall_before(&machine, &loaded);
     timing.mark("load");
-    place.consume()?;
+    record::consume(place)?;
     timing.mark("take");
     // The guest is ours. Nobody runs it from the record again, whatever becomes of it here.
     machine.tell_of_swap(loaded.has_disturbed_tsc());

@@ -94,7 +94,11 @@ pub(super) async fn revive(
 }
 
 /// The release that ran it, or the newest that reads its state.
-fn release_for(all: &[Release], vm: &VmRecord, format: u32) -> Result<Release, String> {
+pub(in crate::execute) fn release_for(
+    all: &[Release],
+    vm: &VmRecord,
+    format: u32,
+) -> Result<Release, String> {
     let reads = |release: &&Release| release.manifest.reads.contains(&format);
     let own = all
         .iter()

@@ -204,6 +204,7 @@ fn a_swap_of_the_kernel_is_told_with_its_phases_and_its_guests_as_parts_of_it() 
         initrd: None,
         command_line: String::new(),
         nonce: "n".into(),
+        rehearse: true,
         from: "6.1".into(),
         to: Some("6.12".into()),
         phases: vec![

@@ -121,6 +121,8 @@ impl Cells {
             "30s",
             "--no-notice",
             "a cell",
+            // Of the one that is stopped it would wait in vain.
+            "--no-rehearsal",
         ];
         let mut command = self.daemon.command(&swap);
         command.stdout(Stdio::piped()).stderr(Stdio::null());

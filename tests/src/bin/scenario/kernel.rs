@@ -1,7 +1,8 @@
 //! The host's kernel swapped under its guests, told in stages: each kernel that is jumped into runs the
 //! next one. Only for an emulated host: it jumps.
 //!
-//! 1. *leave*: guests are started, one of them with a disk that is then put away, and the host jumps.
+//! 1. *leave*: guests are started, one of them with a disk that is then put away; a rehearsal finds that out, and without
+//!    one the host jumps.
 //! 2. *arrive*: every guest goes on, but the one whose disk is missing: it is kept, told of by name, and
 //!    goes on when the disk is back and it is tried again. Then the host crashes, by a jump that nothing
 //!    prepared, on a command line that still names the first.
@@ -12,13 +13,14 @@ use std::process::Command;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
-use stillpoint_tests::daemon::Daemon;
+use stillpoint_tests::daemon::{Answer, Daemon};
 use stillpoint_tests::ground;
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::rig::crash;
 use stillpoint_tests::rig::order::JUMPS;
 
 use crate::debian;
+use crate::stages;
 use crate::stages::{HOST, add_release, daemon, faults, run_pulse};
 
 /// What the stage before saw.
@@ -81,21 +83,78 @@ fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
     }
     let seen = json!({GUEST: told(&first), ASTRAY: told(&second), "debian": deb, "kernel": kernel});
     std::fs::write(SEEN, serde_json::to_vec(&seen)?)?;
+    if !with_debian {
+        found_out(&daemon, kernel)?;
+    }
+    println!("scenario: the host jumps into another kernel");
+    // What is missing is to be missed after the jump.
+    let more: &[&str] = match with_debian {
+        true => &[],
+        false => &["--no-rehearsal"],
+    };
+    let answer = swap(
+        &daemon,
+        kernel,
+        &[&["--no-notice", "a scenario"], more].concat(),
+    )?;
+    bail!("the host is still here: {}{}", answer.error, answer.json)
+}
+
+fn swap(daemon: &Daemon, kernel: &str, more: &[&str]) -> anyhow::Result<Answer> {
     let folder = Path::new(JUMPS).join(kernel);
     let path = |name: &str| folder.join(name).display().to_string();
-    let swap = [
-        "swap",
-        "kernel",
-        "--kernel",
-        &path("bzImage"),
-        "--initrd",
-        &path("initramfs"),
-        "--no-notice",
-        "a scenario",
-    ];
-    println!("scenario: the host jumps into another kernel");
-    let answer = daemon.stillpoint(&swap)?;
-    bail!("the host is still here: {}{}", answer.error, answer.json)
+    let (image, initrd) = (path("bzImage"), path("initramfs"));
+    let swap = ["swap", "kernel", "--kernel", &image, "--initrd", &initrd];
+    daemon.stillpoint(&[&swap[..], more].concat())
+}
+
+/// What the next kernel's host will lack is found out on this one, by a look and by the swap, and no guest stands still
+/// for more than its peek.
+fn found_out(daemon: &Daemon, kernel: &str) -> anyhow::Result<()> {
+    let looked = swap(daemon, kernel, &["--check"])?;
+    let of = |name: &str| rehearsal_of(&looked.json, name);
+    ensure!(of(GUEST)?["status"] == "ok", "{:#}", looked.json);
+    let missing = of(ASTRAY)?;
+    ensure!(
+        !looked.success
+            && missing["status"] == "fail"
+            && missing["found"].to_string().contains("no such file"),
+        "{:#}",
+        looked.json
+    );
+    // Nothing but that stands in the way.
+    let failed = looked.json.as_array().into_iter().flatten();
+    let failed = failed.filter(|check| check["status"] == "fail").count();
+    ensure!(failed == 1, "{:#}", looked.json);
+    let answer = swap(daemon, kernel, &["--no-notice", "a scenario"])?;
+    let over = stages::last_swap(daemon)?;
+    let why = over["reason"].as_str().unwrap_or_default();
+    ensure!(
+        !answer.success
+            && over["state"] == "refused"
+            && why.contains(ASTRAY)
+            && why.contains("no such file"),
+        "{over:#}"
+    );
+    let report = daemon.must(&["report", GUEST])?;
+    let told = &report["safeguards"]["rehearsal"]["told"];
+    ensure!(told["verdict"] == "passed", "{report:#}");
+    // The peeks are all the pause that there was.
+    ensure!(told["peek_ns"].as_u64() > Some(0), "{report:#}");
+    ensure!(
+        over["pause_ns"].as_u64() >= told["peek_ns"].as_u64(),
+        "{over:#}"
+    );
+    println!("scenario: the rehearsal finds out what is missing, and the host does not jump");
+    Ok(())
+}
+
+/// What a look at a swap says of the rehearsal of this guest.
+pub(crate) fn rehearsal_of<'v>(checks: &'v Value, guest: &str) -> anyhow::Result<&'v Value> {
+    let name = format!("rehearsal {guest}");
+    let mut checks_of = checks.as_array().into_iter().flatten();
+    let found = checks_of.find(|check| check["check"] == name.as_str());
+    found.with_context(|| format!("no `{name}` in {checks:#}"))
 }
 
 pub(crate) fn told(seen: &Snapshot) -> Value {

@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 use stillpoint_carveout::wall;
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::ground;
-use stillpoint_tests::rig::crash;
 
 use crate::debian;
 use crate::stages::{self, Line};
@@ -129,15 +128,11 @@ fn jump_empty(mut state: State) -> anyhow::Result<Value> {
         .filter(|word| !word.starts_with("stillpoint.jump="))
         .collect();
     let line = format!("{} stillpoint.jump={}", plain.join(" "), "0".repeat(32));
-    let [image, initrd] = stages::kernel(&state.into)?;
-    let early = wall::now();
-    crash::load(&image, &initrd, &line)?;
-    // Nothing is left to be written but these few bytes.
-    rustix::fs::sync();
-    state.under = Under::Empty(Line::from(early));
-    stages::keep(STATE, &state)?;
-    crash::jump()?;
-    bail!("the host is still here")
+    let into = state.into.clone();
+    stages::jump_empty(&into, &line, |line| {
+        state.under = Under::Empty(line);
+        stages::keep(STATE, &state)
+    })
 }
 
 /// Starts guests, and swaps the kernel under them.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::ground;
 
-use crate::kernel::{goes_on, told};
+use crate::kernel::{goes_on, rehearsal_of, told};
 use crate::{debian, stages};
 
 const STATE: &str = "/scratch/live-update.json";
@@ -119,18 +119,26 @@ fn refuses(daemon: &Daemon, into: &str) -> anyhow::Result<()> {
     let answer = stages::swap_kernel(daemon, into, &line)?;
     let said = format!("{}{}", answer.error, answer.json);
     ensure!(!answer.success && said.contains("liveupdate=on"), "{said}");
+    // All of it is told at once: the guests' records could be loaded.
+    for name in PULSES {
+        let rehearsed = rehearsal_of(&answer.json, name)?;
+        ensure!(rehearsed["status"] == "ok", "{rehearsed:#}");
+    }
     println!("scenario: a next kernel that would look for nothing is refused");
     Ok(())
 }
 
 fn jump(daemon: &Daemon, mut state: State) -> anyhow::Result<Value> {
+    let mut more = NO_NOTICE.to_vec();
     if state.is_last() {
         state.astray = astray::begin(daemon)?;
+        astray::is_found_out(daemon, &state.into)?;
+        more.push("--no-rehearsal");
     }
     stages::keep(STATE, &state)?;
     let number = state.told.len() + 1;
     println!("scenario: jump {number} of {}", state.jumps);
-    let answer = stages::swap_kernel(daemon, &state.into, &NO_NOTICE)?;
+    let answer = stages::swap_kernel(daemon, &state.into, &more)?;
     bail!("the host is still here: {}{}", answer.error, answer.json)
 }
 

@@ -13,6 +13,7 @@ mod kernel;
 mod kernel_rollout;
 mod kexecs;
 mod live_update;
+mod parameters;
 mod prepared;
 mod pulse;
 mod stages;
@@ -46,6 +47,8 @@ enum What {
     Prepared(prepared::Args),
     /// Pairs of kexecs, one empty and one under guests, in the emulated host.
     Kexecs(kexecs::Args),
+    /// Empty kexecs with one parameter more on their command line, in the emulated host.
+    Parameters(parameters::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         What::Tour(args) => tour::tell(&args),
         What::Cells(args) => cells::tell(&args),
         What::Kexecs(args) => kexecs::tell(&args),
+        What::Parameters(args) => parameters::tell(&args),
         What::Prepared(args) => prepared::tell(&args),
         What::LiveUpdate(args) => live_update::tell(&args),
     };

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -12,6 +12,7 @@ use stillpoint_carveout::wall::{self, Carried, Point};
 use stillpoint_tests::daemon::{Answer, Daemon};
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::releases::{self, Release};
+use stillpoint_tests::rig::crash;
 use stillpoint_tests::rig::order::{CARVE_OUT, JUMPS, ROOT, STAMPS, Stamps};
 
 /// Where the daemon lives, on a disk that every kernel has.
@@ -133,6 +134,22 @@ pub(crate) fn swap_kernel(daemon: &Daemon, into: &str, more: &[&str]) -> anyhow:
         "swap", "kernel", "--kernel", &image, "--initrd", &initrd, "--budget", "30s",
     ];
     daemon.stillpoint(&[&swap[..], more].concat())
+}
+
+/// Jumps with nobody on the host; `keep` keeps from when on it counts. Returns only an error.
+pub(crate) fn jump_empty<T>(
+    into: &str,
+    command_line: &str,
+    keep: impl FnOnce(Line) -> anyhow::Result<()>,
+) -> anyhow::Result<T> {
+    let [image, initrd] = kernel(into)?;
+    let early = wall::now();
+    crash::load(&image, &initrd, command_line)?;
+    // Nothing is left to be written but these few bytes.
+    rustix::fs::sync();
+    keep(Line::from(early))?;
+    crash::jump()?;
+    bail!("the host is still here")
 }
 
 /// The newest swap of the host.

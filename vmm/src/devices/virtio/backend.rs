@@ -171,6 +171,18 @@ pub fn begin_anew(
     Ok(plugs)
 }
 
+/// Whether [`open`] would find the disks that these have: by their paths, and the same ones. Nothing is locked, and
+/// nothing kept. Taps and sockets are made anew by then.
+pub fn would_open(spec: &MachineSpec, plugs: &[Plug]) -> Result<(), BackendError> {
+    // Disks come first, in the spec's order.
+    for (disk, plug) in spec.disks.iter().zip(plugs) {
+        if let Backend::Disk(image) = &plug.backend {
+            image.is_found_by(disk)?;
+        }
+    }
+    Ok(())
+}
+
 fn plugs(
     spec: &MachineSpec,
     mut make: impl FnMut(&str, Wanted<'_>) -> Result<(Backend, Vec<Kick>), BackendError>,

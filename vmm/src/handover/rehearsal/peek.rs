@@ -4,16 +4,21 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
+use stillpoint_carveout::area::{Place, PlaceError};
+use stillpoint_carveout::map::{Device, MapError};
+use stillpoint_carveout::mark::Mark;
 use stillpoint_control::clock::Policy;
 use stillpoint_control::frame::{FrameError, MAX_FDS};
 use stillpoint_control::rehearsal::{Rehearsal, Stage, Verdict};
+use stillpoint_control::report::ReleaseName;
 use stillpoint_state::likeness;
 
 use super::super::lend::Lending;
+use super::super::record::{self, Told};
 use super::super::{Adopted, Body, Channel, ChannelError, Files, Offer, State, out_of_turn};
 use super::{Rehearse, Rehearsed, compare, standins};
 use crate::boot::cpuid;
-use crate::machine::frozen::{Guest, Peeked};
+use crate::machine::frozen::{Frozen, Guest, Peeked};
 use crate::machine::{FreezeError, Machine};
 use crate::memory::MemoryError;
 
@@ -31,6 +36,19 @@ pub struct Errand {
     pub patience: Duration,
     /// What the guest's clocks would make of the pause.
     pub clock: Policy,
+    /// A jump of the host is rehearsed, if it is one.
+    pub jump: Option<Jump>,
+}
+
+/// What of a record is not the guest's own.
+#[derive(Debug)]
+pub struct Jump {
+    /// By which it is stored.
+    pub nonce: String,
+    /// This process's release.
+    pub release: ReleaseName,
+    /// Swaps that the guest has lived through.
+    pub swaps: u64,
 }
 
 /// Why it did not pass.
@@ -48,6 +66,19 @@ enum Trouble {
     State(rustix::io::Errno),
     #[error("it asks for state format {0}, which we don't write")]
     Format(u32),
+    #[error(
+        "the guest's RAM ends with the kernel, so it has no record: it was not started with `--survive kernel`"
+    )]
+    NoPlace,
+    #[error("cannot store the guest's record: {0}")]
+    Record(#[from] PlaceError),
+    #[error("cannot make room for the guest's record: {0}")]
+    Room(#[from] MapError),
+    #[error(
+        "it loaded the guest and left its record marked as {0}, not as consumed: by such a release a guest could be \
+         run twice"
+    )]
+    NotConsumed(Mark),
     #[error("clock policy hold: {0}; use the policy advance")]
     Hold(&'static str),
     #[error("what it saved again is not the same state")]
@@ -104,6 +135,9 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
         }
         let memfd = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let state = rustix::fs::memfd_create("stillpoint-peek", memfd).map_err(Trouble::State)?;
+        let errand = self.errand;
+        let jump = errand.jump.as_ref();
+        let place = jump.map(|_| room(&guest.machine, &state)).transpose()?;
         self.ask(&guest.machine, &state)?;
         let Adopted {
             format, hold: can, ..
@@ -119,9 +153,16 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
             return Err(Trouble::Format(format));
         }
         self.told.state_format = format;
-        if self.errand.peek {
-            let before = self.peek(guest, &state)?;
+        if errand.peek {
+            let before = match jump.zip(place.as_ref()) {
+                Some((jump, place)) => self.peek_as_record(guest, jump, place)?,
+                None => self.peek(guest, &state)?,
+            };
             self.compare(&before)?;
+            match place.map(|place| place.mark()) {
+                None | Some(Mark::Consumed) => {}
+                Some(other) => return Err(Trouble::NotConsumed(other)),
+            }
             let bytes = before;
             guest.peeked = Some(Peeked { format, bytes });
         }
@@ -132,7 +173,14 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
     /// Says what the machine is, and gives what it is to be built of.
     fn ask(&mut self, machine: &Machine, state: &OwnedFd) -> Result<(), Trouble> {
         machine.lend(&mut self.files).map_err(FreezeError::Lend)?;
-        let formats = machine.formats(self.errand.clock);
+        let is_record = self.errand.jump.is_some();
+        let formats = match is_record {
+            // Nobody is there to agree with.
+            true => record::format_of(machine, self.errand.clock)
+                .into_iter()
+                .collect(),
+            false => machine.formats(self.errand.clock),
+        };
         let offer = Offer {
             spec: serde_json::to_string(machine.spec()).unwrap_or_default(),
             cpuid: cpuid::to_bytes(machine.cpuid()),
@@ -145,7 +193,10 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
             ..Offer::default()
         };
         let ram = machine.ram().read_only()?;
-        let rehearse = Rehearse { offer: Some(offer) };
+        let rehearse = Rehearse {
+            offer: Some(offer),
+            record: is_record,
+        };
         let fds = [ram.as_fd(), state.as_fd()];
         self.channel.send(Body::Rehearse(rehearse), &fds)?;
         self.lend()
@@ -164,13 +215,52 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
 
     /// The guest stands still, for as long as its state is saved.
     fn peek(&mut self, guest: &mut Guest, state: &OwnedFd) -> Result<Vec<u8>, Trouble> {
+        let (format, clock) = (self.told.state_format, self.errand.clock);
+        let bytes = self.saved(guest, |frozen| frozen.save(format, clock))?;
+        let mut at = 0;
+        while at < bytes.len() {
+            at += rustix::io::pwrite(state, &bytes[at..], at as u64).map_err(Trouble::State)?;
+        }
+        self.pass(&bytes)?;
+        Ok(bytes)
+    }
+
+    /// The same, and its state goes where a record goes.
+    fn peek_as_record(
+        &mut self,
+        guest: &mut Guest,
+        jump: &Jump,
+        place: &Place,
+    ) -> Result<Vec<u8>, Trouble> {
+        let (format, clock) = (self.told.state_format, self.errand.clock);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let told = Told {
+            nonce: &jump.nonce,
+            swap: &jump.nonce,
+            release: &jump.release,
+            swaps: jump.swaps,
+            ceiling: self.errand.budget,
+            wall_error_ns: None,
+            started_at_unix_ns: now.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(0)),
+        };
+        let record = self.saved(guest, |frozen| record::save(frozen, format, clock, &told))?;
+        place.store(&record)?;
+        self.pass(&record.state)?;
+        Ok(record.state)
+    }
+
+    /// What is saved of the guest while it stands still.
+    fn saved<T>(
+        &mut self,
+        guest: &mut Guest,
+        save: impl FnOnce(&mut Frozen<'_>) -> Result<T, FreezeError>,
+    ) -> Result<T, Trouble> {
         self.told.stage = Stage::Peek;
         if (self.ended)() {
             return Err(Trouble::GuestEnded);
         }
-        let (format, errand) = (self.told.state_format, self.errand);
-        let peeked = guest.peek(format, errand.clock, errand.budget, &mut self.files);
-        let (bytes, stood) = match peeked {
+        let peeked = guest.peek(self.errand.budget, save, &mut self.files);
+        let (saved, stood) = match peeked {
             Ok(peeked) => peeked,
             Err((error, stood)) => {
                 self.told.peek = stood;
@@ -178,16 +268,16 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
             }
         };
         self.told.peek = stood;
-        self.told.state_bytes = bytes.len() as u64;
         self.told.stage = Stage::Load;
-        let mut at = 0;
-        while at < bytes.len() {
-            at += rustix::io::pwrite(state, &bytes[at..], at as u64).map_err(Trouble::State)?;
-        }
+        Ok(saved)
+    }
+
+    /// Says that the state is there.
+    fn pass(&mut self, state: &[u8]) -> Result<(), Trouble> {
+        let len = state.len() as u64;
+        self.told.state_bytes = len;
         self.lend()?;
-        let len = bytes.len() as u64;
-        self.channel.send(Body::State(State { len }), &[])?;
-        Ok(bytes)
+        Ok(self.channel.send(Body::State(State { len }), &[])?)
     }
 
     fn compare(&mut self, before: &[u8]) -> Result<(), Trouble> {
@@ -231,4 +321,15 @@ impl<E: FnMut() -> bool> Rehearsing<'_, E> {
             }
         }
     }
+}
+
+/// Makes room for the guest's record in this file, where it would lie in its memory's; the rest is a hole.
+fn room(machine: &Machine, state: &OwnedFd) -> Result<Place, Trouble> {
+    let at = machine.spec().memory.carve_out.as_ref();
+    let at = at.ok_or(Trouble::NoPlace)?;
+    rustix::fs::ftruncate(state, at.record + at.record_len).map_err(Trouble::State)?;
+    let file = state
+        .try_clone()
+        .map_err(|_| Trouble::State(rustix::io::Errno::MFILE))?;
+    Ok(record::place_of(at, &Device::of(&at.path, file)?)?)
 }

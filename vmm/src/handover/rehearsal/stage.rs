@@ -8,15 +8,18 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
+use stillpoint_carveout::area::{Place, PlaceError};
 use stillpoint_control::clock::Policy;
 use stillpoint_control::spec::{MachineSpec, Pages, SpecError};
 use stillpoint_state::{StateError, Unclaimed};
 
 use super::super::agree::{self, NoFormat};
 use super::super::lend::Borrowed;
+use super::super::record::{self, LookError, Source};
 use super::super::{Adopted, Body, Channel, ChannelError, Offer, State, out_of_turn};
 use super::{REHEARSED_FDS, Rehearse, Rehearsed, compare};
 use crate::boot::cpuid;
+use crate::clock;
 use crate::devices::virtio::backend;
 use crate::machine::FreezeError;
 use crate::machine::build::{Blank, BuildError};
@@ -60,6 +63,18 @@ pub enum StageError {
     /// Saved state.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The record.
+    #[error(transparent)]
+    Look(#[from] LookError),
+    /// The record's mark.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// Two stories of one machine.
+    #[error("the guest's record tells of another machine than the one that runs: its {0}")]
+    Another(&'static str),
+    /// A record came, and no nonce to look for it by.
+    #[error("a record is to be rehearsed with, and `--nonce` was not given")]
+    NoNonce,
     /// It was loaded, and can't be saved again.
     #[error("saving it again: {0}")]
     Again(#[from] FreezeError),
@@ -71,9 +86,10 @@ pub enum StageError {
     Pass(#[from] Errno),
 }
 
-/// Rehearses what is asked for on `channel`; tells of its own failure there.
-pub fn perform(channel: &mut Channel) -> Result<(), StageError> {
-    build(channel)
+/// Rehearses what is asked for on `channel`; tells of its own failure there. `nonce` is that of the jump that
+/// is rehearsed, if it is one.
+pub fn perform(channel: &mut Channel, nonce: Option<&str>) -> Result<(), StageError> {
+    build(channel, nonce)
         .and_then(|built| load(built, channel))
         .inspect_err(|error| channel.refuse(&error.to_string()))
 }
@@ -84,18 +100,32 @@ struct Built {
     state: OwnedFd,
     format: u32,
     offer: Offer,
-    pages: Pages,
+    spec: MachineSpec,
+    /// Whether the view of RAM may be written.
+    takes_writes: bool,
+    /// By which its record is to be found, if it has one.
+    nonce: Option<String>,
 }
 
 fn wait(what: &'static str) -> impl FnOnce(ChannelError) -> StageError {
     move |source| StageError::Channel { what, source }
 }
 
-fn build(channel: &mut Channel) -> Result<Built, StageError> {
+fn build(channel: &mut Channel, nonce: Option<&str>) -> Result<Built, StageError> {
     let heard = channel.receive(Instant::now() + PATIENCE);
-    let (offer, fds) = match heard.map_err(wait("machine"))? {
-        (Body::Rehearse(Rehearse { offer: Some(offer) }), fds) => (offer, fds),
+    let (offer, is_record, fds) = match heard.map_err(wait("machine"))? {
+        (
+            Body::Rehearse(Rehearse {
+                offer: Some(offer),
+                record,
+            }),
+            fds,
+        ) => (offer, record, fds),
         (other, _) => return Err(wait("machine")(out_of_turn(&other))),
+    };
+    let nonce = match is_record {
+        true => Some(nonce.ok_or(StageError::NoNonce)?.to_owned()),
+        false => None,
     };
     let count = fds.len();
     let fds: [OwnedFd; REHEARSED_FDS] = fds.try_into().map_err(|_| StageError::Fds(count))?;
@@ -114,6 +144,10 @@ fn build(channel: &mut Channel) -> Result<Built, StageError> {
         files_of(channel, &mut files)?;
     }
     let plugs = backend::adopt(&spec, Path::new(""), &mut files).map_err(BuildError::from)?;
+    if is_record {
+        // After the jump they are opened by their paths.
+        backend::would_open(&spec, &plugs).map_err(BuildError::from)?;
+    }
     // Nobody hears of what this machine does: it does nothing.
     let (events, _) = std::sync::mpsc::channel();
     let blank = Blank::new(&spec, &ram, &events, plugs, promise, |_| Ok(()))?;
@@ -132,8 +166,41 @@ fn build(channel: &mut Channel) -> Result<Built, StageError> {
         state,
         format,
         offer,
-        pages: spec.memory.pages,
+        takes_writes: ram.takes_writes(),
+        spec,
+        nonce,
     })
+}
+
+/// The state that came: as it is, or out of a record, which is looked at as at a revival.
+fn state_of(built: &Built, len: u64) -> Result<(Unclaimed, Option<Place>), StageError> {
+    let Some((nonce, at)) = built
+        .nonce
+        .as_ref()
+        .zip(built.spec.memory.carve_out.as_ref())
+    else {
+        let bytes = compare::read(&built.state, len)?;
+        return Ok((Unclaimed::decode(&bytes)?, None));
+    };
+    let file = built.state.try_clone().map_err(|_| Errno::MFILE)?;
+    let source = Source {
+        at,
+        memory: Some(file),
+        nonce,
+    };
+    let found = record::look(source, clock::host_tsc())?;
+    let (label, offer) = (&found.record.label, &built.offer);
+    let same = [
+        ("spec", found.spec == built.spec),
+        ("CPUID", found.record.cpuid == offer.cpuid),
+        ("TSC frequency", label.tsc_khz == offer.tsc_khz),
+        ("TSC offset", label.tsc_offset == offer.tsc_offset),
+        ("clock policy", label.hold == offer.hold),
+    ];
+    if let Some((what, _)) = same.into_iter().find(|(_, same)| !same) {
+        return Err(StageError::Another(what));
+    }
+    Ok((Unclaimed::decode(&found.record.state)?, Some(found.place)))
 }
 
 fn files_of(channel: &mut Channel, files: &mut Borrowed) -> Result<Option<State>, StageError> {
@@ -163,16 +230,19 @@ fn load(mut built: Built, channel: &mut Channel) -> Result<(), StageError> {
     };
     faults::reach(faults::Point::Rehearsing).map_err(StageError::Injected)?;
     let began = Instant::now();
-    let bytes = compare::read(&built.state, len)?;
-    let unclaimed = Unclaimed::decode(&bytes)?;
+    let (unclaimed, record) = state_of(&built, len)?;
     if unclaimed.of().format != built.format {
         let problem = "not in the format that was agreed on";
         return Err(StateError::Container(problem).into());
     }
     let epoch = unclaimed.of().epoch;
     let (machine, _) = built.blank.load(unclaimed, &mut built.files, PATIENCE)?;
-    // They write into our view. A huge page of it may not be had for that, and is not needed else.
-    let without_late = matches!(built.pages, Pages::Hugetlb2m | Pages::Hugetlb1g);
+    if let Some(place) = record {
+        record::consume(&place)?;
+    }
+    // They write into our view, if it takes that. A huge page of it may not be had for that, and is not needed else.
+    let huge = matches!(built.spec.memory.pages, Pages::Hugetlb2m | Pages::Hugetlb1g);
+    let without_late = huge || !built.takes_writes;
     if !without_late {
         machine.load_rest(PATIENCE)?;
     }

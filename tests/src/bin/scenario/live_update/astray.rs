@@ -30,6 +30,23 @@ pub(super) fn begin(daemon: &Daemon) -> anyhow::Result<Value> {
     Ok(told(&seen))
 }
 
+/// Before the jump: its rehearsal finds it out, and the host does not jump.
+pub(super) fn is_found_out(daemon: &Daemon, into: &str) -> anyhow::Result<()> {
+    let answer = stages::swap_kernel(daemon, into, &["--no-notice", "a scenario"])?;
+    let swap = stages::last_swap(daemon)?;
+    let why = swap["reason"].as_str().unwrap_or_default();
+    ensure!(
+        !answer.success
+            && swap["state"] == "refused"
+            && [GUEST, BENT, "refuses all state"]
+                .iter()
+                .all(|part| why.contains(part)),
+        "{swap:#}"
+    );
+    println!("scenario: the rehearsal finds it out, and the host does not jump");
+    Ok(())
+}
+
 fn refused(daemon: &Daemon, args: &[&str], why: &str) -> anyhow::Result<()> {
     let answer = daemon.stillpoint(args)?;
     let said = format!("{}{}", answer.error, answer.json);

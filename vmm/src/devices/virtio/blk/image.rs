@@ -64,6 +64,11 @@ enum Problem {
          share one that is `read_only` for each of them)"
     )]
     Locked { by: String },
+    #[error(
+        "the guest has another disk open than the one that is found there now, and would go on with this one: put its \
+         own back, or stop the guest and start it anew"
+    )]
+    Another,
     #[error("its filesystem can't lock it ({0}); move it to one that can")]
     NoLocks(Errno),
     #[error("it can't be opened: {0}")]
@@ -153,6 +158,27 @@ impl Image {
         };
         let media = media(&fd).map_err(problem)?;
         Self::of(machine, name, spec, File::from(fd), media).map_err(problem)
+    }
+
+    /// Whether who opens the disk by its path finds this one. It is opened for reading only, and not locked.
+    pub fn is_found_by(&self, spec: &DiskSpec) -> Result<(), ImageError> {
+        let found = open(&spec.path, true).and_then(|(file, media)| {
+            let of = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map_err(Problem::Look);
+            let (ours, there) = (of(self.as_fd())?, of(file.as_fd())?);
+            let same = match media {
+                // Several nodes may be of one device.
+                Media::Block => ours.st_rdev == there.st_rdev,
+                Media::File => (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino),
+            };
+            match same {
+                true => Ok(()),
+                false => Err(Problem::Another),
+            }
+        });
+        found.map_err(|problem| ImageError {
+            path: spec.path.clone(),
+            problem,
+        })
     }
 
     fn of(

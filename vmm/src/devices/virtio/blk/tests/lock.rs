@@ -116,6 +116,27 @@ fn who_holds_a_disk_is_named() {
 }
 
 #[test]
+fn a_disk_is_found_by_its_path_or_it_is_said_what_is_there() {
+    let dir = tempfile::tempdir().expect("dir");
+    let at = |name: &str| dir.path().join(name);
+    for name in ["own", "another"] {
+        std::fs::write(at(name), vec![0; 4096]).expect("write");
+    }
+    let spec = spec(&at("own"), false);
+    let own = Image::open("web-1", "disk0", &spec).expect("open");
+    own.is_found_by(&spec)
+        .expect("it is there, and locked by us");
+    let why = || own.is_found_by(&spec).expect_err("not found").to_string();
+    std::fs::rename(at("own"), at("away")).expect("rename");
+    assert!(why().contains("no such file"), "{}", why());
+    std::fs::rename(at("another"), at("own")).expect("rename");
+    assert!(why().contains("another disk open"), "{}", why());
+    std::fs::remove_file(at("own")).expect("remove");
+    std::fs::hard_link(at("away"), at("own")).expect("link");
+    own.is_found_by(&spec).expect("by whatever name");
+}
+
+#[test]
 fn readers_share_a_disk_and_a_writer_does_not() {
     let file = file(MIB);
     let readers = [image(&file, true), image(&file, true)];
