@@ -221,6 +221,7 @@ impl<'g> Frozen<'g> {
         self.guest.ownership.give_up(epoch)?;
         self.given_up = true;
         if faults::is_spoilt(faults::Spoilt::Ownership) {
+            drop(std::mem::take(&mut self.hurry));
             self.guest.machine.run_on();
         }
         Ok(GivenUp {
