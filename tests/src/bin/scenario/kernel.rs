@@ -187,8 +187,8 @@ fn arrive(with_debian: bool) -> anyhow::Result<Value> {
         debian::tap()?;
     }
     let daemon = daemon()?;
-    let swaps = daemon.must(&["host", "changes"])?;
-    let swap = swaps[0].clone();
+    // Before it there was one that was refused.
+    let swap = stages::last_swap(&daemon)?;
     let shown = daemon.command(&["host", "show", swap["id"].as_str().unwrap_or_default()]);
     show(shown)?;
     let first = goes_on(&daemon, GUEST, &before[GUEST])?;
