@@ -146,7 +146,7 @@ fn the_hosts_kernel_is_swapped_under_pulse() -> anyhow::Result<()> {
         .jump("newer", Kernel::Backports, &["scenario", "kernel"])
         .then_jump("again", Kernel::Bookworm, &["scenario", "kernel"])
         .command(&["scenario", "kernel", "--into", "newer"])
-        .time_limit(LIMIT)
+        .time_limit(LIMIT * 2)
         .again_if_it_dies()
         .run()?;
     let told: Value = outcome.report()?;
