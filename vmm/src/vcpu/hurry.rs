@@ -4,7 +4,7 @@
 //! next. One that wakes on a busy core may have to wait there for a slice of the scheduler (3 to 4 ms), several
 //! times the rest of the pause. So for as long as a guest stands still, and until its vCPUs have
 //! begun, its threads go before all others (SCHED_FIFO, see sched(7)). That takes CAP_SYS_NICE or an RLIMIT_RTPRIO of
-//! [`ABOVE`]; a process without them stays where it is. Threads that an operator has
+//! 2; a process without them stays where it is. Threads that an operator has
 //! made real-time ones keep what they were given.
 #![allow(unsafe_code)] // Scheduler calls that rustix does not have.
 
