@@ -211,6 +211,12 @@ impl<'g> Frozen<'g> {
         Ok(epoch)
     }
 
+    /// Lets the guest run on here. Whoever would end the hurry later might not get a core beside vCPUs that run in it.
+    fn run_on(&mut self) {
+        drop(std::mem::take(&mut self.hurry));
+        self.guest.machine.run_on();
+    }
+
     /// The point of no return. On an error the guest runs on here, or, if the word was lost to
     /// somebody, stays still for good.
     pub fn give_up(mut self) -> Result<GivenUp<'g>, FreezeError> {
@@ -221,8 +227,7 @@ impl<'g> Frozen<'g> {
         self.guest.ownership.give_up(epoch)?;
         self.given_up = true;
         if faults::is_spoilt(faults::Spoilt::Ownership) {
-            drop(std::mem::take(&mut self.hurry));
-            self.guest.machine.run_on();
+            self.run_on();
         }
         Ok(GivenUp {
             frozen: self,
@@ -246,9 +251,7 @@ impl Drop for Frozen<'_> {
                 }
             }
         }
-        // Whoever would end it later might not get a core beside vCPUs that run in it.
-        drop(std::mem::take(&mut self.hurry));
-        self.guest.machine.run_on();
+        self.run_on();
     }
 }
 

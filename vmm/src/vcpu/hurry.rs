@@ -39,13 +39,16 @@ struct Hurried {
 }
 
 impl Hurry {
-    /// The calling thread, above these. Best effort.
+    /// The calling thread, above these. Best effort; where it can't be above them, nobody is raised: they would keep it
+    /// from ending that.
     pub(super) fn with(vcpus: impl Iterator<Item = Pid>) -> Self {
+        let lead = Hurried::new(gettid(), ABOVE);
+        let vcpus = vcpus
+            .filter(|_| lead.is_some())
+            .filter_map(|thread| Hurried::new(thread, EQUAL));
         Self {
-            lead: Hurried::new(gettid(), ABOVE),
-            vcpus: vcpus
-                .filter_map(|thread| Hurried::new(thread, EQUAL))
-                .collect(),
+            vcpus: vcpus.collect(),
+            lead,
         }
     }
 
@@ -110,12 +113,31 @@ mod tests {
     use super::*;
 
     fn policy() -> (i32, i32) {
+        policy_of(gettid())
+    }
+
+    fn policy_of(thread: Pid) -> (i32, i32) {
+        let thread = thread.as_raw_nonzero().get();
         let mut param = libc::sched_param { sched_priority: 0 };
-        // SAFETY: both read of the calling thread.
+        // SAFETY: both read of a thread of ours.
         unsafe {
-            libc::sched_getparam(0, &mut param);
-            (libc::sched_getscheduler(0), param.sched_priority)
+            libc::sched_getparam(thread, &mut param);
+            (libc::sched_getscheduler(thread), param.sched_priority)
         }
+    }
+
+    /// Runs `test` beside another thread.
+    fn beside(test: impl FnOnce(Pid)) {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                tell.send(gettid()).expect("heard");
+                let _ = ended.recv();
+            });
+            test(told.recv().expect("a thread"));
+            drop(end);
+        });
     }
 
     #[test]
@@ -127,15 +149,37 @@ mod tests {
         }
         for before in [libc::SCHED_OTHER, libc::SCHED_BATCH] {
             assert!(set(us, before, 0));
-            let hurry = Hurry::with(std::iter::empty());
-            assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
-            hurry.among();
-            assert_eq!(policy(), (libc::SCHED_FIFO, EQUAL));
-            hurry.above();
-            assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
-            drop(hurry);
-            assert_eq!(policy(), (before, 0));
+            beside(|vcpu| {
+                let own = policy_of(vcpu);
+                let hurry = Hurry::with([vcpu].into_iter());
+                assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
+                assert_eq!(policy_of(vcpu), (libc::SCHED_FIFO, EQUAL));
+                hurry.among();
+                assert_eq!(policy(), (libc::SCHED_FIFO, EQUAL));
+                hurry.above();
+                assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
+                drop(hurry);
+                assert_eq!((policy(), policy_of(vcpu)), ((before, 0), own));
+            });
         }
+    }
+
+    #[test]
+    fn where_who_leads_is_not_raised_nobody_is() {
+        let us = gettid();
+        beside(|vcpu| {
+            if !set(us, libc::SCHED_RR, EQUAL) {
+                eprintln!("SKIPPED hurry: this user may not raise a thread");
+                return;
+            }
+            // New threads inherit the policy, so it is given after.
+            let own = policy_of(vcpu);
+            assert_eq!(own, (libc::SCHED_OTHER, 0));
+            let hurry = Hurry::with([vcpu].into_iter());
+            assert_eq!((policy(), policy_of(vcpu)), ((libc::SCHED_RR, EQUAL), own));
+            drop(hurry);
+            set(us, libc::SCHED_OTHER, 0);
+        });
     }
 
     #[test]
