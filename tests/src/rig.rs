@@ -127,6 +127,15 @@ pub(crate) struct Ingredients {
     pub(crate) qemu: Qemu,
 }
 
+/// One of our programs as `make rig-static` builds them: for a host without libraries.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let path = root().join("target/static").join(name);
+    if !path.is_file() {
+        bail!("{} is not built; run `make rig-static`", path.display());
+    }
+    Ok(path)
+}
+
 impl Rig {
     /// A host with this kernel, 2 CPUs and 2 GiB. `name` names its folder below `target/rig`.
     pub fn new(name: &str, kernel: Kernel) -> Self {
@@ -220,10 +229,8 @@ impl Rig {
     /// Our static programs and pulse, and what they are held to, where the harness expects them below
     /// [`order::ROOT`].
     pub fn programs(self) -> anyhow::Result<Self> {
+        program("stillpointd")?;
         let built = root().join("target/static");
-        if !built.join("stillpointd").is_file() {
-            bail!("{} is not built; run `make rig-static`", built.display());
-        }
         let promises = "SPECIFICATION.md";
         let mut rig = self.file(root().join(promises), format!("{}/{promises}", order::ROOT));
         for name in ["compat", "current", "faulty", "pulse"] {
@@ -242,10 +249,6 @@ impl Rig {
 
     /// Those programs alone that a scenario needs: less to load for a kernel that is jumped into.
     pub fn scenario(self) -> anyhow::Result<Self> {
-        let built = root().join("target/static");
-        if !built.join("scenario").is_file() {
-            bail!("{} is not built; run `make rig-static`", built.display());
-        }
         let at = |place: &str| format!("{}/target/{place}", order::ROOT);
         let mut rig = self
             .file(root().join("target/releases/pulse"), at("releases/pulse"))
@@ -254,7 +257,7 @@ impl Rig {
                 at("releases/current"),
             );
         for name in ["stillpoint", "stillpointd", "scenario", "load"] {
-            rig = rig.file(built.join(name), at(&format!("release/{name}")));
+            rig = rig.file(program(name)?, at(&format!("release/{name}")));
         }
         Ok(rig)
     }

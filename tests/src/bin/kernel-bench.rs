@@ -12,7 +12,7 @@ use stillpoint_images::packages::Kernel;
 use stillpoint_tests::parameters::Parameters;
 use stillpoint_tests::releases::root;
 use stillpoint_tests::rig::emulator::ground;
-use stillpoint_tests::rig::{Rig, order};
+use stillpoint_tests::rig::{self, Rig, order};
 use stillpoint_tests::shares::Shares;
 
 /// Pairs of kexecs into one kernel: an empty one, and a swap under guests.
@@ -86,13 +86,7 @@ fn told(args: &Args) -> anyhow::Result<()> {
         return parameters(args, &out);
     }
     let path = out.join("report.json");
-    if !args.draw {
-        let mut report = measure(args)?;
-        report["ground"] = ground().into();
-        std::fs::write(&path, serde_json::to_vec_pretty(&report)?)?;
-    }
-    let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
-    let shares = Shares::of(&serde_json::from_slice(&bytes)?)?;
+    let shares = Shares::of(&kept(args, &path, measure)?)?;
     let picture = out.join("phases.svg");
     std::fs::write(&picture, shares.picture())?;
     print!("{}", shares.table());
@@ -104,6 +98,21 @@ fn told(args: &Args) -> anyhow::Result<()> {
         args.most
     );
     Ok(())
+}
+
+/// What `measure` gives, which is kept; or, with `--draw`, what an earlier run kept.
+fn kept(
+    args: &Args,
+    path: &Path,
+    measure: impl FnOnce(&Args) -> anyhow::Result<Value>,
+) -> anyhow::Result<Value> {
+    if !args.draw {
+        let mut report = measure(args)?;
+        report["ground"] = ground().into();
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
+    }
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_slice(&bytes)?)
 }
 
 fn measure(args: &Args) -> anyhow::Result<Value> {
@@ -135,13 +144,7 @@ fn measure(args: &Args) -> anyhow::Result<Value> {
 /// What is measured stays beside what is made of it.
 fn parameters(args: &Args, out: &Path) -> anyhow::Result<()> {
     let measured = out.join("parameters-measured.json");
-    if !args.draw {
-        let mut report = measure_parameters(args)?;
-        report["ground"] = ground().into();
-        std::fs::write(&measured, serde_json::to_vec_pretty(&report)?)?;
-    }
-    let bytes = std::fs::read(&measured).with_context(|| measured.display().to_string())?;
-    let told = Parameters::of(&serde_json::from_slice(&bytes)?)?;
+    let told = Parameters::of(&kept(args, &measured, measure_parameters)?)?;
     let path = out.join("parameters.json");
     std::fs::write(&path, serde_json::to_vec_pretty(&told)?)?;
     print!("{}", told.table());
@@ -168,12 +171,7 @@ fn measure_parameters(args: &Args) -> anyhow::Result<Value> {
     let with: Vec<_> = with.iter().map(|words| format!("--with={words}")).collect();
     command.extend(with.iter().map(String::as_str));
     // Nothing else is run there: the less there is to unpack, the less a kexec differs from the next.
-    let scenario = root().join("target/static/scenario");
-    ensure!(
-        scenario.is_file(),
-        "{} is not built; run `make rig-static`",
-        scenario.display()
-    );
+    let scenario = rig::program("scenario")?;
     let rig = Rig::new("bench-parameters", args.kernel)
         .memory_mib(1536)
         .scratch_mib(256)

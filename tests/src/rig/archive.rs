@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use stillpoint_images::guest::{add_modules, skeleton};
 use stillpoint_images::initramfs::Initramfs;
 use stillpoint_images::modules::Modules;
@@ -13,7 +13,6 @@ use stillpoint_images::programs::Programs;
 
 use super::Ingredients;
 use super::order::{ORDER, Order, ROOT};
-use crate::releases::root;
 
 /// What a host needs: KVM, what leads packets to guests, or keeps them from the host, and the disks
 /// of the rig.
@@ -61,7 +60,7 @@ pub(super) fn write(
     let wanted = [MODULES, carve_out].concat();
     add_modules(&mut archive, &modules.closure(&wanted)?)?;
     Programs::of(&found.iproute, &["sbin/tc", "bin/ip"]).add(&mut archive)?;
-    archive.copy("init", 0o755, &init()?)?;
+    archive.copy("init", 0o755, &super::program("rig-init")?)?;
     archive.file(ORDER, 0o644, &serde_json::to_vec(order)?)?;
     archive.link("images", &format!("{ROOT}/target/images"))?;
     archive.file("bin/qemu-microvm", 0o755, QEMU_SCRIPT.as_bytes())?;
@@ -72,17 +71,6 @@ pub(super) fn write(
         .finish()?
         .flush()
         .with_context(|| format!("writing {}", path.display()))
-}
-
-/// The host's init.
-fn init() -> anyhow::Result<PathBuf> {
-    let path = root().join("target/static/rig-init");
-    ensure!(
-        path.is_file(),
-        "{} is not built; run `make rig-static`",
-        path.display()
-    );
-    Ok(path)
 }
 
 /// A file, or a folder with all in it.

@@ -6,11 +6,10 @@ use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use serde_json::Value;
 
 use super::order::Outside;
-use crate::releases::root;
 
 /// This machine, as who is behind QEMU's user network sees it.
 const MACHINE: &str = "10.0.2.2";
@@ -25,12 +24,7 @@ pub(super) struct Peer {
 impl Peer {
     /// Starts them, at ports that are free.
     pub(super) fn start() -> anyhow::Result<Self> {
-        let program = root().join("target/static/load");
-        ensure!(
-            program.is_file(),
-            "{} is not built; run `make rig-static`",
-            program.display()
-        );
+        let program = super::program("load")?;
         let mut echo = Command::new(&program)
             .args(["echo-serve", "--addr", "127.0.0.1:0"])
             .stdin(Stdio::null())
