@@ -2,9 +2,18 @@
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 RELEASES := target/releases
-STATIC_FLAGS := --profile static --quiet --locked --target x86_64-unknown-linux-gnu --target-dir target/static-build
-STATIC := RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build $(STATIC_FLAGS)
+STATIC_FLAGS := --profile static --target x86_64-unknown-linux-gnu --target-dir target/static-build
+STATIC := RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) build --quiet --locked $(STATIC_FLAGS)
+STATIC_TEST := RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS)
+# What was built, a line of JSON each; errors are still for people.
+LISTED := --quiet --locked --message-format=json-render-diagnostics
 BUILT := target/static-build/x86_64-unknown-linux-gnu/static
+# Always together: a call with fewer packages builds what they share anew, with fewer features. Tests leave out the
+# daemon's own package, whose tests alone would ask for more of them.
+TEST_PACKAGES := $(addprefix -p stillpoint-,agent load images tests model fuzz)
+PROGRAM_PACKAGES := -p stillpoint $(TEST_PACKAGES)
+PROGRAMS := stillpoint stillpointd stillpoint-agent load images \
+	suites rig rig-init scenario demo demo-events demo-fleet clock compat faults golden kernel-bench
 PULSE := --quiet --locked --manifest-path guest-images/pulse/Cargo.toml --target-dir target/pulse
 
 .PHONY: help
@@ -24,27 +33,27 @@ pulse: ## build pulse, the bare-metal test guest
 	$(CARGO) build --release $(PULSE)
 	@mkdir -p $(RELEASES) && cp -f target/pulse/release/pulse $(RELEASES)/pulse
 
-images: pulse ## the guests: pulse, and Linux from Debian's packages (IMAGES="--refresh" for newer ones)
-	$(STATIC) -p stillpoint-agent -p stillpoint-load
-	$(CARGO) build --release --quiet --locked -p stillpoint-images
+images: programs ## the guests: pulse, and Linux from Debian's packages (IMAGES="--refresh" for newer ones)
 	target/release/images --agent $(BUILT)/stillpoint-agent --load $(BUILT)/load $(IMAGES)
 
 .PHONY: rig-luo
-rig-luo: ## build a kernel with live update for emulated hosts, of Debian's source, in the cache (20 minutes of CPU time)
-	$(CARGO) build --release --quiet --locked -p stillpoint-images
+rig-luo: programs ## build a kernel with live update for emulated hosts, of Debian's source, in the cache (20 minutes of CPU time)
 	target/release/images --luo
 
 .PHONY: rig-static rig-shell
-rig-static: releases ## build what the rig runs inside, linked statically
-	@mkdir -p target/static
-	$(STATIC) -p stillpoint -p stillpoint-load -p stillpoint-tests $(addprefix --bin ,stillpoint stillpointd load rig-init scenario demo clock)
-	RUSTFLAGS='-C target-feature=+crt-static' $(CARGO) test --no-run $(STATIC_FLAGS) -p stillpoint-tests --test linux --message-format=json \
-		| grep '"name":"linux"' | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | xargs -I{} cp -f {} target/static/linux
+rig-static: programs ## lay out what the rig runs inside, and build the tests that go through many cases, optimised
+	@mkdir -p target/static target/tests
+	$(STATIC_TEST) $(LISTED) $(TEST_PACKAGES) --test linux --test ownership --test bounded > target/tests/optimised.json
+	cp -f "$$(sed -n '/"name":"linux"/s/.*"executable":"\([^"]*\)".*/\1/p' target/tests/optimised.json)" target/static/linux
 	cp -f $(addprefix $(BUILT)/,stillpoint stillpointd load rig-init scenario demo clock) $(RELEASES)/current/stillpoint-vmm target/static/
 
 rig-shell: rig-static images ## a shell on an emulated host with KVM (RIG="--kernel backports" for the newest)
-	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
 	target/release/rig shell --images bookworm --images backports $(RIG)
+
+.PHONY: programs
+programs: releases ## build the daemon, the command, and all that tests, demos and the rig run; linked statically, they run here and there
+	$(STATIC) $(PROGRAM_PACKAGES) --bins
+	cp -f $(addprefix $(BUILT)/,$(PROGRAMS)) target/release/
 
 .PHONY: releases
 releases: pulse ## build the VMM releases that tests and demo swap between
@@ -55,23 +64,22 @@ releases: pulse ## build the VMM releases that tests and demo swap between
 	$(STATIC) -p stillpoint-vmm && cp -f $(BUILT)/stillpoint-vmm $(RELEASES)/current/
 	cp -f $(RELEASES)/current/stillpoint-vmm target/release/
 
-.PHONY: bench bench-full bench-rig bench-deps
-bench: releases programs ## measure the blackout beside the floor and QEMU, and what a VMM weighs (BENCH="--quick" for less)
-	$(CARGO) build --release --quiet --locked -p stillpoint-floor -p stillpoint-bench
+.PHONY: bench-program bench bench-full bench-rig bench-deps
+bench-program: programs
+	$(STATIC) $(PROGRAM_PACKAGES) -p stillpoint-floor -p stillpoint-bench --bins
+	cp -f $(BUILT)/stillpoint-floor $(BUILT)/stillpoint-bench target/release/
+
+bench: bench-program ## measure the blackout beside the floor and QEMU, and what a VMM weighs (BENCH="--quick" for less)
 	target/release/stillpoint-bench $(BENCH)
 
-bench-full: releases ## the same of every machine there is, crossed; goes on where it was broken off (BENCH="--seconds N")
-	$(CARGO) build --release --quiet --locked -p stillpoint-bench
+bench-full: bench-program ## the same of every machine there is, crossed; goes on where it was broken off (BENCH="--seconds N")
 	target/release/stillpoint-bench --full $(or $(BENCH),--seconds 7200)
 
-bench-rig: rig-static images ## what a guest loses after a swap on an emulated host whose KVM can fill its page tables beforehand
-	$(STATIC) -p stillpoint-bench
-	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
+bench-rig: bench-program rig-static images ## what a guest loses after a swap on an emulated host whose KVM can fill its page tables beforehand
 	target/release/rig run --kernel backports --memory 3072 --time-limit 900 \
 		--file $(BUILT)/stillpoint-bench:/stillpoint/target/release/stillpoint-bench -- stillpoint-bench --only brownout --touched-mib 512
 
-bench-deps: ## fetch the QEMU that is measured beside us
-	$(CARGO) build --release --quiet --locked -p stillpoint-bench
+bench-deps: bench-program ## fetch the QEMU that is measured beside us
 	target/release/stillpoint-bench --fetch
 
 .PHONY: bench-page
@@ -85,26 +93,21 @@ etcd: ## the shared store's suite on three members of etcd, killed in turn, part
 	$(if $(SEED),STILLPOINT_SEED=$(SEED)) $(CARGO) test --quiet --locked -p stillpoint --test storms -- --ignored --nocapture
 
 .PHONY: simulate
-simulate: ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation
-	$(CARGO) build --release --quiet --locked -p stillpoint --bin stillpoint
+simulate: programs ## simulate rollouts over 100,000 hosts and 1,000,000 VMs; charts in target/simulation
 	target/release/stillpoint simulate --hosts 100000 --vms 1000000 --charts target/simulation
 
-.PHONY: programs
-programs: ## build the daemon, the command and the demo
-	$(CARGO) build --release --quiet --locked -p stillpoint -p stillpoint-agent -p stillpoint-load -p stillpoint-tests --bins
-
 .PHONY: faults faults-random budgets
-faults: releases programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
+faults: programs ## the crash matrix, cell by cell (ONLY="take / successor" for some)
 	target/release/faults $(if $(ONLY),--only "$(ONLY)") $(if $(JOBS),--jobs $(JOBS))
 
-faults-random: releases programs ## swaps with kills at random moments (N=1000, SEED=n, JOBS=n)
+faults-random: programs ## swaps with kills at random moments (N=1000, SEED=n, JOBS=n)
 	target/release/faults --random $(or $(N),1000) $(if $(SEED),--seed $(SEED)) $(if $(JOBS),--jobs $(JOBS))
 
-budgets: releases programs ## swaps that are slow by a millisecond more each time, around the limit of their budgets
+budgets: programs ## swaps that are slow by a millisecond more each time, around the limit of their budgets
 	target/release/faults --budgets
 
 .PHONY: compat
-compat: releases programs ## swaps to and fro between releases, with all devices (PREVIOUS=REV builds that revision)
+compat: programs ## swaps to and fro between releases, with all devices (PREVIOUS=REV builds that revision)
 	target/release/compat $(if $(PREVIOUS),--previous $(PREVIOUS))
 
 .PHONY: fuzz
@@ -115,45 +118,42 @@ fuzz: ## every fuzz target by libFuzzer for 10 minutes (needs cargo-fuzz and a n
 			-- -max_total_time=$(or $(SECONDS_EACH),600) -max_len=65536 -print_final_stats=1 || exit 1; done
 
 .PHONY: golden
-golden: releases ## write the golden states that are missing (beside a wire of its own; needs root)
-	$(CARGO) run --release --quiet --locked -p stillpoint-tests --bin golden
+golden: programs ## write the golden states that are missing (beside a wire of its own; needs root)
+	target/release/golden
 
 .PHONY: clock
-clock: releases programs images rig-static ## measure every promise about clocks, long ones included (CLOCK="--quick" for less, "--resume" to go on)
+clock: images rig-static ## measure every promise about clocks, long ones included (CLOCK="--quick" for less, "--resume" to go on)
 	target/release/clock $(CLOCK)
 
 .PHONY: demo
-demo: releases programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware
+demo: programs images-if-any ## swap a running guest's VMM ten times; a Debian guest where KVM is hardware
 	target/release/demo
 
 .PHONY: demo-events
-demo-events: releases programs ## a guest's pause from both sides: announced, approved, withdrawn, urgent
+demo-events: programs ## a guest's pause from both sides: announced, approved, withdrawn, urgent
 	target/release/demo-events
 
 .PHONY: demo-fleet
-demo-fleet: releases programs ## three hosts, three members of etcd, twelve guests: a good release, a bad one, a driver that dies
+demo-fleet: programs ## three hosts, three members of etcd, twelve guests: a good release, a bad one, a driver that dies
 	target/release/demo-fleet
 
 .PHONY: demo-linux
-demo-linux: releases programs images rig-static ## the same with a Debian guest at work, on an emulated host if need be
+demo-linux: images rig-static ## the same with a Debian guest at work, on an emulated host if need be
 	target/release/demo --guest linux
 
 .PHONY: demo-kernel
 demo-kernel: rig-static images ## the host's kernel swapped under guests at work, on an emulated host (JUMP=bookworm for the same kernel again)
-	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
 	target/release/rig run --name demo-kernel --time-limit 900 --memory 3072 --scratch 512 --carve-out 768 --images backports \
 		--jump $(or $(JUMP),backports) --then "scenario kernel --debian" -- scenario kernel --debian --into $(or $(JUMP),backports)
 
 .PHONY: demo-changes
 demo-changes: rig-static images ## every change of the host in turn, under three Debian guests and two others at work, on an emulated host (10 minutes)
-	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin rig
 	target/release/rig run --name demo-changes --time-limit 2700 --memory 3584 --scratch 768 --carve-out 1024 --scenario --peer \
 		--images bookworm --images backports --archive curl --jump bookworm --jump backports --then "scenario tour" \
 		-- scenario tour $(addprefix --leg ,$(or $(LEGS),modules bookworm backports bookworm))
 
 .PHONY: bench-kernel
 bench-kernel: rig-static images ## what of a swap of the host's kernel is ours: pairs with an empty kexec, on an emulated host (BENCH="--pairs 2"; BENCH=--parameters: what words of its command line are worth)
-	$(CARGO) build --release --quiet --locked -p stillpoint-tests --bin kernel-bench
 	target/release/kernel-bench $(BENCH)
 
 # Where Debian's packages can't be had, the tests that need them are skipped by name.
@@ -161,9 +161,14 @@ bench-kernel: rig-static images ## what of a swap of the host's kernel is ours: 
 images-if-any:
 	@$(MAKE) --no-print-directory images || echo "no images of Linux guests: the tests that need them are skipped"
 
-.PHONY: test
-test: releases programs images-if-any rig-static ## run every test; prints each suite's time
-	target/release/suites
+# All at once: a call for a package alone builds what it shares with others anew, with other features.
+.PHONY: tests test
+tests:
+	@mkdir -p target/tests
+	$(CARGO) test --no-run $(LISTED) --workspace --features stillpoint/fault-injection > target/tests/debug.json
+
+test: rig-static images-if-any tests ## run every test; prints each suite's time (SUITES="swap rig" for some)
+	target/release/suites $(SUITES)
 
 .PHONY: linux
 linux: images rig-static ## every scenario of Debian guests on emulated hosts with either kernel (20 minutes)

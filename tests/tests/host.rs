@@ -258,7 +258,7 @@ fn the_demo_needs_no_root() -> anyhow::Result<()> {
             .arg(&to);
         ensure!(
             copy.status()?.success(),
-            "copying {part}; run `make releases programs` first"
+            "copying {part}; run `make programs` first"
         );
     }
     let scratch = place.path().join("tmp");

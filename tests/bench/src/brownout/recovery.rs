@@ -24,7 +24,7 @@ use crate::run::progress;
 /// How often the guest's notes are read: many times in a pass.
 const GLANCE: Duration = Duration::from_micros(200);
 /// Passes before a swap, by which others are judged.
-const STEADY: u64 = 8;
+const STEADY: usize = 8;
 /// Passes in which every page is come by since the swap: the rest of the one it fell into, and the next.
 const AFTER: u64 = 2;
 
@@ -83,7 +83,7 @@ fn watched(vm: &mut Vm, to: Release) -> anyhow::Result<(SwapReport, Vec<Pass>)> 
     std::thread::scope(|scope| {
         let watching = scope.spawn(|| watch(&pulse, &over));
         let mut swap = || {
-            await_passes(&vm.pulse, STEADY)?;
+            await_passes(&vm.pulse, STEADY as u64)?;
             let swap = vm.must_move(to)?.swap;
             let report = vm.report_of_recovery(&swap)?;
             await_passes(&vm.pulse, AFTER)?;
@@ -146,7 +146,8 @@ fn lost(passes: &[Pass], pause: u64) -> Option<u64> {
         let [one, next] = pair else { return None };
         Some(next.ended.checked_sub(one.ended)? / (next.number - one.number))
     });
-    let mut steady: Vec<u64> = steady.collect();
+    // Of before the swap was asked for: while it is made ready for the guest has less of the machine.
+    let mut steady: Vec<u64> = steady.take(STEADY).collect();
     steady.sort_unstable();
     let steady = steady.get(steady.len() / 2)?;
     Some((ended.ended - began.ended).saturating_sub(steady * (ended.number - began.number)))
@@ -170,6 +171,16 @@ mod tests {
         let seen = passes(&[10, 10, 12, 10, 10, 40, 25, 10, 300]);
         let pause = seen[4].ended + 3;
         assert_eq!(lost(&seen, pause), Some(45));
+    }
+
+    #[test]
+    fn passes_beside_the_preparations_are_no_measure() {
+        let mut took = vec![10; STEADY + 1];
+        took.extend([17; 2 * STEADY]);
+        let swap = took.len();
+        took.extend([40, 25, 10]);
+        let seen = passes(&took);
+        assert_eq!(lost(&seen, seen[swap - 1].ended + 3), Some(45));
     }
 
     #[test]
