@@ -106,6 +106,30 @@ impl Daemon {
         Self::start_all(dir, &programs(), Network::Ours, &[], store)
     }
 
+    /// As [`Daemon::start_with`], after one that is killed as soon as `seen` tells of the moment; an error if it ends by itself
+    /// before. `held`: with somebody who holds its descriptors, as systemd does.
+    pub fn start_after_one_that_died(
+        dir: &Path,
+        more: &[&str],
+        held: bool,
+        mut seen: impl FnMut() -> bool,
+    ) -> anyhow::Result<Self> {
+        let store = held.then(|| FdStore::open(dir)).transpose()?;
+        let arguments: Vec<String> = more.iter().map(|&arg| arg.to_owned()).collect();
+        let place = (&Network::Ours, store.as_ref());
+        let mut first = spawn(dir, &programs(), place, &arguments)?;
+        let moment = wait_for("the moment for a daemon to die", PATIENCE, || {
+            if let Some(status) = first.try_wait()? {
+                bail!("the daemon ended by itself, with {status}");
+            }
+            Ok(seen().then_some(()))
+        });
+        first.kill()?;
+        first.wait()?;
+        moment?;
+        Self::start_all(dir, &programs(), Network::Ours, more, store)
+    }
+
     fn start_as(dir: &Path, bin: &Path, network: Network, more: &[&str]) -> anyhow::Result<Self> {
         Self::start_all(dir, bin, network, more, None)
     }

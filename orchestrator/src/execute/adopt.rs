@@ -4,6 +4,7 @@
 //!  nonce of the command line = nonce of the directory?
 //!    │ yes: the wall clock first ▶ for each guest whose record is stored for that jump, all at once:
 //!    │      record its VM ▶ all stand at their gates ▶ its VMM: check, build, load, consume, enter ▶ its part is over
+//!    │      (its VMM is there, as a daemon before this one died over it ▶ wait until it runs, or ends)
 //!    └ no, or a record that is none of this jump's: nothing of it is run; its memory stays its own
 //! ```
 //!
@@ -36,7 +37,7 @@ pub(super) use kept::kept;
 use kept::restored;
 pub use revive::Verified;
 pub(super) use revive::release_for;
-use revive::{By, Revived, revive};
+use revive::{By, Revived, revive, underway};
 pub(super) use together::Turn;
 
 /// The tag of a VM by which it is revived before others: a number, and the higher comes first.
@@ -72,9 +73,26 @@ pub async fn adopt_all(
         set_clock(host, &mut swap, &jump).await;
         phases.push(phase("clock", Share::Ours, true, began.elapsed()));
     }
-    let (parts, adopted) = revive_all(host, (&directory, &jump), parts, &verified).await?;
-    phases.push(phase("adopt", Share::Ours, true, adopted));
-    conclude(host, swap, &parts, phases).await
+    if let Some(kernel) = &mut swap.kernel {
+        kernel.phases.extend(phases);
+        kernel.clock.get_or_insert_with(not_told);
+    }
+    // What is known by now, for a daemon that follows if this one dies; not before the guests, who wait.
+    let noted = host.store.update_host_swap(&swap, &[]);
+    let revived = revive_all(host, (&directory, &jump), parts, &verified);
+    let (noted, revived) = tokio::join!(noted, revived);
+    noted?;
+    let (parts, adopted) = revived?;
+    conclude(host, swap, parts, adopted).await
+}
+
+/// A daemon before this one set the clock, and died.
+fn not_told() -> WallCorrection {
+    let problem = "the daemon that set it ended before it told of it";
+    WallCorrection {
+        problem: Some(problem.into()),
+        ..WallCorrection::default()
+    }
 }
 
 /// Says what lies in the carve-out that this kernel did not come by.
@@ -112,8 +130,16 @@ async fn swap_of(
     Ok(Some((swap, parts)))
 }
 
-/// The store's record is of before the guests stood still; the directory's is newer.
+/// The store's record is of before the guests stood still, and the directory's newer; but one that a daemon before this one
+/// wrote here is newer still.
 fn with_phases_of(known: HostSwap, jump: &Jump) -> HostSwap {
+    if known
+        .kernel
+        .as_ref()
+        .is_some_and(|kernel| kernel.clock.is_some())
+    {
+        return known;
+    }
     match serde_json::from_str::<Kept>(&jump.kept) {
         Ok(kept) => HostSwap {
             kernel: kept.swap.kernel,
@@ -215,10 +241,13 @@ async fn revive_all(
     for (at, turn) in order.into_iter().zip(together::turns(&ranks)) {
         let entry = directory.entry(parts[at].vm.as_str()).cloned();
         let (host, vm, nonce) = (host.clone(), vms[at].clone(), jump.nonce.clone());
-        let verified = verified.clone();
+        let (verified, swap) = (verified.clone(), jump.swap.clone());
         let revived = tokio::spawn(async move {
             match (vm, entry) {
                 (Ok(vm), Some(entry)) => {
+                    if let Some(revived) = underway(&host, &vm, &swap).await? {
+                        return Ok(revived);
+                    }
                     let by = By {
                         nonce: &nonce,
                         release: None,
@@ -302,15 +331,20 @@ async fn end_part(host: &Host, part: &mut SwapRecord, revived: Result<Revived, S
 async fn conclude(
     host: &Host,
     mut swap: HostSwap,
-    parts: &[SwapRecord],
-    phases: Vec<JumpPhase>,
+    mut parts: Vec<SwapRecord>,
+    adopted: Duration,
 ) -> Result<(), StoreError> {
+    // Those that were over when a daemon before this one died.
+    let mut others = host.store.parts(&swap.id).await?;
+    others.retain(|other| parts.iter().all(|part| part.id != other.id));
+    parts.extend(others);
     let reports = parts.iter().filter_map(|part| part.report.as_ref());
     let pauses = reports.map(|report| report.blackout.host.as_nanos());
     swap.pause_ns = pauses.max().and_then(|ns| u64::try_from(ns).ok());
     if let Some(kernel) = &mut swap.kernel {
         kernel.to = Some(kexec::running());
-        kernel.phases.extend(phases);
+        let adopted = phase("adopt", Share::Ours, true, adopted);
+        kernel.phases.push(adopted);
     }
     let lost: Vec<_> = parts
         .iter()

@@ -18,7 +18,7 @@ use crate::agent::spawn::{self, GIVEN_FD, Job, MEMORY_FD, READY_FD};
 use crate::model::{Release, VmRecord, VmState};
 
 /// How long a VMM may take until its guest runs: huge pages of a large guest are zeroed meanwhile.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Starts it. On `Err` nothing of it is left running, and the text says what, why, and what to
 /// do.

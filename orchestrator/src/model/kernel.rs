@@ -64,7 +64,7 @@ pub struct JumpPhase {
 }
 
 /// What became of the host's wall clock.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct WallCorrection {
     /// What the new kernel's clock was off, ns.
     pub off_ns: Option<i64>,

@@ -11,13 +11,17 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use crate::agent::binaries::Binaries;
+use crate::agent::find::Held;
 use crate::agent::kexec;
+use crate::agent::process::Process;
 use crate::execute::Host;
 use crate::execute::adopt::Turn;
-use crate::execute::start::{How, start_as, verified_by};
+use crate::execute::start::{How, PATIENCE, start_as, verified_by};
 use crate::model::{Release, VmRecord, VmState, nonce_of};
 use crate::store::Store;
 
+/// Between two looks at a VMM that is about to run its guest.
+const GLANCE: Duration = Duration::from_millis(5);
 /// How long a VMM may take to tell of its guest's pause.
 const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -28,15 +32,15 @@ pub(super) struct Revived {
     pub(super) report: Option<SwapReport>,
     /// When it was known to run.
     pub(super) at: Instant,
-    /// The TSC when it was stopped.
-    kicked_tsc: u64,
+    /// The TSC when it was stopped, if its record is read.
+    kicked_tsc: Option<u64>,
 }
 
 impl Revived {
     /// How long after this reading of the TSC it ran, by its VMM's own account.
     pub(super) fn ran_after(&self, jump: &Jump, tsc: u64) -> Option<Duration> {
         let carried = jump.wall?;
-        let stopped = carried.real_ns_at(tsc)? - carried.real_ns_at(self.kicked_tsc)?;
+        let stopped = carried.real_ns_at(tsc)? - carried.real_ns_at(self.kicked_tsc?)?;
         let stopped = Duration::from_nanos(u64::try_from(stopped).ok()?);
         Some(self.report.as_ref()?.blackout.host.saturating_sub(stopped))
     }
@@ -74,23 +78,73 @@ pub(super) async fn revive(
         memory: host.carve_out.memory_of(entry)?.map(Arc::new),
     };
     let held = start_as(host, vm, &release, (&how, by.turn)).await?;
+    Ok(Revived {
+        kicked_tsc: Some(label.kicked_tsc),
+        ..taken(host, vm, release, (held, &label.swap)).await
+    })
+}
+
+/// The guest is its VMM's: nothing of it is held here any more.
+async fn taken(
+    host: &Host,
+    vm: &VmRecord,
+    release: Release,
+    (held, swap): (Held, &str),
+) -> Revived {
     host.carve_out.let_go(vm.name.as_str());
     let (process, at) = (held.process.id().clone(), Instant::now());
     host.observe_surely(&vm.name, VmState::Running, None, Some(process.clone()))
         .await;
-    let report = host
-        .expected(vm)
-        .last_report(&label.swap, REPORT_PATIENCE)
-        .await;
+    let report = host.expected(vm).last_report(swap, REPORT_PATIENCE).await;
     let mut vm = vm.clone();
     vm.process = Some(process);
-    Ok(Revived {
+    Revived {
         vm,
         release,
         report,
         at,
-        kicked_tsc: label.kicked_tsc,
-    })
+        kicked_tsc: None,
+    }
+}
+
+/// The guest whose VMM a daemon before this one started, and died: nobody but that VMM can run it, which may have consumed
+/// its record already. `None` if there is none, or it ended, at its gate or before it ran anything.
+pub(super) async fn underway(
+    host: &Host,
+    vm: &VmRecord,
+    swap: &str,
+) -> Result<Option<Revived>, String> {
+    let Some(process) = vm.process.as_ref().and_then(|id| Process::open(id).ok()) else {
+        return Ok(None);
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // It listens from its start on, and answers when its guest runs.
+        match host.expected(vm).find().await {
+            Ok(held) => {
+                tracing::warn!(vm = %vm.name, "a daemon before this one revived it, and ended over it: it runs");
+                let release = recorded(host, &held.description.release.version).await?;
+                return Ok(Some(taken(host, vm, release, (held, swap)).await));
+            }
+            Err(_) if !process.is_alive() => return Ok(None),
+            Err(error) if Instant::now() >= deadline => {
+                return Err(format!(
+                    "process {}, which a daemon before this one started for it, does neither run it nor end: {error}",
+                    process.id().pid
+                ));
+            }
+            Err(_) => tokio::time::sleep(GLANCE).await,
+        }
+    }
+}
+
+async fn recorded(host: &Host, version: &str) -> Result<Release, String> {
+    let found = host
+        .store
+        .release(version)
+        .await
+        .map_err(|e| e.to_string())?;
+    found.ok_or_else(|| format!("it runs by release {version}, which is not in the store"))
 }
 
 /// The release that ran it, or the newest that reads its state.

@@ -8,11 +8,9 @@
 //! 3. It arrives, and the directory is damaged: nobody is run; it is mended, and the guests go on.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use stillpoint_carveout::area::Place;
@@ -25,13 +23,11 @@ use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::rig::crash;
 use stillpoint_tests::rig::order::CARVE_OUT;
 
+use crate::held::{Held, signal};
 use crate::stages;
 
 const STATE: &str = "/scratch/cells.json";
 const GUESTS: [&str; 2] = ["pulse-1", "pulse-2"];
-/// Longer than anything in a cell takes, where nobody ends it.
-const LONG: Duration = Duration::from_secs(60);
-
 /// How often a kernel is loaded in the hope that a guest is still stored then.
 const TRIES: usize = 3;
 
@@ -106,34 +102,8 @@ impl Cells {
     /// for the second.
     fn held(&self) -> anyhow::Result<Held> {
         let place = self.place(GUESTS[0])?;
-        let stopped = self.daemon.vmm_pid(GUESTS[1])?;
-        signal(stopped, Signal::STOP)?;
-        let [image, initrd] = stages::kernel(&self.into)?.map(|path| path.display().to_string());
-        let swap = [
-            "--json",
-            "swap",
-            "kernel",
-            "--kernel",
-            &image,
-            "--initrd",
-            &initrd,
-            "--budget",
-            "30s",
-            "--no-notice",
-            "a cell",
-            // Of the one that is stopped it would wait in vain.
-            "--no-rehearsal",
-        ];
-        let mut command = self.daemon.command(&swap);
-        command.stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut command = command.spawn()?;
-        wait_for("the first guest to be stored", LONG, || {
-            if let Some(status) = command.try_wait()? {
-                bail!("the swap ended with {status}");
-            }
-            Ok((place.mark() == Mark::Stored).then_some(()))
-        })?;
-        Ok(Held { command, stopped })
+        let is_stored = || Ok(place.mark() == Mark::Stored);
+        Held::begin(&self.daemon, &self.into, GUESTS[1], is_stored)
     }
 
     /// Every guest runs on, from where it was, and can be run from no record.
@@ -234,28 +204,6 @@ impl Cells {
         self.daemon.must(&["rm", name])?;
         Ok(())
     }
-}
-
-/// A swap that waits for a guest whose VMM is stopped.
-struct Held {
-    command: Child,
-    stopped: u32,
-}
-
-impl Held {
-    fn go_on(&self) -> anyhow::Result<()> {
-        signal(self.stopped, Signal::CONT)
-    }
-
-    fn end(mut self) -> anyhow::Result<()> {
-        self.command.wait()?;
-        Ok(())
-    }
-}
-
-fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
-    let pid = Pid::from_raw(i32::try_from(pid)?).context("a pid")?;
-    Ok(kill_process(pid, signal)?)
 }
 
 fn counters(daemon: &Daemon, name: &str) -> anyhow::Result<Vec<u64>> {

@@ -1,8 +1,8 @@
 //! The host's kernel brought by a rollout, told in two stages. Only for an emulated host: it jumps.
 //!
 //! 1. *leave*: guests are started, a rollout is, and the host jumps: daemon and driver are gone with the kernel.
-//! 2. *arrive*: the next daemon adopts the guests and settles the order by that; the rollout goes to its end, and
-//!    nothing jumps once more.
+//! 2. *arrive*: the next daemon adopts the guests, and dies over it; the one after that settles the order by what it finds,
+//!    the rollout goes to its end, and nothing jumps once more.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -16,13 +16,16 @@ use stillpoint_tests::patience::wait_for;
 use stillpoint_tests::rig::order::{CARVE_OUT, JUMPS};
 
 use crate::kernel::{goes_on, show, told};
-use crate::stages::{HOST, add_release, bring_out_log, keep, kept, run_pulse};
+use crate::stages::{
+    HOST, add_release, bring_out_log, daemon_after_one_that_died_adopting, keep, kept, run_pulse,
+};
 
 /// What the stage before saw.
 const SEEN: &str = "/scratch/seen.json";
 /// Where every kernel of the host finds those that can be brought.
 const BOOT: &str = "/scratch/boot";
 const GUESTS: [&str; 2] = ["pulse-1", "pulse-2"];
+const ARGUMENTS: [&str; 4] = ["--carve-out", CARVE_OUT, "--boot-dir", BOOT];
 /// How long the host may be on its way.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
 
@@ -52,10 +55,7 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
 
 fn daemon() -> anyhow::Result<Daemon> {
     std::fs::create_dir_all(HOST)?;
-    Daemon::start_with(
-        Path::new(HOST),
-        &["--carve-out", CARVE_OUT, "--boot-dir", BOOT],
-    )
+    Daemon::start_with(Path::new(HOST), &ARGUMENTS)
 }
 
 /// Lays a kernel out as its package would; its name.
@@ -138,7 +138,8 @@ fn leave(kernel: &str) -> anyhow::Result<Value> {
 fn arrive() -> anyhow::Result<Value> {
     let before: Value = kept(SEEN)?.context("nothing was kept")?;
     let to = before["to"].as_str().context("a name")?;
-    let daemon = daemon()?;
+    // Whoever adopts may die over it; then the next one settles the order, and nobody is run twice or left alone.
+    let daemon = daemon_after_one_that_died_adopting(&GUESTS, &ARGUMENTS, false)?;
     let all = daemon.must(&["rollout", "ls"])?;
     let id = all[0]["id"].as_str().context("the rollout is known")?;
     let over = daemon.must(&["rollout", "watch", id])?;

@@ -1,9 +1,10 @@
 //! Guests whose memory live update keeps, under one kexec of their host after another: each kernel that is
 //! jumped into has this scenario look at them and jump again, until it was as often as asked. Only for an
 //! emulated host whose kernel has `/dev/liveupdate`. Under the last a guest goes along that does not come back
-//! by itself ([`astray`]).
+//! by itself ([`astray`]); before the first, and when it arrived, the daemon dies ([`cells`]).
 
 mod astray;
+mod cells;
 
 use std::path::Path;
 
@@ -100,6 +101,8 @@ fn begin(args: &Args) -> anyhow::Result<Value> {
         false => Value::Null,
     };
     refuses(&daemon, &args.into)?;
+    let mut daemon = daemon;
+    cells::daemon_dies(&mut daemon, &args.into, &mut pulses)?;
     jump(
         &daemon,
         State {
@@ -147,7 +150,11 @@ fn arrive(mut state: State) -> anyhow::Result<Value> {
     if with_debian {
         debian::tap()?;
     }
-    let mut daemon = stages::daemon_without_carve_out()?;
+    // Of the first jump the daemon dies while it adopts.
+    let mut daemon = match state.told.is_empty() {
+        true => stages::daemon_after_one_that_died_adopting(&PULSES, &[], true)?,
+        false => stages::daemon_without_carve_out()?,
+    };
     let swap = stages::last_swap(&daemon)?;
     // Slow as an emulated host is, a pause beyond its budget is told of, and no failure.
     ensure!(state.is_last() || swap["state"] == "done", "{swap:#}");

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 mod cells;
 mod debian;
+mod held;
 mod kernel;
 mod kernel_rollout;
 mod kexecs;

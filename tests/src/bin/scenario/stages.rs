@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use stillpoint_carveout::wall::{self, Carried, Point};
+use stillpoint_control::client::Client;
 use stillpoint_tests::daemon::{Answer, Daemon};
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::releases::{self, Release};
@@ -99,6 +100,32 @@ pub(crate) fn daemon() -> anyhow::Result<Daemon> {
 pub(crate) fn daemon_without_carve_out() -> anyhow::Result<Daemon> {
     std::fs::create_dir_all(HOST)?;
     Daemon::start_with_fd_store(Path::new(HOST))
+}
+
+/// A daemon with these arguments after one that died while it adopted: as soon as one of these guests ran, of which no
+/// more could be told. `held`: with somebody who holds its descriptors.
+pub(crate) fn daemon_after_one_that_died_adopting(
+    guests: &[&str],
+    more: &[&str],
+    held: bool,
+) -> anyhow::Result<Daemon> {
+    const GLANCE: Duration = Duration::from_millis(20);
+    std::fs::create_dir_all(HOST)?;
+    let host = Path::new(HOST);
+    let runs = |name: &&str| {
+        let socket = host.join("run/vms").join(name).join("control.sock");
+        let vmm = Client::connect(&socket, GLANCE);
+        vmm.is_ok_and(|vmm| vmm.hello(None).is_ok())
+    };
+    let seen = || guests.iter().any(runs);
+    let daemon = Daemon::start_after_one_that_died(host, more, held, seen)?;
+    let log = daemon.log();
+    ensure!(
+        log.contains("a daemon before this one revived it"),
+        "it died before that or after it:\n{log}"
+    );
+    println!("scenario: the daemon died while it adopted, and the next one found who ran");
+    Ok(daemon)
 }
 
 /// Adds the release that guests are run by.
