@@ -4,10 +4,13 @@
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use stillpoint_control::spec::Pages;
 use stillpoint_tests::ground;
 
 /// Over this the TSC's frequency is measured.
 const CALIBRATION: Duration = Duration::from_millis(100);
+/// Host RAM that must be free beside a guest's, MiB.
+const BESIDE_MIB: u64 = 1024;
 
 /// Facts that a figure means nothing without.
 #[derive(Clone, Debug, Serialize)]
@@ -57,13 +60,30 @@ pub(crate) fn available_kib() -> u64 {
     kib.unwrap_or(0)
 }
 
+/// What this host lacks for a guest with so much RAM in such pages.
+pub(crate) fn lacks(memory_mib: u64, pages: Pages) -> Option<String> {
+    let free = available_kib() >> 10;
+    match pages {
+        Pages::Thp if ["never", "deny"].contains(&thp_of_shared_memory().as_str()) => {
+            Some("this host gives shared memory no transparent huge pages (/sys/kernel/mm/transparent_hugepage/shmem_enabled)".into())
+        }
+        Pages::Hugetlb2m if free_huge_pages() * 2 < memory_mib => {
+            Some("this host has not so many huge pages reserved (/proc/sys/vm/nr_hugepages)".into())
+        }
+        Pages::Base | Pages::Thp if free < memory_mib + BESIDE_MIB => {
+            Some(format!("only {free} MiB of this host's RAM are free"))
+        }
+        _ => None,
+    }
+}
+
 /// Whether this host gives shared memory transparent huge pages, in the kernel's words.
-pub(crate) fn thp_of_shared_memory() -> String {
-    read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+fn thp_of_shared_memory() -> String {
+    chosen(&read("/sys/kernel/mm/transparent_hugepage/shmem_enabled"))
 }
 
 /// Huge pages of 2 MiB that are reserved and not in use.
-pub(crate) fn free_huge_pages() -> u64 {
+fn free_huge_pages() -> u64 {
     let free = read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
     free.parse().unwrap_or(0)
 }
@@ -87,7 +107,7 @@ pub(crate) fn facts(load_before: f64) -> Facts {
         tsc_khz: tsc_khz(),
         clocksource: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         kvm: kvm.join(", "),
-        thp_shmem: chosen(&read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
+        thp_shmem: thp_of_shared_memory(),
         load_before,
         load_after: load(),
         pinned: false,

@@ -6,10 +6,10 @@ use anyhow::ensure;
 use stillpoint_control::rehearsal::Verdict;
 use stillpoint_control::report::SwapReport;
 use stillpoint_tests::releases::Release;
-use stillpoint_tests::vm::{Recipe, Vm};
+use stillpoint_tests::vm::Vm;
 
 use crate::sample::Sample;
-use crate::scene::{Scene, WORK_MIB};
+use crate::scene::Scene;
 
 /// For the guest to touch its RAM: some 5 s for each GiB, and others may be busy.
 const TOUCH_PATIENCE: Duration = Duration::from_secs(300);
@@ -17,10 +17,12 @@ const TOUCH_PATIENCE: Duration = Duration::from_secs(300);
 const BETWEEN_MS: u64 = 30;
 const SPREAD_MS: u64 = 21;
 
-/// A guest that has touched all its RAM.
+/// A guest that has touched all its RAM, if it is to.
 pub(crate) fn boot(scene: &Scene) -> anyhow::Result<Vm> {
     let vm = boot_untouched(scene)?;
-    vm.pulse.wait_touched(TOUCH_PATIENCE)?;
+    if scene.touched {
+        vm.pulse.wait_touched(TOUCH_PATIENCE)?;
+    }
     Ok(vm)
 }
 
@@ -32,9 +34,7 @@ pub(crate) fn boot_until(scene: &Scene, until: Instant) -> anyhow::Result<Option
 }
 
 fn boot_untouched(scene: &Scene) -> anyhow::Result<Vm> {
-    let mut recipe = Recipe::pulse(scene.vcpus, &format!("ram={WORK_MIB}M {}", scene.words()));
-    recipe.memory_mib = scene.memory_mib;
-    let vm = Vm::boot(&recipe)?;
+    let vm = Vm::boot(&scene.recipe())?;
     vm.pulse.wait_online(scene.vcpus.into())?;
     Ok(vm)
 }

@@ -12,13 +12,15 @@ use crate::light::Light;
 use crate::many::Many;
 use crate::qemu::Peer;
 use crate::sample::{Sample, Series, Who};
-use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene, VARIED};
 use crate::{Options, control, environment, floor, ours};
 
 /// Of `--only`: what comes after swaps.
 pub(crate) const AFTERWARDS: &str = "brownout";
 /// Swaps of each kind after which all of a guest's RAM is written.
 const BROWNOUTS: u32 = 8;
+/// Swaps of each machine that differs from the smallest by one thing.
+const MOST_VARIED: u32 = 20;
 /// Swaps before the other side has its turn.
 const BATCH: u32 = 10;
 /// The same in a quick run.
@@ -65,8 +67,8 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     let until = |share: f64| began + Duration::from_secs(options.seconds).mul_f64(share);
     let tsc_khz = environment::tsc_khz();
     let shares = match no_room(options) {
-        Some(_) => [0.4, 0.75, 1.0],
-        None => [0.3, 0.55, 0.75],
+        Some(_) => [0.35, 0.65, 0.8, 1.0],
+        None => [0.27, 0.5, 0.63, 0.78],
     };
     let qemu = match Peer::find() {
         Ok(qemu) => Some(qemu),
@@ -102,7 +104,24 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     // These take as long as they take: the time that was given is for swaps of one guest.
     let apart = swapped.elapsed();
     let until = |share: f64| until(share) + apart;
-    let series = vcpus(options, until(shares[2]), tsc_khz)?;
+    let swaps = options.swaps.min(MOST_VARIED);
+    let varied = possible(&mut measured.left_out);
+    let series = in_turns(
+        "1 vCPU, one thing changed",
+        &varied,
+        swaps,
+        until(shares[2]),
+        tsc_khz,
+    )?;
+    note_short(&mut measured, &series[0], swaps);
+    measured.series.extend(series);
+    let series = in_turns(
+        "1 to 8 vCPUs",
+        &MANY,
+        options.swaps,
+        until(shares[3]),
+        tsc_khz,
+    )?;
     note_short(&mut measured, &series[0], options.swaps);
     measured.series.extend(series);
     match no_room(options) {
@@ -198,22 +217,43 @@ fn beside_others(
     Ok(all.into_iter().filter(|s| !s.samples.is_empty()).collect())
 }
 
-/// Ours with one vCPU and with more than there are cores, in turns; each with windows of no swap.
-fn vcpus(options: &Options, until: Instant, tsc_khz: u64) -> anyhow::Result<Vec<Series>> {
-    let mut all = MANY.map(|scene| [Who::Ours, Who::NoSwap].map(|who| Series::new(scene, who)));
-    let batch = if options.quick { QUICK_BATCH } else { BATCH };
+/// Those of [`VARIED`] for which this host has what they need.
+fn possible(left_out: &mut Vec<String>) -> Vec<Scene> {
+    let lacks = |scene: &Scene| environment::lacks(scene.memory_mib, scene.pages);
+    let mut varied = VARIED.to_vec();
+    varied.retain(|scene| match lacks(scene) {
+        Some(reason) => {
+            left_out.push(format!("{}: {reason}", scene.title));
+            false
+        }
+        None => true,
+    });
+    varied
+}
+
+/// Ours on several machines, in turns; each with windows of no swap.
+fn in_turns(
+    what: &str,
+    scenes: &[Scene],
+    swaps: u32,
+    until: Instant,
+    tsc_khz: u64,
+) -> anyhow::Result<Vec<Series>> {
+    let both = |scene: &Scene| [Who::Ours, Who::NoSwap].map(|who| Series::new(*scene, who));
+    let mut all: Vec<_> = scenes.iter().map(both).collect();
+    let batch = swaps.min(BATCH);
     let mut done = 0;
-    for count in batches(options.swaps, batch) {
+    for count in batches(swaps, batch) {
         if done > 0 && Instant::now() > until {
             break;
         }
-        progress("1 to 8 vCPUs", done, options.swaps);
+        progress(what, done, swaps);
         for [own, none] in &mut all {
             small_batch(own, Some((none, tsc_khz)), count)?;
         }
         done += count;
     }
-    progress("1 to 8 vCPUs", done, done);
+    progress(what, done, done);
     Ok(all.into_iter().flatten().collect())
 }
 

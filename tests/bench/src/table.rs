@@ -169,7 +169,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     )?;
     writeln!(
         to,
-        "  nothing pinned by the bench; every page of guest RAM touched before; {}{:.0} s",
+        "  nothing pinned by the bench; every page of guest RAM touched before, where nothing else is said; {}{:.0} s",
         report
             .qemu
             .as_ref()

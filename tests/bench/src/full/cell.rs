@@ -7,9 +7,8 @@ use serde::{Deserialize, Serialize};
 use stillpoint_control::spec::Pages;
 use stillpoint_tests::vm::Recipe;
 
-use crate::environment;
 use crate::sample::Sample;
-use crate::scene::WORK_MIB;
+use crate::{environment, scene};
 
 /// vCPUs.
 const VCPUS: [u8; 4] = [1, 2, 4, 8];
@@ -19,8 +18,6 @@ const MEMORY: [u64; 3] = [256, 2048, 8192];
 const PAGES: [Pages; 3] = [Pages::Base, Pages::Thp, Pages::Hugetlb2m];
 /// Of each 10 ms a vCPU runs so many percent.
 const DUTIES: [u8; 2] = [100, 3];
-/// Host RAM beside the guest's, MiB.
-const BESIDE_MIB: u64 = 1024;
 
 /// A machine, and what its guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -129,33 +126,13 @@ impl Cell {
 
     /// Why it can't be run here.
     pub(crate) fn impossible(&self) -> Option<String> {
-        let free = environment::available_kib() >> 10;
-        let thp = environment::thp_of_shared_memory();
-        match self.pages {
-            Pages::Thp if thp.contains("[never]") || thp.contains("[deny]") => {
-                Some("this host gives shared memory no transparent huge pages".into())
-            }
-            Pages::Hugetlb2m if environment::free_huge_pages() * 2 < self.memory_mib => {
-                Some("this host has not so many huge pages reserved".into())
-            }
-            _ if free < self.memory_mib + BESIDE_MIB => {
-                Some(format!("only {free} MiB of this host's RAM are free"))
-            }
-            _ => None,
-        }
+        environment::lacks(self.memory_mib, self.pages)
     }
 
     /// How it is booted.
     pub(crate) fn recipe(&self) -> Recipe {
-        let touch = match self.touched {
-            true => format!(" touch={}M", self.memory_mib),
-            false => String::new(),
-        };
-        let words = format!("ram={WORK_MIB}M duty={}{touch}", self.duty);
-        let mut recipe = Recipe::pulse(self.vcpus, &words);
-        recipe.memory_mib = self.memory_mib;
-        recipe.pages = self.pages;
-        recipe
+        let words = scene::words(self.memory_mib, self.touched, self.duty);
+        scene::recipe(self.vcpus, (self.memory_mib, self.pages), &words)
     }
 }
 

@@ -3,12 +3,12 @@
 use super::svg::{Anchor, Svg};
 use crate::run::Measured;
 use crate::sample::{Series, Who};
-use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene, VARIED};
 use crate::stats::{Ratio, Summary, summary};
 use crate::verdict::Report;
 
 const WIDTH: f64 = 980.0;
-const LEFT: f64 = 172.0;
+const LEFT: f64 = 208.0;
 const RIGHT: f64 = 762.0;
 const TOP: f64 = 128.0;
 const GROUP: f64 = 32.0;
@@ -18,9 +18,10 @@ const BAND: f64 = 24.0;
 const LEAST: f64 = 0.1;
 /// Steps of the axis within a decade.
 const STEPS: [f64; 3] = [1.0, 2.0, 5.0];
-const GROUPS: [(&str, &[Scene]); 4] = [
+const GROUPS: [(&str, &[Scene]); 5] = [
     ("1 vCPU, 256 MiB", &[BASE]),
     ("2 vCPUs, 256 MiB", &[PAIR]),
+    ("1 vCPU, one thing changed, in turns", &VARIED),
     ("Resting vCPUs, in turns", &MANY),
     ("1 vCPU, 256 MiB and 8 GiB, in turns", &[SMALL, LARGE]),
 ];

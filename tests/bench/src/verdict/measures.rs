@@ -2,7 +2,7 @@
 
 use crate::run::Measured;
 use crate::sample::{Series, Who};
-use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene};
+use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene, VARIED};
 use crate::stats::{self, Ratio};
 
 /// A ratio that is measured: its name, what it is called, and how it is come by.
@@ -15,6 +15,8 @@ pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
         |over: Option<Vec<u64>>, under: Option<Vec<u64>>, q| stats::ratio(&over?, &under?, q);
     let vs = |scene, who, other, q| over(guest(scene, who), guest(scene, other), q);
     let [one, .., eight] = &MANY;
+    let [unchanged, untouched, two_gib, thp, hugetlb] = &VARIED;
+    let varied = |scene| over(guest(scene, Who::Ours), guest(unchanged, Who::Ours), 0.5);
     vec![
         (
             "delta_vs_floor_p50",
@@ -73,6 +75,26 @@ pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
                 let [_, faulted] = &measured.brownout.recoveries;
                 stats::ratio(&faulted.told, &faulted.noted, 0.5)
             },
+        ),
+        (
+            "untouched_vs_touched_p50",
+            "256 MiB untouched: median over that of 256 MiB",
+            varied(untouched),
+        ),
+        (
+            "ram_2g_vs_256m_p50",
+            "2 GiB: median over that of 256 MiB",
+            varied(two_gib),
+        ),
+        (
+            "thp_vs_4k_p50",
+            "transparent huge pages: median over that of 4 KiB ones",
+            varied(thp),
+        ),
+        (
+            "hugetlb_vs_4k_p50",
+            "reserved pages of 2 MiB: median over that of 4 KiB ones",
+            varied(hugetlb),
         ),
         (
             "vcpu8_vs_vcpu1_p50",
