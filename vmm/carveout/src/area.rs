@@ -3,6 +3,7 @@
 //! Must never: write a directory without its lock, or a record whose mark says *stored*.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 
@@ -11,6 +12,11 @@ use crate::layout::{DIRECTORY, Extent};
 use crate::map::{Device, MapError, Mapping};
 use crate::mark::Mark;
 use crate::record::{BODY_AT, HEADER, HEADER_AT, Header, MARK_AT, Record, RecordError};
+
+/// For the lock of one who let go of it: a process that it forked has it too until it executes its program.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two tries.
+const GLANCE: Duration = Duration::from_millis(5);
 
 /// Why the carve-out can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +68,14 @@ impl Area {
     /// One that was opened by somebody else; it may be a file that holds the directory alone.
     pub fn of(device: Device) -> Result<Self, AreaError> {
         let shown = device.path().display().to_string();
-        let lock = FlockOperation::NonBlockingLockExclusive;
-        rustix::fs::flock(&device, lock).map_err(|_| AreaError::Locked(shown))?;
+        let deadline = Instant::now() + PATIENCE;
+        let lock = || rustix::fs::flock(&device, FlockOperation::NonBlockingLockExclusive);
+        while lock().is_err() {
+            if Instant::now() >= deadline {
+                return Err(AreaError::Locked(shown));
+            }
+            std::thread::sleep(GLANCE);
+        }
         let mapping = device.map(Extent {
             start: 0,
             len: DIRECTORY,
