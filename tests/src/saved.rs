@@ -19,12 +19,23 @@ use crate::vm::Vm;
 pub struct Saved {
     /// What it offered.
     pub offer: Offer,
+    /// Whether it said beforehand that the state comes.
+    pub announced: bool,
     /// The state.
     pub bytes: Vec<u8>,
 }
 
 /// Has the VMM save its guest in `format`. The guest stays.
 pub fn state_of(vm: &Vm, format: u32) -> anyhow::Result<Saved> {
+    let wanted = Adopted {
+        format,
+        ..Adopted::default()
+    };
+    state_for(vm, wanted)
+}
+
+/// The same, for a successor that says so much of itself.
+pub fn state_for(vm: &Vm, wanted: Adopted) -> anyhow::Result<Saved> {
     let flags = SocketFlags::CLOEXEC;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -39,7 +50,7 @@ pub fn state_of(vm: &Vm, format: u32) -> anyhow::Result<Saved> {
     let client = vm.client()?;
     std::thread::scope(|scope| {
         let asked = scope.spawn(|| client.hand_over(&request, theirs, state.as_fd(), |_| {}));
-        let saved = save(ours, &state, format);
+        let saved = save(ours, &state, wanted);
         match asked.join() {
             Ok(Ok(Handover::Kept { .. })) => saved,
             other => bail!("the guest was to stay: {other:?}; {saved:?}"),
@@ -47,32 +58,34 @@ pub fn state_of(vm: &Vm, format: u32) -> anyhow::Result<Saved> {
     })
 }
 
-fn save(socket: OwnedFd, state: &OwnedFd, format: u32) -> anyhow::Result<Saved> {
+fn save(socket: OwnedFd, state: &OwnedFd, wanted: Adopted) -> anyhow::Result<Saved> {
     let mut channel = Channel::new(socket);
-    let mut offered = None;
+    let (mut offered, mut announced) = (None, false);
     loop {
         let (body, _) = channel.receive(Instant::now() + PATIENCE)?;
         match body {
             Body::Offer(offer) => {
-                let there = offer.formats.contains(&format);
-                ensure!(there, "format {format} is not among {:?}", offer.formats);
-                channel.send(
-                    Body::Adopted(Adopted {
-                        format,
-                        ..Adopted::default()
-                    }),
-                    &[],
-                )?;
+                let (there, format) = (&offer.formats, wanted.format);
+                ensure!(
+                    there.contains(&format),
+                    "format {format} is not among {there:?}"
+                );
+                channel.send(Body::Adopted(wanted.clone()), &[])?;
                 offered = Some(offer);
             }
             Body::Files(_) => {}
+            Body::Soon(_) => announced = true,
             Body::State(saved) => {
                 let mut bytes = vec![0; usize::try_from(saved.len)?];
                 let n = rustix::io::pread(state, &mut bytes, 0)?;
                 channel.refuse("the state was all that was wanted");
                 bytes.truncate(n);
                 let offer = offered.context("a state without an offer")?;
-                return Ok(Saved { offer, bytes });
+                return Ok(Saved {
+                    offer,
+                    announced,
+                    bytes,
+                });
             }
             other => bail!("unexpected: {other:?}"),
         }

@@ -5,11 +5,14 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::report::Outcome;
+use stillpoint_state::sections::FORMATS;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases::Release;
+use stillpoint_tests::saved::state_for;
 use stillpoint_tests::swap::Terms;
 use stillpoint_tests::vm::{Recipe, Vm};
+use stillpoint_vmm::handover::Adopted;
 
 /// The vCPUs of the guest.
 const VCPUS: u8 = 2;
@@ -94,6 +97,28 @@ fn who_stands_still_goes_first_and_who_runs_does_not() -> anyhow::Result<()> {
     }
     nobody_hurries(&vm)?;
     vm.is_well()?;
+    vm.must_move(Release::Current)?;
+    nobody_hurries(&vm)?;
+    vm.is_well()?;
+    vm.power_off()
+}
+
+/// On a machine of more cores than the guest has vCPUs who waits for the other side does so awake; it must know when.
+#[test]
+fn a_successor_that_waits_awake_hears_when_the_state_comes() -> anyhow::Result<()> {
+    needs_kvm!();
+    let mut vm = Vm::up(&Recipe::pulse(1, "ram=4M"))?;
+    for awake in [true, false] {
+        let wanted = Adopted {
+            format: FORMATS[0],
+            awake,
+            ..Adopted::default()
+        };
+        let saved = state_for(&vm, wanted)?;
+        ensure!(saved.announced == awake, "announced: {}", saved.announced);
+        vm.is_well()?;
+    }
+    nobody_hurries(&vm)?;
     vm.must_move(Release::Current)?;
     nobody_hurries(&vm)?;
     vm.is_well()?;

@@ -9,6 +9,7 @@
 //!      │ ◀─────────────────────────── Adopted ── │
 //!      │ ── Ahead + fd, if it was rehearsed ───▶ │  load what stands until something else is written
 //!   drain                                        │
+//!      │ ── Soon, if both may stay awake ──────▶ │  wait for the state awake
 //!   freeze ══════════════ blackout ═════════════ │
 //!   save, write the state memfd, seal it         │
 //!      │ ── Files that were opened meanwhile ──▶ │
@@ -48,8 +49,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 use stillpoint_control::frame::{self, FrameError};
 use stillpoint_state::contents::Contents;
 
-/// How long a wait spins before it sleeps: waking up costs more than most answers take.
+/// How long a wait spins before it sleeps, for a word that is the other's next: waking up costs more than most answers take.
 const SPIN: Duration = Duration::from_micros(100);
+/// The same for an answer that takes as long as a load, where there is a core for it.
+const LONG_SPIN: Duration = Duration::from_micros(300);
 /// A process that has closed its end is dead, or about to say otherwise by its pidfd.
 const DEATH_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -125,7 +128,15 @@ pub struct Adopted {
     /// It takes a state ahead of the freeze ([`Body::Ahead`]).
     #[prost(bool, tag = "4")]
     pub ahead: bool,
+    /// This host has a core that no vCPU of this guest needs, so who waits for a word that is microseconds away may stay
+    /// awake for it; and it wants to hear when that is ([`Body::Soon`]).
+    #[prost(bool, tag = "5")]
+    pub awake: bool,
 }
+
+/// The guest is about to stand still, so its state follows within a millisecond.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Soon {}
 
 /// The state lies in the memfd, sealed. Console viewers' sockets travel beside it.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
@@ -175,7 +186,7 @@ pub struct Refused {
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct Packet {
     /// What it says.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub body: Option<Body>,
 }
 
@@ -219,6 +230,9 @@ pub enum Body {
     /// written may be loaded while the guest runs on.
     #[prost(message, tag = "12")]
     Ahead(State),
+    /// See [`Soon`].
+    #[prost(message, tag = "13")]
+    Soon(Soon),
 }
 
 /// Why the other side could not be heard or told.
@@ -262,19 +276,28 @@ impl Channel {
 
     /// Receives one packet; [`FrameError::TimedOut`] when the deadline passes first.
     pub fn receive(&mut self, deadline: Instant) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
-        self.receive_beside(Duration::ZERO, deadline, None)
+        self.receive_awake(Duration::ZERO, deadline)
+    }
+
+    /// As [`Channel::receive`], and spins for so long before it sleeps.
+    pub fn receive_awake(
+        &mut self,
+        spin: Duration,
+        deadline: Instant,
+    ) -> Result<(Body, Vec<OwnedFd>), ChannelError> {
+        self.receive_beside(spin, deadline, None)
     }
 
     /// As [`Channel::receive`], from the process behind `pidfd`: `None` when it is dead and has
     /// left nothing unread. A closed socket alone proves nothing, and neither does an open one:
-    /// others may hold a duplicate of its other end. Stays awake a little: the word it waits for
-    /// is microseconds away.
+    /// others may hold a duplicate of its other end. Spins for so long before it sleeps.
     pub fn receive_from(
         &mut self,
         pidfd: &OwnedFd,
+        spin: Duration,
         deadline: Instant,
     ) -> Result<Option<(Body, Vec<OwnedFd>)>, ChannelError> {
-        match self.receive_beside(SPIN, deadline, Some(pidfd.as_fd())) {
+        match self.receive_beside(spin, deadline, Some(pidfd.as_fd())) {
             Err(ChannelError::Frame(FrameError::TimedOut))
                 if wait_readable(pidfd, Instant::now()) =>
             {

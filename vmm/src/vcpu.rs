@@ -342,11 +342,16 @@ impl VcpuSet {
         )
     }
 
-    /// Wakes the threads ahead of an order that comes at once, where they may stay awake for it.
-    pub fn stand_by(&self) -> Result<(), VcpusError> {
-        match self.spin.is_zero() {
-            true => Ok(()),
-            false => self.tell(|_| Order::StandBy),
+    /// Whether there is a core for who waits awake.
+    pub fn may_stay_awake(&self) -> bool {
+        !self.spin.is_zero()
+    }
+
+    /// Wakes the threads ahead of an order that comes within this time, where they may stay awake for it.
+    pub fn stand_by(&self, awake: Duration) -> Result<(), VcpusError> {
+        match self.may_stay_awake() {
+            true => self.tell(|_| Order::StandBy(awake)),
+            false => Ok(()),
         }
     }
 

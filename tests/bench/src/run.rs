@@ -148,7 +148,7 @@ fn brownout(options: &Options) -> anyhow::Result<Brownout> {
 
 /// A busy machine takes longer than there is time for.
 fn note_short(measured: &mut Measured, series: &Series, asked: u32) {
-    let done = series.samples.len() + series.unseen;
+    let done = series.samples.len() + series.unseen.len();
     if done < asked as usize {
         measured.left_out.push(format!(
             "{}: {} of {asked} swaps, for want of time (--seconds)",

@@ -80,8 +80,8 @@ pub(crate) struct Series {
     pub(crate) who: Who,
     /// In the order in which they were taken.
     pub(crate) samples: Vec<Sample>,
-    /// Swaps whose gap could not be found in the guest's log; not among the samples.
-    pub(crate) unseen: usize,
+    /// Swaps whose gap could not be found in the guest's log; not among the samples, but the host knows of them.
+    pub(crate) unseen: Vec<Sample>,
     /// What the guest found wrong with how it was treated, if anything.
     pub(crate) faults: Vec<String>,
 }
@@ -93,7 +93,7 @@ impl Series {
             scene,
             who,
             samples: Vec::new(),
-            unseen: 0,
+            unseen: Vec::new(),
             faults: Vec::new(),
         }
     }
@@ -103,7 +103,7 @@ impl Series {
         let (seen, unseen): (Vec<_>, Vec<_>) = samples
             .into_iter()
             .partition(|sample| self.who == Who::NoSwap || sample.guest() != 0);
-        self.unseen += unseen.len();
+        self.unseen.extend(unseen);
         self.samples.extend(seen);
     }
 
@@ -114,6 +114,7 @@ impl Series {
 
     /// The host's blackout of each sample, ns.
     pub(crate) fn host(&self) -> Vec<u64> {
-        self.samples.iter().map(|sample| sample.host_ns).collect()
+        let all = self.samples.iter().chain(&self.unseen);
+        all.map(|sample| sample.host_ns).collect()
     }
 }

@@ -338,7 +338,7 @@ fn row(series: &Series) -> Option<Row> {
         who: series.who,
         guest: stats::summary(&series.guest())?,
         host: stats::summary(&series.host())?,
-        unseen: series.unseen,
+        unseen: series.unseen.len(),
         faults: series.faults.clone(),
     })
 }

@@ -50,13 +50,16 @@ const USUAL: &[&str] = &[
     "PCI: System does not support PCI",
 ];
 
-/// What a guest logs of an emulated host that got no time itself: an interrupt that took long once.
-/// Guests' timers are judged by tests of their own.
+/// What a guest logs of an emulated host that got no time itself: an interrupt that took long once, and a look at its
+/// clocks that came late. Guests' timers are judged by tests of their own.
 const STARVED: &str = "hrtimer: interrupt took";
+const LATE_LOOK: &str = "clocksource: Long readout interval, skipping watchdog check:";
+/// Two clocks agree that are apart by less than this part of the time between two looks.
+const AGREEMENT: u64 = 10_000;
 
 /// The lines that are complaints.
 pub fn complaints(lines: &[KernelLine]) -> Vec<String> {
-    let starved = |line: &KernelLine| is_emulated_host() && line.text.contains(STARVED);
+    let starved = |line: &KernelLine| is_emulated_host() && is_starved(&line.text);
     let usual =
         |line: &KernelLine| USUAL.iter().any(|usual| line.text.contains(usual)) || starved(line);
     let bad = |line: &&KernelLine| {
@@ -65,6 +68,22 @@ pub fn complaints(lines: &[KernelLine]) -> Vec<String> {
     };
     let shown = |line: &KernelLine| format!("<{}> {}", line.level, line.text);
     lines.iter().filter(bad).map(shown).collect()
+}
+
+/// Whether it says that nothing is wrong but that somebody got no time.
+fn is_starved(text: &str) -> bool {
+    text.contains(STARVED) || (text.contains(LATE_LOOK) && clocks_agree(text) == Some(true))
+}
+
+/// Of a late look: whether the clock that was looked at (`cs_nsec`) and the one that it was held against (`wd_nsec`) had gone
+/// on alike.
+fn clocks_agree(text: &str) -> Option<bool> {
+    let of = |name: &str| {
+        let (_, rest) = text.split_once(name)?;
+        rest.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let (looked_at, held_against) = (of("cs_nsec:")?, of("wd_nsec:")?);
+    Some(looked_at.abs_diff(held_against) <= held_against / AGREEMENT)
 }
 
 #[cfg(test)]
@@ -78,6 +97,15 @@ mod tests {
             at_us: 0,
             text: text.into(),
         }
+    }
+
+    #[test]
+    fn a_late_look_at_clocks_is_none_if_they_agree() {
+        let late = |cs, wd| format!("{LATE_LOOK} cs_nsec: {cs} wd_nsec: {wd}");
+        assert!(is_starved(&late(1_019_167_992, 1_019_167_576)));
+        assert!(!is_starved(&late(1_019_167_992, 1_018_167_576)));
+        assert!(!is_starved(LATE_LOOK));
+        assert!(is_starved("hrtimer: interrupt took 5000000 ns"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use stillpoint_state::sections::{
 use stillpoint_state::{Section, Unclaimed};
 use stillpoint_vmm::devices::virtio::fuzz;
 use stillpoint_vmm::handover::{
-    Adopted, Body, Files, GiveUp, Loaded, Offer, Packet, Refused, State,
+    Adopted, Body, Files, GiveUp, Loaded, Offer, Packet, Refused, Soon, State,
 };
 
 /// A target.
@@ -192,8 +192,10 @@ fn handover_packets() -> Vec<Vec<u8>> {
             populated: 1 << 20,
             hold: true,
             ahead: true,
+            awake: true,
         }),
         Body::Ahead(State { len: 30_000 }),
+        Body::Soon(Soon {}),
         Body::Files(Files {
             names: vec!["disk0/image".into(), "vsock/conn7".into()],
         }),

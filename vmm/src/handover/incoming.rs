@@ -20,7 +20,8 @@ use super::agree::{self, NoFormat};
 use super::lend::Borrowed;
 use super::measure::Evidence;
 use super::{
-    Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, State, out_of_turn,
+    Adopted, Body, Channel, ChannelError, Loaded, OFFERED_FDS, Offer, Running, SPIN, State,
+    out_of_turn,
 };
 use crate::boot::cpuid;
 use crate::clock::page::Page;
@@ -41,6 +42,8 @@ use crate::{clock, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the state is waited for awake once it is announced: it takes half of that.
+const STATE_SPIN: Duration = Duration::from_micros(1500);
 /// How long a successor that has loaded waits for the word: longer than the daemon is patient with
 /// a predecessor that hangs (any budget, and a margin), or nobody would be there to take over.
 const WORD_PATIENCE: Duration = Duration::from_secs(600);
@@ -198,6 +201,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
         populated,
         hold: offer.hold,
         ahead: true,
+        awake: blank.may_stay_awake(),
     };
     channel
         .send(Body::Adopted(adopted), &[])
@@ -242,7 +246,6 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let (len, viewers, hurry) = await_state(&mut prepared, channel)?;
     // From here to `enter` the guest stands still.
     let mut timing = Timing::start();
-    prepared.blank.stand_by()?;
     faults::reach(faults::Point::Load).map_err(AdoptError::Injected)?;
     let bytes = read_state(&prepared.state, len)?;
     let unclaimed = Unclaimed::decode(&bytes)?;
@@ -335,11 +338,17 @@ fn await_state(
         source,
     };
     let mut hurry = prepared.blank.hurry();
+    let mut spin = SPIN;
     let heard = loop {
         let heard = channel
-            .receive_from(&prepared.predecessor, Instant::now() + OFFER_PATIENCE)
+            .receive_from(&prepared.predecessor, spin, Instant::now() + OFFER_PATIENCE)
             .map_err(failed)?;
         match heard {
+            // All of us: a thread that sleeps is woken in another's time, and maybe where that one works.
+            Some((Body::Soon(_), _)) => {
+                prepared.blank.stand_by(STATE_SPIN)?;
+                spin = STATE_SPIN;
+            }
             // Opened after the offer; the state follows.
             Some((Body::Files(part), fds)) => prepared.files.add(part.names, fds),
             Some((Body::Ahead(state), fds)) => {
@@ -446,7 +455,7 @@ fn await_word(
     let mut kicked_tsc = 0;
     loop {
         let heard = channel
-            .receive_from(predecessor, Instant::now() + WORD_PATIENCE)
+            .receive_from(predecessor, SPIN, Instant::now() + WORD_PATIENCE)
             .map_err(failed)?;
         match heard {
             Some((Body::GiveUp(give_up), _)) => {

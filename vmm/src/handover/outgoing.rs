@@ -110,6 +110,8 @@ pub enum KeptReason {
 struct Log {
     phases: Vec<Phase>,
     format: u32,
+    /// Whether both sides may wait for each other awake.
+    awake: bool,
     state_bytes: u64,
     blackout: Duration,
     margin: Option<Margin>,
@@ -143,6 +145,7 @@ pub fn hand_over(
     let mut log = Log {
         phases: Vec::new(),
         format: 0,
+        awake: false,
         state_bytes: 0,
         blackout: Duration::ZERO,
         margin: None,

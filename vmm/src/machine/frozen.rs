@@ -106,6 +106,15 @@ impl Guest {
 
     /// Brings the guest to rest, for no longer than `budget`. On an error it runs on.
     pub fn freeze(&mut self, budget: Duration) -> Result<Frozen<'_>, FreezeError> {
+        self.freeze_after(budget, || ())
+    }
+
+    /// The same, after `announce`, when nothing but the freeze is left to be done.
+    pub fn freeze_after(
+        &mut self,
+        budget: Duration,
+        announce: impl FnOnce(),
+    ) -> Result<Frozen<'_>, FreezeError> {
         let began = Instant::now();
         // The guard stands before the drain and the first kick: leaving here by `?` runs its drop.
         let mut frozen = Frozen {
@@ -122,6 +131,8 @@ impl Guest {
         };
         frozen.guest.machine.drain(began + DRAIN_PATIENCE)?;
         frozen.hurry = frozen.guest.machine.hurry();
+        // Who hears it may stay awake from now on: this thread goes before that one.
+        announce();
         frozen.hurry.take_effect();
         frozen.kicked_tsc = clock::host_tsc();
         frozen.kicked = Instant::now();

@@ -27,8 +27,8 @@ pub(super) enum Order {
     Park,
     /// Save, in this state format.
     Save { format: u32 },
-    /// The next order comes at once: stay awake for it.
-    StandBy,
+    /// The next order comes soon: stay awake for it so long.
+    StandBy(Duration),
     /// Fill the machine's second-level page tables for this range of guest-physical addresses.
     PreFault(Range<u64>),
     /// Load ahead what stands of it until the last word is loaded.

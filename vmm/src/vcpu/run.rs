@@ -54,10 +54,10 @@ pub(super) struct Runner {
     ended: bool,
     /// How often it came back from the guest.
     turns: Arc<AtomicU64>,
-    /// How long it stays awake for an order.
+    /// How long it stays awake for an order that is microseconds away.
     spin: Duration,
-    /// Whether the next order is microseconds away, so that it pays to stay awake.
-    awake: bool,
+    /// How long it stays awake for the next one.
+    awake: Duration,
 }
 
 /// What connects a vCPU's thread with the machine thread.
@@ -95,7 +95,7 @@ impl Runner {
             ended: false,
             turns,
             spin,
-            awake: false,
+            awake: Duration::ZERO,
         }
     }
 
@@ -120,7 +120,7 @@ impl Runner {
 
     fn come_to_rest(&mut self) {
         self.answer(Answer::Parked);
-        self.awake = true;
+        self.awake = self.spin;
     }
 
     fn prime(&mut self) -> Result<Home, VcpuError> {
@@ -138,11 +138,7 @@ impl Runner {
     }
 
     fn parked(&mut self) -> Phase {
-        let spin = if std::mem::take(&mut self.awake) {
-            self.spin
-        } else {
-            Duration::ZERO
-        };
+        let spin = std::mem::take(&mut self.awake);
         let far = Instant::now() + Duration::from_secs(3600);
         let order = match wait_for(&self.orders, spin, far) {
             Ok(Some(order)) => order,
@@ -152,7 +148,7 @@ impl Runner {
         match order {
             Order::Stop => return Phase::Stopped,
             Order::Park => self.come_to_rest(),
-            Order::StandBy => self.awake = true,
+            Order::StandBy(awake) => self.awake = awake,
             Order::Save { format } => {
                 let khz = self.known.tsc_khz;
                 let saved = state::save(&mut self.fd, &mut self.msrs, format, khz);
@@ -182,12 +178,12 @@ impl Runner {
                     loaded
                 });
                 self.answer(Answer::Loaded(loaded));
-                self.awake = true;
+                self.awake = self.spin;
             }
             Order::LoadRest => {
                 let loaded = self.load_late();
                 self.answer(Answer::LoadedRest(loaded));
-                self.awake = true;
+                self.awake = self.spin;
             }
             Order::Run => {
                 self.tell_of_pause();

@@ -11,6 +11,10 @@ pub(super) type Measure = (&'static str, &'static str, Option<Ratio>);
 /// All that were measured.
 pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
     let guest = |scene: &Scene, who| measured.get(scene, who).map(Series::guest);
+    let host = |scene: &Scene| {
+        let ours = |s: &&Series| s.scene.id == scene.id && s.who == Who::Ours;
+        measured.series.iter().find(ours).map(Series::host)
+    };
     let over =
         |over: Option<Vec<u64>>, under: Option<Vec<u64>>, q| stats::ratio(&over?, &under?, q);
     let vs = |scene, who, other, q| over(guest(scene, who), guest(scene, other), q);
@@ -98,8 +102,9 @@ pub(super) fn measures(measured: &Measured) -> Vec<Measure> {
         ),
         (
             "vcpu8_vs_vcpu1_p50",
-            "8 resting vCPUs: median over that of 1",
-            over(guest(eight, Who::Ours), guest(one, Who::Ours), 0.5),
+            "8 resting vCPUs: host's median over that of 1",
+            // One that sleeps through its pause says nothing of it, and a single one mostly does.
+            over(host(eight), host(one), 0.5),
         ),
         (
             "many_vs_lone_max",

@@ -66,7 +66,7 @@ pub(super) fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
         ),
         (
             "vcpu8_vs_vcpu1_p50",
-            "8 resting vCPUs: median at most 4 times that of 1",
+            "8 resting vCPUs: host's median at most 4 times that of 1",
             0.0,
             MOST_BY_VCPUS,
         ),

@@ -10,7 +10,7 @@ use stillpoint_control::report::{Margin, Side};
 use super::prepare::lend;
 use super::{Errand, KeptReason, Log, write_sealed};
 use crate::faults;
-use crate::handover::{Body, Channel, GiveUp, Loaded, State, out_of_turn};
+use crate::handover::{Body, Channel, GiveUp, LONG_SPIN, Loaded, Soon, State, out_of_turn};
 use crate::machine::FreezeError;
 use crate::machine::frozen::{Frozen, GivenUp, Guest};
 use crate::vcpu::placement;
@@ -34,7 +34,13 @@ pub(super) fn blackout(
     ended: &mut impl FnMut() -> bool,
 ) -> Result<(), KeptReason> {
     let began = Instant::now();
-    let frozen = match guest.freeze(errand.budget) {
+    // Nothing hangs on it: one that doesn't hear it waits asleep, and one that is gone is noticed by what follows.
+    let announce = || {
+        if log.awake {
+            let _ = channel.send(Body::Soon(Soon {}), &[]);
+        }
+    };
+    let frozen = match guest.freeze_after(errand.budget, announce) {
         Ok(frozen) => frozen,
         Err(error) => {
             // At most this: a drain that came to nothing has frozen nobody.
@@ -79,7 +85,11 @@ fn frozen_to_given_up<'g>(
         what: "loading in the successor",
         source,
     };
-    let loaded = match channel.receive(deadline).map_err(failed)? {
+    let spin = match log.awake {
+        true => LONG_SPIN,
+        false => Duration::ZERO,
+    };
+    let loaded = match channel.receive_awake(spin, deadline).map_err(failed)? {
         (Body::Loaded(loaded), _) => loaded,
         (other, _) => return Err(failed(out_of_turn(&other))),
     };

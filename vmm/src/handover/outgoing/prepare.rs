@@ -75,6 +75,7 @@ pub(super) fn prepare(
         return Err(failed(ChannelError::Refused(text)));
     }
     log.format = adopted.format;
+    log.awake = adopted.awake;
     log.add("adopt", Side::Successor, false, began.elapsed());
     log.wall_error_ns = correct::ask_error(&guest.machine, &errand.dir);
     if adopted.ahead {

@@ -156,6 +156,7 @@ fn build(channel: &mut Channel, nonce: Option<&str>) -> Result<Built, StageError
         populated: 0,
         hold: offer.hold,
         ahead: false,
+        awake: false,
     };
     channel
         .send(Body::Adopted(adopted), &[])

@@ -64,9 +64,14 @@ impl Blank {
         hurry
     }
 
-    /// Wakes the vCPUs' threads for a load that comes at once.
-    pub fn stand_by(&self) -> Result<(), BuildError> {
-        Ok(self.vcpus.stand_by()?)
+    /// Whether there is a core for who waits awake: one that no vCPU needs.
+    pub fn may_stay_awake(&self) -> bool {
+        self.vcpus.may_stay_awake()
+    }
+
+    /// Wakes the vCPUs' threads for a load that comes within this time.
+    pub fn stand_by(&self, awake: Duration) -> Result<(), BuildError> {
+        Ok(self.vcpus.stand_by(awake)?)
     }
 
     /// Loads ahead what stands, of a state that is not the last word, until that is loaded.
