@@ -28,8 +28,9 @@ const DEFAULT_NOTICE: Duration = Duration::from_secs(15 * 60);
 /// How long an event stays after its pause at least, where somebody listens: those who look once a
 /// second see it once more.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long it stays for those who look less often, or whose machine is slow.
-const LINGER_UNSEEN: Duration = Duration::from_secs(30);
+/// How long it stays for those who look less often, whose machine is slow, or whose last question a swap of the host's
+/// kernel left without an answer: they wait for as long as their client does before they ask again.
+const LINGER_UNSEEN: Duration = Duration::from_secs(60);
 /// Between two looks at whether it was seen.
 const GLANCE: Duration = Duration::from_millis(200);
 

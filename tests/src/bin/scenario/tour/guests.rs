@@ -23,7 +23,7 @@ const MEMORY: &str = "dd if=/dev/urandom of=/tmp/ram bs=1M count=16 2>/dev/null;
     while md5sum -c -s /tmp/ram.md5; do n=$((n+1)); echo $n >/tmp/ram.looks; sleep 0.2; done; exit 1";
 /// Asks what is going to happen, writes it down, and approves of it.
 const EVENTS: &str = r#"at='http://169.254.169.254/metadata/scheduledevents?api-version=2020-07-01'
-    ask() { curl -sSf -m 20 -H Metadata:true "$@" "$at"; }
+    ask() { curl -sSf -m 8 -H Metadata:true "$@" "$at"; }
     while :; do
     said=$(ask) && echo "$said" >>/tmp/events
     id=$(echo "$said" | sed -n 's/.*"EventId":"\([^"]*\)","EventStatus":"Scheduled".*/\1/p')
