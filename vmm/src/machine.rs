@@ -239,7 +239,7 @@ impl Machine {
     /// the devices' files, for the machine that comes after it.
     pub fn stop(&mut self) -> std::io::Result<(Vec<OwnedFd>, Borrowed)> {
         // A vCPU that does not park can't be helped; its thread ends with the machine.
-        let _ = self.vcpus.park(STOP_PATIENCE);
+        let _ = self.vcpus.park(&Hurry::default(), STOP_PATIENCE);
         let deadline = Instant::now() + STOP_PATIENCE;
         for device in &self.devices {
             // I/O that hangs must not write into the RAM of the guest that comes next.
@@ -278,7 +278,7 @@ impl Machine {
         timing: &mut Timing,
     ) -> Result<(), FreezeError> {
         let patience = deadline.saturating_duration_since(Instant::now());
-        self.vcpus.park(patience)?;
+        self.vcpus.park(hurry, patience)?;
         hurry.among();
         timing.mark("park");
         // After the vCPUs: nothing new can reach a device now.

@@ -283,9 +283,14 @@ impl VcpuSet {
     }
 
     /// Brings every vCPU to rest. On an error some may be parked: call [`VcpuSet::unpark`].
-    pub fn park(&self, patience: Duration) -> Result<(), VcpusError> {
+    pub fn park(&self, hurry: &Hurry, patience: Duration) -> Result<(), VcpusError> {
         self.tell(|_| Order::Park)?;
         self.kick();
+        // Who waits awake must be one among them by now: one that slept may have been woken to this very core, and others
+        // stay awake on the rest.
+        if self.may_stay_awake() {
+            hurry.among();
+        }
         self.gather(
             Wait {
                 what: "park",
