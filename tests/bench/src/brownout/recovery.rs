@@ -127,13 +127,24 @@ fn noted(vm: &Vm, report: &SwapReport, passes: &[Pass], khz: u64) -> anyhow::Res
     let blackout = report.blackout.guest_ns.first().copied().flatten();
     let blackout = blackout.context("no blackout in the report")?;
     let cycles = |ns: u64| ns as f64 * khz as f64 / 1e6;
-    // Of the gaps in the guest's own log, the one that the report tells of.
+    // Of the gaps in the guest's own log, the one that the report tells of: among those since the swap was asked for, as a
+    // busy host makes others as long.
     let wanted = cycles(blackout);
+    let asked = passes.get(STEADY - 1).map_or(0, |pass| pass.ended);
     let gaps = vm.pulse.gaps(0)?.into_iter();
-    let pause = gaps
-        .min_by_key(|gap| (gap.end.saturating_sub(gap.start) as f64 - wanted).abs() as u64)
-        .context("no gap in the guest's log")?;
-    let lost = lost(passes, pause.start).context("too few passes were seen")?;
+    let (_, lost) = gaps
+        .filter(|gap| gap.start >= asked)
+        .filter_map(|gap| {
+            let off = (gap.end.saturating_sub(gap.start) as f64 - wanted).abs() as u64;
+            Some((off, lost(passes, gap.start)?))
+        })
+        .min_by_key(|(off, _)| *off)
+        .with_context(|| {
+            format!(
+                "too few of {} passes around its pause were seen",
+                passes.len()
+            )
+        })?;
     Ok((lost as f64 * 1e6 / khz as f64 - blackout as f64).max(0.0) as u64)
 }
 
