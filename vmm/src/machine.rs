@@ -279,7 +279,6 @@ impl Machine {
     ) -> Result<(), FreezeError> {
         let patience = deadline.saturating_duration_since(Instant::now());
         self.vcpus.park(hurry, patience)?;
-        hurry.among();
         timing.mark("park");
         // After the vCPUs: nothing new can reach a device now.
         for device in &self.devices {

@@ -282,7 +282,7 @@ impl VcpuSet {
         }
     }
 
-    /// Brings every vCPU to rest. On an error some may be parked: call [`VcpuSet::unpark`].
+    /// Brings every vCPU to rest; who leads is one among them then. On an error some may be parked: call [`VcpuSet::unpark`].
     pub fn park(&self, hurry: &Hurry, patience: Duration) -> Result<(), VcpusError> {
         self.tell(|_| Order::Park)?;
         self.kick();
@@ -298,8 +298,11 @@ impl VcpuSet {
                 patience,
             },
             |answer| matches!(answer, Answer::Parked).then_some(Ok(())),
-        )
-        .map(drop)
+        )?;
+        if !self.may_stay_awake() {
+            hurry.among();
+        }
+        Ok(())
     }
 
     fn kick(&self) {

@@ -42,7 +42,7 @@ use crate::{clock, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
 const OFFER_PATIENCE: Duration = Duration::from_secs(60);
-/// How long the state is waited for awake once it is announced: it takes half of that.
+/// How long the state is waited for awake once it is announced: it takes a third of that.
 const STATE_SPIN: Duration = Duration::from_micros(1500);
 /// How long a successor that has loaded waits for the word: longer than the daemon is patient with
 /// a predecessor that hangs (any budget, and a margin), or nobody would be there to take over.

@@ -28,6 +28,7 @@ const ROOM: u64 = 16 << 10;
 const ROOM_PER_VCPU: u64 = 12 << 10;
 /// How often the wait for the successor looks whether the guest still wants to be swapped.
 const GLANCE: Duration = Duration::from_millis(10);
+
 /// Brownout: the successor builds its machine while the guest runs here.
 pub(super) fn prepare(
     guest: &Guest,
