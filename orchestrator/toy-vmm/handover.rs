@@ -79,6 +79,7 @@ fn report(offer: &Offer, to: ReleaseName, outcome: Outcome, reason: Option<Strin
         blackout: Blackout {
             host: Duration::from_micros(10),
             guest_ns: vec![Some(11_000)],
+            vcpus: Vec::new(),
         },
         clock: None,
         recovery: Vec::new(),

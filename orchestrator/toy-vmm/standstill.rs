@@ -75,6 +75,7 @@ fn report(toy: &Toy, swap: &str, stood: Duration) -> SwapReport {
         blackout: Blackout {
             host: stood,
             guest_ns: vec![None],
+            vcpus: Vec::new(),
         },
         clock: None,
         recovery: vec![],

@@ -8,7 +8,8 @@ use stillpoint_carveout::layout::Extent;
 use stillpoint_carveout::map::{Device, Mapping};
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::disk::Block;
-use stillpoint_guest_abi::probe::{self, Gap, Record};
+pub use stillpoint_guest_abi::probe::Gap;
+use stillpoint_guest_abi::probe::{self, Record};
 use stillpoint_guest_abi::pulse::{
     GLOBALS_MAGIC, GLOBALS_OFFSET, Globals, REPORT_OFFSET, Report, VERSION,
 };

@@ -105,6 +105,9 @@ fn slow_but_moves(fault: &'static str, in_blackout: Option<Duration>) -> anyhow:
         ensure!(blackout >= least, "a blackout of {blackout:?}");
         let seen = report.blackout.guest_worst().context("no gap seen")?;
         ensure!(seen >= least, "the guest saw {seen:?}");
+        // A successor that is slow is not a host that is short of cores.
+        let unqueued = report.blackout.unqueued_worst().context("no stamps")?;
+        ensure!(unqueued >= least / 2, "less waits for a core: {unqueued:?}");
     }
     let pid = vm.pid();
     lives_on(vm, pid, taken(1))

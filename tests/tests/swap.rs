@@ -97,6 +97,25 @@ fn eight_vcpus() -> anyhow::Result<()> {
 }
 
 #[test]
+fn each_vcpu_tells_how_long_it_was_out_and_what_it_waited_for_a_core() -> anyhow::Result<()> {
+    needs_kvm!();
+    const VCPUS: u8 = 8;
+    // None ever rests: where they outnumber the cores, some wait while others are saved, loaded and let in.
+    let mut vm = Vm::up(&Recipe::pulse(VCPUS, "ram=8M gap_us=5000"))?;
+    let report = vm.must_move(Release::Current)?;
+    let blackout = report.blackout;
+    ensure!(blackout.vcpus.len() == usize::from(VCPUS), "{blackout:?}");
+    for vcpu in &blackout.vcpus {
+        ensure!(!vcpu.out.is_zero() && vcpu.out <= blackout.host, "{vcpu:?}");
+    }
+    let waited: Duration = blackout.vcpus.iter().map(|vcpu| vcpu.queued).sum();
+    let cores = std::thread::available_parallelism()?.get();
+    ensure!(cores >= VCPUS.into() || !waited.is_zero(), "{blackout:?}");
+    vm.is_well()?;
+    vm.power_off()
+}
+
+#[test]
 fn two_hundred_swaps_in_a_row() -> anyhow::Result<()> {
     needs_kvm!();
     swaps_between_releases(2, 200, "ram=16M duty=50")

@@ -172,6 +172,20 @@ pub struct Phases {
     /// `SwapReport` as JSON.
     #[prost(string, tag = "1")]
     pub report: String,
+    /// When each vCPU came out of the guest, in order. Empty from a release that doesn't say.
+    #[prost(message, repeated, tag = "2")]
+    pub out: Vec<Out>,
+}
+
+/// A vCPU that came out of the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Out {
+    /// Host TSC when it did.
+    #[prost(fixed64, tag = "1")]
+    pub tsc: u64,
+    /// What its thread then waited for a core until its state was saved, ns.
+    #[prost(uint64, tag = "2")]
+    pub queued_ns: u64,
 }
 
 /// One side can't go on.

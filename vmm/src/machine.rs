@@ -33,6 +33,7 @@ use crate::handover::lend::{Borrowed, Lending};
 use crate::irq::IrqError;
 use crate::memory::GuestRam;
 use crate::vcpu::hurry::Hurry;
+use crate::vcpu::outside::Left;
 use crate::vcpu::{Entered, VcpuSet, VcpusError};
 use crate::{clock, irq, release};
 
@@ -329,13 +330,13 @@ impl Machine {
         self.vcpus.load_rest(patience)
     }
 
-    /// Saves everything. It stands still, or has never run.
+    /// Saves everything, and tells how each vCPU came to rest. It stands still, or has never run.
     pub fn save(
         &self,
         format: u32,
         policy: Policy,
         deadline: Instant,
-    ) -> Result<Saved, FreezeError> {
+    ) -> Result<(Saved, Vec<Left>), FreezeError> {
         self.vcpus.save(format)?;
         let mut saved = Saved::with_capacity(64 << 10);
         for device in &self.devices {
@@ -347,13 +348,13 @@ impl Machine {
         // The clock next to the vCPUs, so that their timers and it are of one moment.
         let clock = clock::save(&self.vm, self.tsc_khz, policy).map_err(FreezeError::Clock)?;
         saved.put("", &clock)?;
-        for (id, (section, version)) in vcpus.iter().enumerate() {
-            saved.put_version(&id.to_string(), section, *version)?;
+        for (id, vcpu) in vcpus.iter().enumerate() {
+            saved.put_version(&id.to_string(), &vcpu.section, vcpu.version)?;
         }
         saved.put("", &irq::save(&self.vm)?)?;
         #[cfg(feature = "later")]
         stillpoint_state::later::save(&mut saved, format)?;
-        Ok(saved)
+        Ok((saved, vcpus.iter().map(|vcpu| vcpu.left).collect()))
     }
 }
 

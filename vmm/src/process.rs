@@ -138,7 +138,7 @@ impl Process {
             dir,
             swaps,
             swap,
-            evidence,
+            mut evidence,
         } = arrived;
         let spec = guest.machine.spec().clone();
         let desk = Desk::new(spec, release, secret, swaps, (&guest, Path::new(&dir)))?;
@@ -157,7 +157,8 @@ impl Process {
         process.guest.machine.release_cpus();
         let since = evidence.since_entry(&process.guest.machine);
         let recovery = process.watch_recovery(&swap, since);
-        let told = incoming::hear_predecessor(&mut channel);
+        let (told, left) = incoming::hear_predecessor(&mut channel);
+        evidence.left = left;
         let us = process.desk.release();
         let dir = Path::new(&process.dir);
         let swap = measure::Swap { id: &swap, us, dir };

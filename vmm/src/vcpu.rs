@@ -18,6 +18,7 @@ pub mod error;
 pub mod hurry;
 pub mod load;
 pub mod msrs;
+pub mod outside;
 pub mod placement;
 pub mod state;
 pub mod timer;
@@ -45,6 +46,7 @@ use error::VcpuError;
 use hurry::Hurry;
 use load::{LoadedVcpu, Pause};
 use orders::{Answer, Gone, Order, SPIN, wait_for};
+use outside::{Entry, Left};
 use placement::Home;
 
 /// How long the machine thread leaves the cores to vCPUs that were just let in.
@@ -135,8 +137,26 @@ impl From<Gone> for VcpusError {
 pub struct Entered {
     /// Host TSC at the last of them.
     pub tsc: u64,
-    /// For each: whether its guest will hear that it stood still.
-    pub told: Vec<bool>,
+    /// Each of them.
+    pub vcpus: Vec<Entry>,
+}
+
+impl Entered {
+    /// For each vCPU: whether its guest will hear that it stood still.
+    pub fn told(&self) -> Vec<bool> {
+        self.vcpus.iter().map(|entry| entry.told).collect()
+    }
+}
+
+/// A vCPU's state, and how it came to rest.
+#[derive(Debug)]
+pub struct SavedVcpu {
+    /// Its state.
+    pub section: VcpuSection,
+    /// The section's version.
+    pub version: u32,
+    /// How it came to rest.
+    pub left: Left,
 }
 
 /// What every vCPU thread shares.
@@ -335,8 +355,8 @@ impl VcpuSet {
         self.tell(|_| Order::Save { format })
     }
 
-    /// What every vCPU saved, in order, with its section version.
-    pub fn saved(&self, patience: Duration) -> Result<Vec<(VcpuSection, u32)>, VcpusError> {
+    /// What every vCPU saved, in order.
+    pub fn saved(&self, patience: Duration) -> Result<Vec<SavedVcpu>, VcpusError> {
         self.gather(
             Wait {
                 what: "save their state",
@@ -495,7 +515,7 @@ impl VcpuSet {
         )?;
         Ok(Entered {
             tsc: entries.iter().map(|entry| entry.tsc).max().unwrap_or(0),
-            told: entries.iter().map(|entry| entry.told).collect(),
+            vcpus: entries,
         })
     }
 }

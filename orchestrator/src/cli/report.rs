@@ -169,8 +169,21 @@ fn blackout(swap: &SwapRecord, report: &SwapReport) -> String {
         (SwapState::Kept, false) => {
             format!("  blackout   host {host}, in vain; budget {budget}\n")
         }
-        _ => format!("  blackout   host {host}, {guest}; budget {budget}\n"),
+        _ => {
+            let waits = waits(report).unwrap_or_default();
+            format!("  blackout   host {host}, {guest}; budget {budget}\n{waits}")
+        }
     }
+}
+
+/// What a vCPU waited for a core, where that is a good part of its pause: then the host is short of cores, not the swap slow.
+fn waits(report: &SwapReport) -> Option<String> {
+    let waited = report.blackout.vcpus.iter().map(|vcpu| vcpu.queued).max()?;
+    let longest = report.blackout.vcpus.iter().map(|vcpu| vcpu.out).max()?;
+    (waited * 10 > longest).then(|| {
+        let waited = format::time(waited);
+        format!("             a vCPU waited {waited} of it for a core\n")
+    })
 }
 
 fn text(swap: &SwapRecord) -> String {

@@ -43,6 +43,7 @@ pub(crate) fn windows(
             };
             Ok(Sample {
                 host_ns: window_ns,
+                unqueued_ns: None,
                 guest_ns: from
                     .iter()
                     .enumerate()

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde::Serialize;
 use serde_json::Value;
+use stillpoint_control::report::Blackout;
 use stillpoint_tests::daemon::Daemon;
 use stillpoint_tests::releases::{self, Release};
 
 use crate::environment;
-use crate::ours::pause;
+use crate::ours::{nanos, pause};
 use crate::run::progress;
 
 /// Guests of a whole run.
@@ -33,10 +34,10 @@ const NAMES: [&str; 2] = ["one", "two"];
 pub(crate) struct Many {
     /// Guests on the host.
     pub(crate) guests: u32,
-    /// Host blackouts of one guest that was swapped alone, ns.
-    pub(crate) lone: Vec<u64>,
-    /// Host blackouts of all guests, swapped by one command, ns.
-    pub(crate) all: Vec<u64>,
+    /// Of one guest that was swapped alone.
+    pub(crate) lone: Figures,
+    /// Of all guests, swapped by one command.
+    pub(crate) all: Figures,
     /// How long each such command took, ns.
     pub(crate) took_ns: Vec<u64>,
     /// Guests that did not move.
@@ -46,6 +47,28 @@ pub(crate) struct Many {
     pub(crate) each_kib: [u64; 2],
     /// The most that was taken of the host's memory at any time while all were swapped, beyond what was before, KiB.
     pub(crate) most_kib: u64,
+}
+
+/// Blackouts, ns.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Figures {
+    /// The host's, waits for a core included.
+    pub(crate) host: Vec<u64>,
+    /// What the worst vCPU was out of its guest, less its waits for a core.
+    pub(crate) unqueued: Vec<u64>,
+}
+
+impl Figures {
+    fn take(&mut self, swap: &Value) -> anyhow::Result<()> {
+        let blackout: Blackout = serde_json::from_value(swap["report"]["blackout"].clone())
+            .with_context(|| format!("a report in {swap}"))?;
+        let unqueued = blackout
+            .unqueued_worst()
+            .context("what each vCPU was out")?;
+        self.host.push(nanos(blackout.host));
+        self.unqueued.push(nanos(unqueued));
+        Ok(())
+    }
 }
 
 impl Many {
@@ -124,8 +147,7 @@ impl Many {
     /// Swaps the first guest, and no other.
     fn lone(&mut self, daemon: &Daemon, to: &str) -> anyhow::Result<()> {
         let swap = daemon.must(&["swap", "vmm", "guest-0", "--to", to])?;
-        self.lone.push(blackout(&swap).context("a report")?);
-        Ok(())
+        self.lone.take(&swap)
     }
 
     /// Swaps all of them.
@@ -159,9 +181,9 @@ impl Many {
             "not all were asked for: {told}"
         );
         for swap in swaps {
-            match blackout(swap) {
-                Some(ns) if swap["state"] == "moved" => self.all.push(ns),
-                _ => self.stayed += 1,
+            match swap["state"] == "moved" {
+                true => self.all.take(swap)?,
+                false => self.stayed += 1,
             }
         }
         Ok(())
@@ -177,10 +199,6 @@ impl Turns {
         self.0 += 1;
         NAMES[self.0 % 2]
     }
-}
-
-fn blackout(swap: &Value) -> Option<u64> {
-    swap["report"]["blackout"]["host_ns"].as_u64()
 }
 
 fn pss_kib(pid: u64) -> anyhow::Result<u64> {

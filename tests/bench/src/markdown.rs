@@ -52,6 +52,16 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             shown(guest.max),
         )?;
     }
+    writeln!(
+        to,
+        "\n| Stillpoint, by the host: median, ms | first kick to last entry | worst vCPU's, less its waits for a core |\n|---|--:|--:|"
+    )?;
+    for row in &report.series {
+        if let (Who::Ours, Some(unqueued)) = (row.who, &row.unqueued) {
+            let (title, host) = (row.scene.title, row.host.p50);
+            writeln!(to, "| {title} | {host:.2} | {:.2} |", unqueued.p50)?;
+        }
+    }
     writeln!(to, "\n| ratio | value | 95 % |\n|---|--:|---|")?;
     for interval in &report.intervals {
         let ratio = interval.ratio;
@@ -96,28 +106,33 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             writeln!(
                 to,
                 "\nA guest that writes {} MiB again and again lost {:.0} ms after its pause by its own notes, {:.0} ms by the swap's report, with \
-                 page tables {kind} (medians of {}; {} more had not recovered within the 2 s that a report looks).",
-                after.touched_mib, of.noted.p50, of.told.p50, of.told.n, of.not_seen
+                 page tables {kind} (medians of {}; {} more had not recovered within the 2 s that a report looks, of {} the guest's notes were not seen).",
+                after.touched_mib, of.noted.p50, of.told.p50, of.told.n, of.not_seen, of.not_noted
             )?;
         }
     }
     if let Some(many) = &report.many {
         writeln!(
             to,
-            "\n| {} guests on a host | host's blackout, ms: median | p99 | worst |\n|---|--:|--:|--:|\n\
-             | one swapped alone among them, n = {} | {:.2} | {:.2} | {:.2} |\n\
-             | all swapped by one command, n = {} | {:.2} | {:.2} | {:.2} |\n\n\
+            "\n| {} guests on a host | host's blackout, ms: median | p99 | worst | worst vCPU's, less its waits for a core: median | worst \
+             |\n|---|--:|--:|--:|--:|--:|\n\
+             | one swapped alone among them, n = {} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |\n\
+             | all swapped by one command, n = {} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |\n\n\
              All of them took {:.1} s; {} did not move. Each guest with its VMM had {:.1} MiB of memory before the swaps and {:.1} \
              after; meanwhile at most {:.0} MiB more of the host's were taken in all.",
             many.guests,
-            many.lone.n,
-            many.lone.p50,
-            many.lone.p99,
-            many.lone.max,
-            many.all.n,
-            many.all.p50,
-            many.all.p99,
-            many.all.max,
+            many.lone.host.n,
+            many.lone.host.p50,
+            many.lone.host.p99,
+            many.lone.host.max,
+            many.lone.unqueued.p50,
+            many.lone.unqueued.max,
+            many.all.host.n,
+            many.all.host.p50,
+            many.all.host.p99,
+            many.all.host.max,
+            many.all.unqueued.p50,
+            many.all.unqueued.max,
             many.took_s,
             many.stayed,
             many.each_mib[0],

@@ -63,7 +63,8 @@ pub(crate) fn pause(ms: u64) {
     std::thread::sleep(Duration::from_millis(ms));
 }
 
-fn nanos(duration: Duration) -> u64 {
+/// For figures.
+pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -86,6 +87,7 @@ fn sample(report: &SwapReport) -> Sample {
     let before = report.phases.iter().filter(|phase| !phase.in_blackout);
     Sample {
         host_ns: nanos(report.blackout.host),
+        unqueued_ns: report.blackout.unqueued_worst().map(nanos),
         guest_ns: report
             .blackout
             .guest_ns

@@ -19,8 +19,8 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
     writeln!(to, "\nHow long the guest stood still, ms (worst vCPU)\n")?;
     writeln!(
         to,
-        "  {:<18} {:<13} {:>4} {:>8} {:>8} {:>8} {:>8} {:>10}",
-        "machine", "", "n", "median", "p90", "p99", "worst", "host's p50"
+        "  {:<18} {:<13} {:>4} {:>8} {:>8} {:>8} {:>8} {:>10} {:>10}",
+        "machine", "", "n", "median", "p90", "p99", "worst", "host's p50", "less waits"
     )?;
     let mut last = "";
     for row in &report.series {
@@ -43,7 +43,12 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         match row.who {
             // Of QEMU we know only when it said that it stopped.
             Who::NoSwap | Who::Qemu | Who::QemuStop => writeln!(to, "{:>10}", "")?,
-            _ => writeln!(to, "{:>10.2}", row.host.p50)?,
+            _ => {
+                write!(to, "{:>10.2}", row.host.p50)?;
+                let unqueued = row.unqueued.as_ref();
+                let unqueued = unqueued.map(|of| format!("{:>11.2}", of.p50));
+                writeln!(to, "{}", unqueued.unwrap_or_default())?;
+            }
         }
         if row.unseen > 0 {
             writeln!(
@@ -102,22 +107,24 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             writeln!(
                 to,
                 "a guest that writes it again and again lost {:.0} ms by its own notes, {:.0} ms by the report (page tables {kind}, n = {}, {} not \
-                 recovered in time)",
-                of.noted.p50, of.told.p50, of.told.n, of.not_seen
+                 recovered in time, of {} no notes)",
+                of.noted.p50, of.told.p50, of.told.n, of.not_seen, of.not_noted
             )?;
         }
     }
     if let Some(many) = &report.many {
         writeln!(
             to,
-            "\n{} guests on this host, by one command: {:.2} ms in the middle, {:.2} at worst by the host's count (one alone among \
-             them: {:.2} ms, n = {}); {:.1} s for all, {} did not move\n\
+            "\n{} guests on this host, by one command: {:.2} ms in the middle, {:.2} at worst by the host's count, {:.2} less waits for \
+             a core (one alone among them: {:.2} ms and {:.2}, n = {}); {:.1} s for all, {} did not move\n\
              memory: {:.1} MiB for each guest and its VMM before, {:.1} after; of the host at most {:.0} MiB more meanwhile",
             many.guests,
-            many.all.p50,
-            many.all.max,
-            many.lone.p50,
-            many.lone.n,
+            many.all.host.p50,
+            many.all.host.max,
+            many.all.unqueued.max,
+            many.lone.host.p50,
+            many.lone.unqueued.p50,
+            many.lone.host.n,
             many.took_s,
             many.stayed,
             many.each_mib[0],

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::brownout::{Brownout, Recoveries};
 use crate::environment::Facts;
 use crate::light::{Light, Weight};
-use crate::many::Many;
+use crate::many::{Figures, Many};
 use crate::run::Measured;
 use crate::sample::{Series, Who};
 use crate::scene::{BASE, MANY, PAIR, Scene};
@@ -141,6 +141,8 @@ pub(crate) struct Recovered {
     pub(crate) noted: Summary,
     /// Swaps whose report gave no end of the slow time.
     pub(crate) not_seen: usize,
+    /// Swaps around whose pause the guest's notes were not seen.
+    pub(crate) not_noted: usize,
 }
 
 /// Many guests on a host.
@@ -148,10 +150,10 @@ pub(crate) struct Recovered {
 pub(crate) struct Crowd {
     /// How many.
     pub(crate) guests: u32,
-    /// Host blackouts of one that was swapped alone among the others, ms.
-    pub(crate) lone: Summary,
-    /// Host blackouts of all, swapped by one command, ms.
-    pub(crate) all: Summary,
+    /// Of one that was swapped alone among the others.
+    pub(crate) lone: Stood,
+    /// Of all, swapped by one command.
+    pub(crate) all: Stood,
     /// Guests that did not move.
     pub(crate) stayed: usize,
     /// The longest such command, s.
@@ -160,6 +162,15 @@ pub(crate) struct Crowd {
     pub(crate) each_mib: [f64; 2],
     /// The most that the swaps took of it meanwhile, MiB.
     pub(crate) most_mib: f64,
+}
+
+/// Blackouts, ms.
+#[derive(Debug, Serialize)]
+pub(crate) struct Stood {
+    /// The host's, waits for a core included.
+    pub(crate) host: Summary,
+    /// What the worst vCPU was out of its guest, less its waits for a core.
+    pub(crate) unqueued: Summary,
 }
 
 /// What a VMM weighs, by medians.
@@ -186,6 +197,8 @@ pub(crate) struct Row {
     pub(crate) guest: Summary,
     /// The host's.
     pub(crate) host: Summary,
+    /// What the worst vCPU was out of its guest, less its waits for a core; of ours.
+    pub(crate) unqueued: Option<Summary>,
     /// Swaps whose gap was not found in the guest's log.
     pub(crate) unseen: usize,
     /// What the guest complained of.
@@ -259,6 +272,7 @@ fn recovered(of: &Recoveries) -> Option<Recovered> {
         told: stats::summary(&of.told)?,
         noted: stats::summary(&of.noted)?,
         not_seen: of.not_seen,
+        not_noted: of.not_noted,
     })
 }
 
@@ -267,12 +281,19 @@ fn crowd(many: &Many) -> Option<Crowd> {
     let longest = many.took_ns.iter().max().copied().unwrap_or(0);
     Some(Crowd {
         guests: many.guests,
-        lone: stats::summary(&many.lone)?,
-        all: stats::summary(&many.all)?,
+        lone: stood(&many.lone)?,
+        all: stood(&many.all)?,
         stayed: many.stayed,
         took_s: longest as f64 / 1e9,
         each_mib: many.each_kib.map(mib),
         most_mib: mib(many.most_kib),
+    })
+}
+
+fn stood(figures: &Figures) -> Option<Stood> {
+    Some(Stood {
+        host: stats::summary(&figures.host)?,
+        unqueued: stats::summary(&figures.unqueued)?,
     })
 }
 
@@ -338,6 +359,7 @@ fn row(series: &Series) -> Option<Row> {
         who: series.who,
         guest: stats::summary(&series.guest())?,
         host: stats::summary(&series.host())?,
+        unqueued: stats::summary(&series.unqueued()),
         unseen: series.unseen.len(),
         faults: series.faults.clone(),
     })

@@ -94,9 +94,39 @@ pub struct Blackout {
     /// readings at the time (halted, offline).
     #[serde(default)]
     pub guest_ns: Vec<Option<u64>>,
+    /// What each vCPU was out of the guest, where both processes of a VMM's swap tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub vcpus: Vec<Outside>,
+}
+
+/// For how long a vCPU was out of its guest, by its own thread's stamps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Outside {
+    /// From the kick's `KVM_RUN` coming back in the predecessor to the first one's beginning in the successor.
+    #[serde(rename = "out_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub out: Duration,
+    /// What its threads waited for a core in that time, ready to run (`/proc/PID/schedstat`); where the kernel
+    /// keeps no account, 0. They sleep while they wait for another vCPU, whatever that one waits for.
+    #[serde(rename = "queued_ns", with = "crate::nanos")]
+    #[cfg_attr(feature = "openapi", schema(value_type = u64))]
+    pub queued: Duration,
+}
+
+impl Outside {
+    /// Less its waits for a core.
+    pub fn unqueued(&self) -> Duration {
+        self.out.saturating_sub(self.queued)
+    }
 }
 
 impl Blackout {
+    /// The longest that any vCPU was out of its guest, each less its own waits for a core. `None` if nobody tells.
+    pub fn unqueued_worst(&self) -> Option<Duration> {
+        self.vcpus.iter().map(Outside::unqueued).max()
+    }
+
     /// The longest that any vCPU saw.
     pub fn guest_worst(&self) -> Option<Duration> {
         self.guest_ns

@@ -38,6 +38,7 @@ use crate::machine::{Machine, Timing};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpusError;
 use crate::vcpu::hurry::Hurry;
+use crate::vcpu::outside::Left;
 use crate::{clock, warm};
 
 /// How long the predecessor may take to make its offer, and to freeze after we have adopted.
@@ -280,6 +281,7 @@ fn take_over(mut prepared: Prepared, channel: &mut Channel) -> Result<Arrived, A
     let _ = channel.send(Body::Running(Running {}), &[]);
     let evidence = Evidence {
         kicked_tsc,
+        left: Vec::new(),
         entered,
         loaded,
         pages,
@@ -480,10 +482,17 @@ fn await_word(
     }
 }
 
-/// Waits a little for the predecessor's part of the report; nothing but the report hangs on it.
-pub fn hear_predecessor(channel: &mut Channel) -> Option<SwapReport> {
+/// Waits a little for the predecessor's part of the report, and for when each vCPU came to rest there; nothing but the
+/// report hangs on it.
+pub fn hear_predecessor(channel: &mut Channel) -> (Option<SwapReport>, Vec<Left>) {
     match channel.receive(Instant::now() + TELL_PATIENCE) {
-        Ok((Body::Phases(phases), _)) => serde_json::from_str(&phases.report).ok(),
-        _ => None,
+        Ok((Body::Phases(phases), _)) => {
+            let left = phases.out.iter().map(|out| Left {
+                tsc: out.tsc,
+                queued: Duration::from_nanos(out.queued_ns),
+            });
+            (serde_json::from_str(&phases.report).ok(), left.collect())
+        }
+        _ => (None, Vec::new()),
     }
 }

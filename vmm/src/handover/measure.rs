@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use stillpoint_control::clock::Policy;
 use stillpoint_control::report::{
-    Blackout, ClockReceipt, Outcome, Phase, ReleaseName, Side, SwapReport,
+    Blackout, ClockReceipt, Outcome, Outside, Phase, ReleaseName, Side, SwapReport,
     WallClock as WallClockReceipt,
 };
 use stillpoint_state::sections::Clock;
@@ -23,6 +23,7 @@ use crate::devices::probe;
 use crate::machine::Machine;
 use crate::machine::build::Loaded;
 use crate::vcpu::Entered;
+use crate::vcpu::outside::Left;
 
 /// How long a guest may take to log the gap it saw, and KVM to write the clock pages.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -39,6 +40,8 @@ const WATCHDOGS: Duration = Duration::from_secs(20);
 pub struct Evidence {
     /// Host TSC at the kick; 0 if the predecessor died before it could say.
     pub kicked_tsc: u64,
+    /// How each vCPU came to rest; empty if nobody told.
+    pub left: Vec<Left>,
     /// How the vCPUs were let in.
     pub entered: Entered,
     /// What loading showed.
@@ -96,6 +99,7 @@ pub fn report(
             ..evidence.entered.tsc.wrapping_add_signed(offset)
     });
     report.blackout.guest_ns = guest_gaps(machine, window);
+    report.blackout.vcpus = outside(evidence, khz);
     let before = report.clock.take().unwrap_or_default().wall_clock;
     let mut receipt = receipt(evidence, machine);
     // First: until it is done, the guest's wall clock is late.
@@ -166,6 +170,16 @@ fn phases(evidence: &Evidence, told: Vec<Phase>) -> Vec<Phase> {
     all
 }
 
+/// What each vCPU was out of the guest, in both processes.
+fn outside(evidence: &Evidence, khz: u32) -> Vec<Outside> {
+    let pairs = evidence.left.iter().zip(&evidence.entered.vcpus);
+    let outside = pairs.map(|(left, entry)| Outside {
+        out: clock::duration(entry.tsc.saturating_sub(left.tsc), khz),
+        queued: left.queued + entry.queued,
+    });
+    outside.collect()
+}
+
 /// The gap that each vCPU saw which overlaps `window`, in the guest's TSC.
 pub(crate) fn guest_gaps(machine: &Machine, window: Option<Range<u64>>) -> Vec<Option<u64>> {
     let count = machine.vcpu_count();
@@ -228,7 +242,7 @@ fn receipt(evidence: &Evidence, machine: &Machine) -> ClockReceipt {
         loop_cpu: loaded.clock.cpu,
         masterclock_before: before,
         masterclock_after: loaded.clock.master,
-        told_of_pause: evidence.entered.told.clone(),
+        told_of_pause: evidence.entered.told(),
         wall_clock: WallClockReceipt::default(),
         steps: Vec::new(),
         fallback: fallback.map(str::to_owned),

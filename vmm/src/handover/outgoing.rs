@@ -22,10 +22,11 @@ use stillpoint_control::report::{
 };
 
 use super::lend::Lending;
-use super::{Body, Channel, ChannelError, Phases};
+use super::{Body, Channel, ChannelError, Out, Phases};
 use crate::faults;
 use crate::machine::FreezeError;
 use crate::machine::frozen::Guest;
+use crate::vcpu::outside::Left;
 use blackout::blackout;
 pub use blackout::retire;
 use prepare::{calm_down, prepare};
@@ -115,6 +116,8 @@ struct Log {
     state_bytes: u64,
     blackout: Duration,
     margin: Option<Margin>,
+    /// How each vCPU came to rest.
+    left: Vec<Left>,
     lending: Lending,
     /// The guest's wall clock less the host's, as its agent says.
     wall_error_ns: Option<i64>,
@@ -149,6 +152,7 @@ pub fn hand_over(
         state_bytes: 0,
         blackout: Duration::ZERO,
         margin: None,
+        left: Vec::new(),
         lending: Lending::default(),
         wall_error_ns: None,
         recovery: Vec::new(),
@@ -170,7 +174,12 @@ pub fn hand_over(
             if let Ok(report) = serde_json::to_string(&report)
                 && faults::reach(faults::Point::Retiring).is_ok()
             {
-                let _ = channel.send(Body::Phases(Phases { report }), &[]);
+                let out = log.left.iter().map(|left| Out {
+                    tsc: left.tsc,
+                    queued_ns: u64::try_from(left.queued.as_nanos()).unwrap_or(u64::MAX),
+                });
+                let out = out.collect();
+                let _ = channel.send(Body::Phases(Phases { report, out }), &[]);
             }
             Handover::Moved
         }
@@ -225,7 +234,7 @@ fn report(
         phases: log.phases.clone(),
         blackout: Blackout {
             host: log.blackout,
-            guest_ns: Vec::new(),
+            ..Blackout::default()
         },
         clock: None,
         recovery: Vec::new(),

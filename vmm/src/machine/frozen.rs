@@ -19,6 +19,7 @@ use stillpoint_control::ownership::{Epoch, Owner, Ownership, OwnershipError};
 use super::{FreezeError, Machine, Timing};
 use crate::handover::lend::Lending;
 use crate::vcpu::hurry::Hurry;
+use crate::vcpu::outside::Left;
 use crate::vcpu::{Entered, VcpusError};
 use crate::{clock, faults, release};
 
@@ -68,6 +69,8 @@ pub struct Frozen<'g> {
     pub drained: Duration,
     /// Phases so far.
     pub timing: Timing,
+    /// How each vCPU came to rest, once it is saved.
+    pub left: Vec<Left>,
 }
 
 /// What is known of the pause of a guest whose machine is taken apart.
@@ -128,6 +131,7 @@ impl Guest {
             deadline: began,
             drained: Duration::ZERO,
             timing: Timing::start(),
+            left: Vec::new(),
         };
         frozen.guest.machine.drain(began + DRAIN_PATIENCE)?;
         frozen.hurry = frozen.guest.machine.hurry();
@@ -181,7 +185,8 @@ impl<'g> Frozen<'g> {
     /// Saves the guest's state in `format`; its clocks make of the pause what `policy` says.
     pub fn save(&mut self, format: u32, policy: Policy) -> Result<Vec<u8>, FreezeError> {
         let machine = &self.guest.machine;
-        let saved = machine.save(format, policy, self.deadline)?;
+        let (saved, left) = machine.save(format, policy, self.deadline)?;
+        self.left = left;
         let epoch = self.guest.owner.epoch().next();
         let bytes = saved.finish(format, release::VERSION, &machine.spec().name, epoch.0);
         self.timing.mark("save");

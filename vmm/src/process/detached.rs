@@ -369,6 +369,7 @@ impl Built {
         self.timing.marks.push(("enter", took));
         let evidence = Evidence {
             kicked_tsc: aside.kicked_tsc,
+            left: Vec::new(),
             entered,
             loaded: self.loaded,
             pages: self.pages,

@@ -130,6 +130,7 @@ fn build(
     blackout.append(&mut timing.marks);
     let evidence = Evidence {
         kicked_tsc: label.kicked_tsc,
+        left: Vec::new(),
         entered,
         loaded,
         pages,

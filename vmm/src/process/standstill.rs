@@ -191,6 +191,7 @@ impl Process {
             blackout: Blackout {
                 host,
                 guest_ns: measure::guest_gaps(machine, Some(window)),
+                vcpus: Vec::new(),
             },
             clock: Some(receipt(&seen, host)),
             recovery: Vec::new(),
@@ -272,7 +273,7 @@ fn run_on(frozen: Frozen<'_>) -> Entered {
             tracing::error!(%error, "not every vCPU came in after a pause");
             Entered {
                 tsc: host_tsc(),
-                told: Vec::new(),
+                vcpus: Vec::new(),
             }
         })
 }
@@ -304,7 +305,7 @@ fn receipt(seen: &Seen, pause: Duration) -> ClockReceipt {
             .and_then(|(a, b)| off_line(a, b)),
         masterclock_before: master(before),
         masterclock_after: master(after),
-        told_of_pause: seen.entered.told.clone(),
+        told_of_pause: seen.entered.told(),
         ..ClockReceipt::default()
     }
 }

@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use stillpoint_state::sections::Vcpu as VcpuSection;
 
+use super::SavedVcpu;
 use super::error::VcpuError;
 use super::load::{LoadedVcpu, Pause};
+use super::outside::Entry;
 use super::placement::Home;
 use crate::bus::Bus;
 
@@ -44,21 +46,12 @@ pub(super) enum Order {
     Stop,
 }
 
-/// How a vCPU was let in.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Entry {
-    /// Host TSC.
-    pub(super) tsc: u64,
-    /// KVM will tell the guest that it stood still.
-    pub(super) told: bool,
-}
-
 /// What it answers.
 #[derive(Debug)]
 pub(super) enum Answer {
     Ready(Result<Home, VcpuError>),
     Parked,
-    Saved(Result<Box<(VcpuSection, u32)>, VcpuError>),
+    Saved(Result<Box<SavedVcpu>, VcpuError>),
     PreFaulted(Result<(), VcpuError>),
     LoadedAhead(Result<(), VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),

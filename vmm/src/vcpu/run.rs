@@ -7,18 +7,19 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 
-use super::Surroundings;
 use super::error::VcpuError;
 use super::exit::{self, Exit};
 use super::load::{Known, Pause};
 use super::msrs::{self, Late, Passed};
-use super::orders::{Answer, Entry, Order, wait_for};
+use super::orders::{Answer, Order, wait_for};
+use super::outside::{Entry, Left, Queue};
 use super::placement::Home;
 use super::settle::{arm, disarm, settle, take_up_requests};
 use super::state;
+use super::{SavedVcpu, Surroundings};
 use crate::bus::Bus;
 use crate::clock;
-use crate::clock::steal::{self, RunDelay};
+use crate::clock::steal;
 use crate::event::Event;
 use crate::faults::{self, Spoilt};
 use crate::{raw, warm};
@@ -50,7 +51,10 @@ pub(super) struct Runner {
     /// The pause that it was loaded after.
     pause: Pause,
     tsc_khz: u32,
-    run_delay: RunDelay,
+    /// What its thread waits for a core.
+    queue: Queue,
+    /// When it came out of the guest.
+    left: Left,
     ended: bool,
     /// How often it came back from the guest.
     turns: Arc<AtomicU64>,
@@ -91,7 +95,8 @@ impl Runner {
             late,
             pause: Pause::default(),
             tsc_khz: 0,
-            run_delay: RunDelay::default(),
+            queue: Queue::default(),
+            left: Left::default(),
             ended: false,
             turns,
             spin,
@@ -119,13 +124,15 @@ impl Runner {
     }
 
     fn come_to_rest(&mut self) {
+        self.left = Left::now();
+        self.queue.restart();
         self.answer(Answer::Parked);
         self.awake = self.spin;
     }
 
     fn prime(&mut self) -> Result<Home, VcpuError> {
         state::warm_up();
-        self.run_delay = RunDelay::of_this_thread();
+        self.queue = Queue::of_this_thread();
         arm(&self.fd)?;
         match faults::is_spoilt(Spoilt::Latecomers) {
             true => settle(&mut self.fd)?,
@@ -145,13 +152,26 @@ impl Runner {
             Ok(None) => return Phase::Parked,
             Err(_) => return Phase::Stopped,
         };
+        if !spin.is_zero() {
+            self.queue.skip();
+        }
         match order {
             Order::Stop => return Phase::Stopped,
             Order::Park => self.come_to_rest(),
-            Order::StandBy(awake) => self.awake = awake,
+            Order::StandBy(awake) => {
+                self.queue.restart();
+                self.awake = awake;
+            }
             Order::Save { format } => {
                 let khz = self.known.tsc_khz;
                 let saved = state::save(&mut self.fd, &mut self.msrs, format, khz);
+                self.left.queued = self.queue.so_far();
+                let left = self.left;
+                let saved = saved.map(|(section, version)| SavedVcpu {
+                    section,
+                    version,
+                    left,
+                });
                 self.answer(Answer::Saved(saved.map(Box::new)));
             }
             Order::PreFault(range) => {
@@ -161,10 +181,12 @@ impl Runner {
                     source: error.into(),
                 });
                 self.answer(Answer::PreFaulted(filled));
+                self.queue.restart();
             }
             Order::LoadAhead(section) => {
                 let loaded = self.known.load_ahead(&self.fd, &section);
                 self.answer(Answer::LoadedAhead(loaded));
+                self.queue.restart();
             }
             Order::Load(section, pause, tsc_stands) => {
                 let known = &mut self.known;
@@ -178,6 +200,7 @@ impl Runner {
                     loaded
                 });
                 self.answer(Answer::Loaded(loaded));
+                self.queue.so_far();
                 self.awake = self.spin;
             }
             Order::LoadRest => {
@@ -211,8 +234,9 @@ impl Runner {
     fn enter_and_tell(&mut self) -> Phase {
         let told = self.tell_of_pause();
         let phase = self.enter();
+        let queued = self.queue.so_far();
         let tsc = clock::host_tsc();
-        self.answer(Answer::Entering(Ok(Entry { tsc, told })));
+        self.answer(Answer::Entering(Ok(Entry { tsc, told, queued })));
         phase
     }
 
@@ -230,7 +254,7 @@ impl Runner {
             waited: Duration::ZERO,
         };
         if late.has_steal_time() {
-            passed.waited = self.run_delay.read();
+            passed.waited = self.queue.ever();
             if steal {
                 let pause = clock::host_tsc().saturating_sub(from_tsc);
                 passed.stolen = duration(pause.saturating_sub(held));

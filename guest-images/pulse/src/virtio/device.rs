@@ -64,18 +64,16 @@ pub(super) struct Claim(usize);
 impl Claim {
     /// The slot, if nobody has it and a device of this kind (of any, if 0) is in it.
     pub(super) fn of(slot: usize, kind: u32) -> Option<Self> {
-        if TAKEN.get(slot)?.swap(true, Acquire) {
-            return None;
-        }
-        let claim = Self(slot);
-        let window = claim.window();
+        let taken = TAKEN.get(slot)?;
+        // Before it is claimed: a vCPU that only looks must not keep a device from the one that it is for.
+        let window = Window::of(slot);
         let there = window.read32(offset::MAGIC) == MAGIC
             && window.read32(offset::VERSION) == VERSION
             && match window.read32(offset::DEVICE_ID) {
                 0 => false,
                 id => kind == 0 || id == kind,
             };
-        there.then_some(claim)
+        (there && !taken.swap(true, Acquire)).then(|| Self(slot))
     }
 
     /// The slot that the command line gives the vCPU, or the first that will do.

@@ -7,6 +7,15 @@ use crate::model::SwapRecord;
 
 /// A swap that moved, with this receipt and these warnings.
 fn said(clock: Value, warnings: &[&str]) -> String {
+    said_of(
+        json!({ "host_ns": 940_000, "guest_ns": [1_530_000, 1_100_000] }),
+        clock,
+        warnings,
+    )
+}
+
+/// The same, with this blackout.
+fn said_of(blackout: Value, clock: Value, warnings: &[&str]) -> String {
     let release = |version: &str| json!({ "version": version, "sha256": "" });
     let report = json!({
         "swap": "7", "vm": "web-1", "component": "vmm",
@@ -14,7 +23,7 @@ fn said(clock: Value, warnings: &[&str]) -> String {
         "outcome": "moved", "reason": null, "started_at_unix_ns": 0,
         "vcpus": 2, "memory_bytes": 268_435_456, "state_format": 2, "state_bytes": 15_000,
         "budget_ns": 100_000_000, "phases": [],
-        "blackout": { "host_ns": 940_000, "guest_ns": [1_530_000, 1_100_000] },
+        "blackout": blackout,
         "clock": clock, "warnings": warnings,
     });
     let record = json!({
@@ -66,6 +75,19 @@ fn an_ordinary_swap() {
          \x20            a pause of 812 µs, included; set in 7 tries, 13.2 µs of CPU\n\
          \x20            the guest's wall clock against the host's: +212 ns before, +219 ns after\n"
     );
+}
+
+#[test]
+fn waits_for_a_core_are_told_where_they_are_much_of_a_pause() {
+    let said = |queued: [u64; 2]| {
+        let vcpu = |queued| json!({ "out_ns": 900_000, "queued_ns": queued });
+        let vcpus = queued.map(vcpu);
+        let blackout = json!({ "host_ns": 940_000, "guest_ns": [], "vcpus": vcpus });
+        said_of(blackout, receipt(), &[])
+    };
+    let line = "\n             a vCPU waited 400 µs of it for a core\n";
+    assert!(said([0, 400_000]).contains(line), "{}", said([0, 400_000]));
+    assert!(!said([0, 80_000]).contains("for a core"));
 }
 
 #[test]

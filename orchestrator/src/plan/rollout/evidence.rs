@@ -122,6 +122,7 @@ mod tests {
             blackout: Blackout {
                 host: MS * 7,
                 guest_ns: Vec::new(),
+                vcpus: Vec::new(),
             },
             clock: Some(ClockReceipt {
                 kvmclock_error_ns: Some(-20),

@@ -45,6 +45,7 @@ fn report(started_at_unix_ns: u64) -> SwapReport {
         blackout: Blackout {
             host: Duration::from_millis(3),
             guest_ns: vec![None, Some(4 * MS)],
+            vcpus: Vec::new(),
         },
         clock: Some(ClockReceipt {
             policy: Policy::Advance,

@@ -66,7 +66,7 @@ pub(super) fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
         ),
         (
             "vcpu8_vs_vcpu1_p50",
-            "8 resting vCPUs: host's median at most 4 times that of 1",
+            "8 resting vCPUs, less waits for a core: median at most 4 times that of 1",
             0.0,
             MOST_BY_VCPUS,
         ),
@@ -78,7 +78,7 @@ pub(super) fn targets(measured: &Measured, ratios: &[Measure]) -> Vec<Target> {
         ),
         (
             "many_vs_lone_max",
-            "all guests at once: none above 2 times a lone swap's median",
+            "all guests at once, less waits for a core: none above 2 times a lone swap's median",
             0.0,
             MOST_AMONG_MANY,
         ),

@@ -128,6 +128,7 @@ fn save(
 ) -> Result<(), KeptReason> {
     let bytes = frozen.save(log.format, errand.clock)?;
     log.state_bytes = bytes.len() as u64;
+    log.left = std::mem::take(&mut frozen.left);
     write_sealed(&errand.state, &bytes).map_err(KeptReason::State)?;
     // Before the seal: a successor that finds us dead, and the state sealed, has them all.
     lend(frozen.machine(), &mut log.lending, channel)?;

@@ -252,7 +252,7 @@ fn load(mut built: Built, channel: &mut Channel) -> Result<(), StageError> {
         true => Policy::Hold,
         false => Policy::Advance,
     };
-    let saved = machine.save(built.format, policy, Instant::now() + PATIENCE)?;
+    let (saved, _) = machine.save(built.format, policy, Instant::now() + PATIENCE)?;
     let again = saved.finish(built.format, release::VERSION, &machine.spec().name, epoch);
     let file = rustix::fs::memfd_create("stillpoint-again", MemfdFlags::CLOEXEC)?;
     let mut at = 0;

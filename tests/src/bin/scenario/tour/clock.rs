@@ -12,8 +12,9 @@ use super::wires;
 
 /// Questions, of which the one that was answered soonest counts.
 const ASKED: usize = 100;
-/// What a clock may move by beyond what is uncertain, us. Each kernel calibrates the TSC anew, to some parts per
-/// million, and nobody disciplines these hosts' clocks: over a minute or two that is a millisecond or so.
+/// What a clock may move by beyond what is uncertain, us. Each kernel calibrates the TSC anew, to some tens of parts per
+/// million, and nobody disciplines these hosts' clocks: until a new kernel is asked for the first time that is a
+/// millisecond or so.
 const DRIFT_US: i64 = 5_000;
 
 /// How far a clock is from another.
@@ -23,6 +24,31 @@ pub(crate) struct Off {
     pub(crate) ns: i64,
     /// It may be so much more or less.
     pub(crate) uncertain_ns: i64,
+    /// When that was, by this host's clock.
+    at_ns: i64,
+}
+
+/// How far a clock of a steady rate is from another, by two looks.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Line {
+    pub(crate) first: Off,
+    pub(crate) last: Off,
+}
+
+impl Line {
+    /// Where it leads to at the moment of a later look.
+    pub(crate) fn led_to(&self, later: &Off) -> Off {
+        let Self { first, last } = self;
+        let known = (last.at_ns - first.at_ns).max(1) as f64;
+        let ahead = (later.at_ns - last.at_ns) as f64 / known;
+        let moved = (last.ns - first.ns) as f64 * ahead;
+        let uncertain = (first.uncertain_ns + last.uncertain_ns) as f64 * ahead;
+        Off {
+            ns: last.ns + moved as i64,
+            uncertain_ns: last.uncertain_ns + uncertain as i64,
+            at_ns: later.at_ns,
+        }
+    }
 }
 
 /// How far it moved.
@@ -73,6 +99,7 @@ fn tightest(mut ask: impl FnMut() -> anyhow::Result<i64>) -> anyhow::Result<Off>
         let off = Off {
             ns: ns(asked + took / 2) - said,
             uncertain_ns: ns(took / 2),
+            at_ns: ns(asked),
         };
         best = Some(
             best.filter(|best| best.uncertain_ns <= off.uncertain_ns)
@@ -101,4 +128,33 @@ pub(crate) fn outside() -> anyhow::Result<Off> {
 pub(crate) fn of_guest(guest: &Linux<'_>) -> anyhow::Result<Off> {
     let mut agent = guest.agent()?;
     tightest(|| Ok(i64::try_from(agent.clocks()?.realtime.ns)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn off(ns: i64, at_s: i64) -> Off {
+        Off {
+            ns,
+            uncertain_ns: 100,
+            at_ns: at_s * 1_000_000_000,
+        }
+    }
+
+    #[test]
+    fn a_steady_drift_is_no_move_and_a_step_is_one() {
+        // 27 parts per million for five minutes: more than a clock may move by.
+        let line = Line {
+            first: off(-1_000, 0),
+            last: off(8_099_000, 300),
+        };
+        let led_to = |ns| {
+            let now = off(ns, 450);
+            now.since(&line.led_to(&now))
+        };
+        let moved = led_to(12_149_000).expect("on its line");
+        assert_eq!((moved.us, moved.uncertain_us), (0, 0));
+        led_to(12_149_000 + 6_000_000).expect_err("a step");
+    }
 }
