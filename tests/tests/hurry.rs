@@ -103,7 +103,7 @@ fn who_stands_still_goes_first_and_who_runs_does_not() -> anyhow::Result<()> {
     vm.power_off()
 }
 
-/// On a machine of more cores than the guest has vCPUs who waits for the other side does so awake; it must know when.
+/// Where it takes no core from a vCPU, who waits for the other side does so awake; it must know when.
 #[test]
 fn a_successor_that_waits_awake_hears_when_the_state_comes() -> anyhow::Result<()> {
     needs_kvm!();

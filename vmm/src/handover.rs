@@ -128,8 +128,8 @@ pub struct Adopted {
     /// It takes a state ahead of the freeze ([`Body::Ahead`]).
     #[prost(bool, tag = "4")]
     pub ahead: bool,
-    /// This host has a core that no vCPU of this guest needs, so who waits for a word that is microseconds away may stay
-    /// awake for it; and it wants to hear when that is ([`Body::Soon`]).
+    /// Who waits for a word that is microseconds away may stay awake for it here, and keeps no vCPU of this guest from its
+    /// core; and it wants to hear when that is ([`Body::Soon`]).
     #[prost(bool, tag = "5")]
     pub awake: bool,
 }

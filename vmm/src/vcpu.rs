@@ -108,7 +108,7 @@ pub struct VcpuSet {
 struct Wait {
     /// What the vCPUs were told, for the error.
     what: &'static str,
-    /// Stay awake this long: only where no vCPU that is to run waits for this core.
+    /// Stay awake this long, see [`is_room_to_wait_awake`].
     spin: Duration,
     /// Give up after this.
     patience: Duration,
@@ -168,12 +168,19 @@ pub struct Surroundings {
     pub events: Sender<Event>,
 }
 
+/// Whether who waits for a word that is microseconds away may stay awake for it. It must not keep anybody from what is waited
+/// for: so there is a core that no vCPU needs, or each has one and all are real-time threads, among which who waits
+/// yields to who works at once.
+fn is_room_to_wait_awake(vcpus: usize) -> bool {
+    let cores = placement::cores();
+    cores > vcpus || (cores == vcpus && Hurry::is_allowed())
+}
+
 impl VcpuSet {
     /// Starts a thread for each, parked.
     pub fn start(fds: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, VcpusError> {
         let (answer, answers) = channel();
-        // Without a core to spare, who stays awake keeps somebody else from what is waited for.
-        let spin = match placement::has_spare_core(fds.len()) {
+        let spin = match is_room_to_wait_awake(fds.len()) {
             true => SPIN,
             false => Duration::ZERO,
         };
@@ -370,7 +377,7 @@ impl VcpuSet {
         )
     }
 
-    /// Whether there is a core for who waits awake.
+    /// Whether who waits may stay awake for it.
     pub fn may_stay_awake(&self) -> bool {
         !self.spin.is_zero()
     }

@@ -135,9 +135,10 @@ impl Guest {
         };
         frozen.guest.machine.drain(began + DRAIN_PATIENCE)?;
         frozen.hurry = frozen.guest.machine.hurry();
-        // Who hears it may stay awake from now on: this thread goes before that one.
-        announce();
         frozen.hurry.take_effect();
+        // Who hears it stays awake from now on, as an equal of the vCPUs: not before each of them has the core that it wants.
+        announce();
+        frozen.hurry.let_be_heard();
         frozen.kicked_tsc = clock::host_tsc();
         frozen.kicked = Instant::now();
         frozen.deadline = frozen.kicked + budget;

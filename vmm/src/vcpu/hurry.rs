@@ -21,6 +21,8 @@ const ABOVE: i32 = 2;
 
 /// Long enough for each core to have switched to the thread that was raised.
 const EFFECT: Duration = Duration::from_micros(300);
+/// Long enough for another process to wake up on a core that rests, and to wake its own threads.
+const HEARING: Duration = Duration::from_micros(100);
 
 /// Threads in a hurry, until it is dropped. The default are none.
 #[must_use]
@@ -52,11 +54,23 @@ impl Hurry {
         }
     }
 
+    /// Whether this process may hurry.
+    pub(super) fn is_allowed() -> bool {
+        Self::with(std::iter::empty()).lead.is_some()
+    }
+
     /// Leaves the cores to the vCPUs until each of those that want one has it. One that is kicked while it waits for its
     /// turn stands still from the moment it began to wait; and to raise a thread may take its core from another.
     pub(crate) fn take_effect(&self) {
         if !self.vcpus.is_empty() {
             std::thread::sleep(EFFECT);
+        }
+    }
+
+    /// Leaves the cores that the vCPUs don't want to who was told that they are about to stand still.
+    pub(crate) fn let_be_heard(&self) {
+        if !self.vcpus.is_empty() {
+            std::thread::sleep(HEARING);
         }
     }
 
@@ -151,6 +165,7 @@ mod tests {
             assert!(set(us, before, 0));
             beside(|vcpu| {
                 let own = policy_of(vcpu);
+                assert!(Hurry::is_allowed());
                 let hurry = Hurry::with([vcpu].into_iter());
                 assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
                 assert_eq!(policy_of(vcpu), (libc::SCHED_FIFO, EQUAL));
@@ -177,6 +192,7 @@ mod tests {
             assert_eq!(own, (libc::SCHED_OTHER, 0));
             let hurry = Hurry::with([vcpu].into_iter());
             assert_eq!((policy(), policy_of(vcpu)), ((libc::SCHED_RR, EQUAL), own));
+            assert!(!Hurry::is_allowed());
             drop(hurry);
             set(us, libc::SCHED_OTHER, 0);
         });

@@ -70,10 +70,9 @@ impl Home {
     }
 }
 
-/// Whether this process may use more cores than so many vCPUs keep busy.
-pub(super) fn has_spare_core(vcpus: usize) -> bool {
-    let allowed = sched_getaffinity(None).map(|set| set.count() as usize);
-    allowed.is_ok_and(|cores| cores > vcpus)
+/// How many cores this process may use; none if nobody tells.
+pub(super) fn cores() -> usize {
+    sched_getaffinity(None).map_or(0, |set| set.count() as usize)
 }
 
 /// Lets everything else run before the calling thread (SCHED_IDLE, and the least share for its

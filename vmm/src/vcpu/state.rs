@@ -1,7 +1,7 @@
 //! KVM_GET of one vCPU, in the one right order.
 
-use kvm_bindings::{Xsave, kvm_xsave2};
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use kvm_bindings::{Xsave, kvm_regs, kvm_sregs, kvm_xsave2};
+use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd};
 use stillpoint_state::sections::Vcpu as VcpuSection;
 use stillpoint_state::{Section, StateError};
 
@@ -17,6 +17,23 @@ pub fn save(
     msr_list: &mut Vec<u32>,
     format: u32,
     tsc_khz: u32,
+) -> Result<(VcpuSection, u32), VcpuError> {
+    let run_page = has_sync_regs();
+    if run_page {
+        SYNCED.iter().for_each(|&reg| fd.set_sync_valid_reg(reg));
+    }
+    let saved = save_with(fd, msr_list, format, tsc_khz, run_page);
+    // Or every exit of a guest that runs on would pay for it.
+    SYNCED.iter().for_each(|&reg| fd.clear_sync_valid_reg(reg));
+    saved
+}
+
+fn save_with(
+    fd: &mut VcpuFd,
+    msr_list: &mut Vec<u32>,
+    format: u32,
+    tsc_khz: u32,
+    run_page: bool,
 ) -> Result<(VcpuSection, u32), VcpuError> {
     // First: reading it accepts a pending INIT or SIPI, which changes registers and local APIC.
     let mp_state = timer::mp_state(fd)?;
@@ -43,11 +60,13 @@ pub fn save(
     };
     section.lapic = raw::bytes_of(&saved.lapic.0).to_vec();
     section.lapic_tsc = saved.host_tsc;
-    let regs = fd.get_regs().map_err(VcpuError::kvm("save registers"))?;
+    // Settling left them in the run page, and nothing changes them any more.
+    let synced = (run_page && saved.settled).then(|| fd.sync_regs());
+    let (regs, sregs) = match &synced {
+        Some(synced) => (synced.regs, synced.sregs),
+        None => registers(fd)?,
+    };
     section.regs = raw::bytes_of(&regs).to_vec();
-    let sregs = fd
-        .get_sregs()
-        .map_err(VcpuError::kvm("save system registers"))?;
     section.sregs = raw::bytes_of(&sregs).to_vec();
     section.xsave = save_xsave(fd)?;
     // Hosts without XSAVE have no XCRs: they refuse, or give none and then refuse to take none back
@@ -63,12 +82,40 @@ pub fn save(
         .map_err(VcpuError::kvm("save debug registers"))?;
     section.debugregs = raw::bytes_of(&debugregs).to_vec();
     // Last: it gathers what the calls above may have moved.
-    let events = fd
-        .get_vcpu_events()
-        .map_err(VcpuError::kvm("save pending events"))?;
+    let events = match synced {
+        Some(synced) => synced.events,
+        None => fd
+            .get_vcpu_events()
+            .map_err(VcpuError::kvm("save pending events"))?,
+    };
     section.events = raw::bytes_of(&events).to_vec();
     let version = section.set_msrs(format, msrs.into_iter());
     Ok((section, version))
+}
+
+fn registers(fd: &VcpuFd) -> Result<(kvm_regs, kvm_sregs), VcpuError> {
+    let regs = fd.get_regs().map_err(VcpuError::kvm("save registers"))?;
+    let sregs = fd
+        .get_sregs()
+        .map_err(VcpuError::kvm("save system registers"))?;
+    Ok((regs, sregs))
+}
+
+/// What `KVM_RUN` leaves in its page when it comes back, if it is asked to (api.rst, KVM_CAP_SYNC_REGS): three calls less.
+const SYNCED: [SyncReg; 3] = [
+    SyncReg::Register,
+    SyncReg::SystemRegister,
+    SyncReg::VcpuEvents,
+];
+
+/// Whether this KVM does so, with all of them.
+fn has_sync_regs() -> bool {
+    static HAS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *HAS.get_or_init(|| {
+        let known = Kvm::new().map_or(0, |kvm| kvm.check_extension_int(Cap::SyncRegs));
+        let known = u64::try_from(known).unwrap_or(0);
+        SYNCED.iter().all(|&reg| known & reg as u64 != 0)
+    })
 }
 
 /// Bytes of a `kvm_xsave` on this host; at least the 4096 of the structure without extension.
@@ -82,7 +129,7 @@ pub(super) fn xsave_size() -> usize {
 
 /// Asks the host now what a save would otherwise ask during a blackout.
 pub fn warm_up() {
-    let _ = xsave_size();
+    let _ = (xsave_size(), has_sync_regs());
 }
 
 pub(super) fn new_xsave(size: usize) -> Result<Xsave, VcpuError> {

@@ -145,12 +145,15 @@ pub struct SavedLapic {
 /// Saves local APIC and TSC deadline so that they belong together. The vCPU is parked, its kick
 /// pending.
 pub fn save(fd: &mut VcpuFd, deadline: Option<u64>) -> Result<SavedLapic, VcpuError> {
+    // KVM tells of one in this mode alone (lapic.c, `kvm_get_lapic_tscdeadline_msr`).
+    if deadline.is_some_and(is_armed) {
+        return save_deadline(fd);
+    }
     let lapic = read(fd)?;
     let host_tsc = clock::host_tsc();
     match lapic.mode() {
         Some(Mode::OneShot) if lapic.is_counting() => save_one_shot(fd, lapic, host_tsc),
         Some(Mode::Periodic) if lapic.is_periodic() => phase::save(fd),
-        Some(Mode::Deadline) if deadline.is_some_and(|d| d != 0) => save_deadline(fd),
         _ => Ok(SavedLapic {
             lapic,
             deadline,
@@ -234,26 +237,28 @@ fn has_event(fd: &VcpuFd) -> Result<bool, VcpuError> {
     Ok(injected.iter().any(|&injected| injected != 0))
 }
 
+/// Whether a deadline is one; injection clears it.
+fn is_armed(deadline: u64) -> bool {
+    deadline != 0
+}
+
 fn save_deadline(fd: &mut VcpuFd) -> Result<SavedLapic, VcpuError> {
     settle(fd)?;
-    // Injection clears the deadline. On hosts that post timer interrupts it can happen between
-    // any two reads, so read until both sides of the APIC's reading agree.
-    let mut before = msrs::read_one(fd, msrs::TSC_DEADLINE)?;
-    for _ in 0..4 {
-        let lapic = read(fd)?;
-        let host_tsc = clock::host_tsc();
-        let after = msrs::read_one(fd, msrs::TSC_DEADLINE)?;
-        if before == after {
-            return Ok(SavedLapic {
-                lapic,
-                deadline: after,
-                host_tsc,
-                settled: true,
-            });
-        }
-        before = after;
+    let mut lapic = read(fd)?;
+    let mut host_tsc = clock::host_tsc();
+    let deadline = msrs::read_one(fd, msrs::TSC_DEADLINE)?;
+    // One that is armed still was so before. On hosts that post timer interrupts one that is not may have been injected
+    // between the two; from now on nothing arms it.
+    if !deadline.is_some_and(is_armed) {
+        lapic = read(fd)?;
+        host_tsc = clock::host_tsc();
     }
-    Err(VcpuError::Unsettled)
+    Ok(SavedLapic {
+        lapic,
+        deadline,
+        host_tsc,
+        settled: true,
+    })
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ impl Blank {
         hurry
     }
 
-    /// Whether there is a core for who waits awake: one that no vCPU needs.
+    /// Whether who waits may stay awake for it.
     pub fn may_stay_awake(&self) -> bool {
         self.vcpus.may_stay_awake()
     }
