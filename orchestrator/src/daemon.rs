@@ -161,9 +161,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     host.binaries.clear_away();
     add_first_release(&host).await?;
+    // Before the next: the pause of guests that are adopted is over then, and their event stays for who has not seen it.
+    execute::settle_pauses(&host).await?;
     // Guests first, that stand still since another kernel ran them.
     execute::adopt_all(&host, verified, began.elapsed()).await?;
-    execute::settle_pauses(&host).await?;
     // Before anybody can reach us: who is told to end must end in order, and close its store.
     let told_to_end = told_to_end()?;
     let listener = listen(&config.socket, &config.rules)?;

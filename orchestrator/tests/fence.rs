@@ -364,6 +364,38 @@ fn others_are_reached_through_the_host() {
     });
 }
 
+/// A host may be a guest itself, with a metadata service at the same address, and secrets there. Its guests don't get as far, also
+/// while their own way is not up.
+#[test]
+fn metadata_of_the_host_is_not_reached() {
+    if !is_inside("metadata_of_the_host_is_not_reached") {
+        return;
+    }
+    const SERVICE: &str = "169.254.169.254";
+    scene(false);
+    guest(3, "10.3.0.2", "52:54:00:00:00:04");
+    sh("ip address add 10.3.0.1/24 dev t3
+        ip -n g3 address add 169.254.169.254/32 dev eth0
+        ip -n g3 route add default via 10.3.0.1
+        ip route add 169.254.169.254/32 via 10.3.0.2
+        ip -n g1 route add 169.254.169.254/32 via 10.0.0.1
+        echo 1 >/proc/sys/net/ipv4/ip_forward");
+    let listener = in_guest(3, || TcpListener::bind((SERVICE, 0)).expect("a port"));
+    let port = listener.local_addr().expect("its address").port();
+    let second = Duration::from_secs(1);
+    until("the host's own service", || {
+        connects(1, SERVICE, port, second)
+    });
+    let daemon = daemon();
+    run(&daemon, "one", "t1", "none");
+    until_served(1, "one");
+    assert!(!connects(1, SERVICE, port, SILENCE), "by its way");
+    // As between a guest's first instruction and its way.
+    sh("tc qdisc delete dev t1 clsact");
+    assert!(!connects(1, SERVICE, port, SILENCE), "without one");
+    assert!(pings(1, "10.3.0.2", second), "all else as before");
+}
+
 /// What its owner opened a guest reaches, and no more; and what is opened for one is closed for another.
 #[test]
 fn what_is_opened_is_reached() {

@@ -161,7 +161,11 @@ async fn begin(host: &Host, swap: &mut HostSwap) -> Result<Result<Vec<Part>, Str
         return Ok(Err(why));
     }
     swap.state = HostSwapState::InProgress;
-    swap.step = "store".into();
+    swap.step = match host.carve_out.is_live_update() {
+        true => "preserve",
+        false => "store",
+    }
+    .into();
     let records: Vec<_> = parts.iter_mut().map(Part::begin).collect();
     host.store.update_host_swap(swap, &records).await?;
     host.tell_host_swap(swap);
@@ -211,9 +215,13 @@ async fn leave(host: &Host, swap: &mut HostSwap, parts: &[Part], early: Point) -
     };
     match preserve(host, parts).await {
         Ok(None) => {}
-        Ok(Some(took)) => jump
-            .phases
-            .push(phase("preserve", Share::Ours, false, took)),
+        Ok(Some(took)) => {
+            let phase = phase("preserve", Share::Ours, false, took);
+            jump.phases.push(phase);
+            // Only told: the guests wait for no record.
+            swap.step = "store".into();
+            host.tell_host_swap(swap);
+        }
         Err(why) => return why,
     }
     let began = Instant::now();

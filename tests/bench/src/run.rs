@@ -29,8 +29,6 @@ const QUICK_BATCH: u32 = 5;
 const BIG_BATCH: u32 = 5;
 /// After a stopped VMM goes on: to be itself again.
 const WAKE_MS: u64 = 200;
-/// Host RAM beside the guest's that must be free to touch 8 GiB.
-const ROOM_MIB: u64 = 2048;
 
 /// All that was measured.
 #[derive(Debug, Default)]
@@ -162,13 +160,8 @@ fn no_room(options: &Options) -> Option<String> {
     if options.big_swaps < 2 {
         return Some(format!("{}: not asked for", LARGE.title));
     }
-    let free_mib = environment::available_kib() >> 10;
-    (free_mib < LARGE.memory_mib + ROOM_MIB).then(|| {
-        format!(
-            "{}: only {free_mib} MiB of this host's RAM are free",
-            LARGE.title
-        )
-    })
+    let lacks = environment::lacks(LARGE.memory_mib, LARGE.pages)?;
+    Some(format!("{}: {lacks}", LARGE.title))
 }
 
 /// Batches of `batch` that add up to `count`.

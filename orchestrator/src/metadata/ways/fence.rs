@@ -4,11 +4,15 @@
 //!
 //! ```text
 //!  tap ─ tc: 169.254.169.254 to its wire ─ netdev: to an address of the host? ─┬─ bridge ─▶ others
-//!                                                  │ fenced                    │   └ to the bridge itself,
-//!                                                  ▼                           │     to many, or of the link? fenced
+//!                                           │      │ fenced                    │   └ to the bridge itself,
+//!               that address still? dropped ┘      ▼                           │     to many, or of the link? fenced
 //!                                       answers, neighbours, openings?         └─ routed ─▶ others
 //!                                          yes: goes on   no: dropped               └ to the host: fenced
 //! ```
+//!
+//! A guest that asks for its metadata while its wire is not up (it runs a moment before it; after a swap of the host's kernel it
+//! runs on so) must not have the answer of somebody else: of whatever is the host's own service of that
+//! address, with the host's own secrets. It asks again, as TCP does.
 //!
 //! Whose an address is the kernel decides for each packet (`fib`), so addresses that come and go need
 //! nothing of us. Frames to many (broadcast, multicast) are flooded by a bridge to its other ports; only the
@@ -19,12 +23,12 @@
 //! Must never: touch a table of anybody else's. Ours are called after the tap, one in each family,
 //! and are exchanged in one transaction: there is no moment without them.
 
-use super::nft::{Batch, Family, Match, Verdict};
+use super::nft::{Batch, Family, IP, Match, Verdict};
+use super::tap::ADDRESS;
 use crate::model::Reach;
 
 const CHAIN: &str = "fenced";
 const FAMILIES: [Family; 3] = [Family::Netdev, Family::Inet, Family::Bridge];
-const IP: u16 = 0x0800;
 const IP6: u16 = 0x86dd;
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -61,7 +65,11 @@ pub(super) fn put_up(tap: &str, openings: &[Reach]) -> std::io::Result<()> {
         batch.base(family, &table, "in", tap);
         let from = || Match::From(tap.to_owned());
         let whom = match family {
-            Family::Netdev => vec![vec![Match::ToThisHost]],
+            Family::Netdev => {
+                let matches = [Match::To(ADDRESS)];
+                batch.rule(family, &table, "in", &matches, Verdict::Drop);
+                vec![vec![Match::ToThisHost]]
+            }
             Family::Inet => vec![vec![from()]],
             // To the bridge's own MAC is what is to be routed too. An address of the link is a
             // bridge's where the kernel is asked for one of the tap's. ARP is none of these.

@@ -5,6 +5,7 @@
 //! kernel can do it, and so that nothing has to be read out of a program's text.
 
 use std::io;
+use std::net::Ipv4Addr;
 
 use rustix::io::Errno;
 use rustix::net::netlink::{NETFILTER, SocketAddrNetlink};
@@ -26,6 +27,8 @@ const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const NEW_RULE: u16 = 6;
+/// The ethertype of IPv4.
+pub(super) const IP: u16 = 0x0800;
 
 /// A family of tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +67,8 @@ pub(super) enum Verdict {
 pub(super) enum Match {
     /// The destination is an address of this host.
     ToThisHost,
+    /// The destination of an IPv4 packet.
+    To(Ipv4Addr),
     /// It came in by this interface.
     From(String),
     /// Its frame was not to one MAC alone.
@@ -260,6 +265,10 @@ fn looks(at: &Match) -> Vec<u8> {
         Match::ToThisHost => {
             let fib = expression("fib", &[number(1, 1), number(2, 3), number(3, 2)].concat());
             [fib, compare(EQUAL, &2_u32.to_ne_bytes())].concat()
+        }
+        Match::To(address) => {
+            let address = compare(EQUAL, &address.octets());
+            [looks(&Match::Holds(IP)), payload(1, 16, 4), address].concat()
         }
         Match::From(name) => {
             let mut padded = name.as_bytes().to_vec();

@@ -25,7 +25,8 @@ use tokio::net::{TcpListener, TcpSocket};
 
 use super::room::{WireError, feed, run};
 
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Where every guest finds its metadata.
+pub(super) const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const PORT: u16 = 80;
 /// Connections that wait to be taken.
 const BACKLOG: u32 = 64;

@@ -103,7 +103,8 @@ impl Cells {
     fn held(&self) -> anyhow::Result<Held> {
         let place = self.place(GUESTS[0])?;
         let is_stored = || Ok(place.mark() == Mark::Stored);
-        Held::begin(&self.daemon, &self.into, GUESTS[1], is_stored)
+        // From the beginning: nothing else is asked of it.
+        Held::begin(&self.daemon, &self.into, GUESTS[1], || Ok(true), is_stored)
     }
 
     /// Every guest runs on, from where it was, and can be run from no record.

@@ -1,4 +1,4 @@
-//! A swap of the host's kernel that stops in its middle: one guest stands still, and it waits for another, whose VMM is
+//! A swap of the host's kernel that stops in its middle: one guest stands still, and it waits for another, whose VMM was
 //! stopped. So there is time for things to go wrong.
 
 use std::process::{Child, Stdio};
@@ -21,15 +21,16 @@ pub(crate) struct Held {
 }
 
 impl Held {
-    /// Begins it, with the VMM of `stopped` stopped; returns as soon as `is_far` says that it is far enough.
+    /// Begins it, and stops the VMM of `stopped` once `asks_no_more` of it until it is to stand still; returns as soon as
+    /// `is_far` says that it is far enough.
     pub(crate) fn begin(
         daemon: &Daemon,
         into: &str,
         stopped: &str,
+        mut asks_no_more: impl FnMut() -> anyhow::Result<bool>,
         mut is_far: impl FnMut() -> anyhow::Result<bool>,
     ) -> anyhow::Result<Self> {
         let stopped = daemon.vmm_pid(stopped)?;
-        signal(stopped, Signal::STOP)?;
         let [image, initrd] = stages::kernel(into)?.map(|path| path.display().to_string());
         let swap = [
             "--json",
@@ -47,14 +48,20 @@ impl Held {
             "--no-rehearsal",
         ];
         let mut command = daemon.command(&swap);
-        command.stdout(Stdio::piped()).stderr(Stdio::null());
+        // What it says when it is refused is for who looks at the console.
+        command.stdout(Stdio::null()).stderr(Stdio::inherit());
         let mut command = command.spawn()?;
-        wait_for("the first guest to be stored", LONG, || {
-            if let Some(status) = command.try_wait()? {
-                bail!("the swap ended with {status}");
-            }
-            Ok(is_far()?.then_some(()))
-        })?;
+        let mut come_to = |what, is_there: &mut dyn FnMut() -> anyhow::Result<bool>| {
+            wait_for(what, LONG, || {
+                if let Some(status) = command.try_wait()? {
+                    bail!("the swap ended with {status}");
+                }
+                Ok(is_there()?.then_some(()))
+            })
+        };
+        come_to("the swap to be under way", &mut asks_no_more)?;
+        signal(stopped, Signal::STOP)?;
+        come_to("the first guest to be stored", &mut is_far)?;
         Ok(Self { command, stopped })
     }
 

@@ -8,6 +8,8 @@
 //!    prepared, on a command line that still names the first.
 //! 3. *crashed*: nobody is run from a record of before.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -16,6 +18,7 @@ use serde_json::{Value, json};
 use stillpoint_tests::daemon::{Answer, Daemon};
 use stillpoint_tests::ground;
 use stillpoint_tests::guest::Snapshot;
+use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::rig::crash;
 use stillpoint_tests::rig::order::JUMPS;
 
@@ -69,7 +72,9 @@ pub(crate) fn tell(args: &Args) -> anyhow::Result<Value> {
 fn leave(kernel: &str, with_debian: bool) -> anyhow::Result<Value> {
     let daemon = daemon()?;
     add_release(&daemon)?;
-    let first = run_pulse(&daemon, GUEST, &[])?;
+    let first = run_pulse(&daemon, GUEST, &["--vsock"])?;
+    let heard = hears(&daemon)?;
+    ensure!(heard.contains("\"Events\":[]"), "{heard}");
     std::fs::File::create(DISK)?.set_len(1 << 20)?;
     let second = run_pulse(&daemon, ASTRAY, &["--disk", DISK])?;
     println!("scenario: two pulse guests run in the carve-out");
@@ -111,7 +116,8 @@ fn swap(daemon: &Daemon, kernel: &str, more: &[&str]) -> anyhow::Result<Answer> 
 /// What the next kernel's host will lack is found out on this one, by a look and by the swap, and no guest stands still
 /// for more than its peek.
 fn found_out(daemon: &Daemon, kernel: &str) -> anyhow::Result<()> {
-    let looked = swap(daemon, kernel, &["--check"])?;
+    let look = ["--check", "--no-notice", "a scenario"];
+    let looked = swap(daemon, kernel, &look)?;
     let of = |name: &str| rehearsal_of(&looked.json, name);
     ensure!(of(GUEST)?["status"] == "ok", "{:#}", looked.json);
     let missing = of(ASTRAY)?;
@@ -147,6 +153,23 @@ fn found_out(daemon: &Daemon, kernel: &str) -> anyhow::Result<()> {
     );
     println!("scenario: the rehearsal finds out what is missing, and the host does not jump");
     Ok(())
+}
+
+/// What the first guest is told is going to happen to it, by its vsock; it listens from then on.
+fn hears(daemon: &Daemon) -> anyhow::Result<String> {
+    let socket = Path::new(HOST)
+        .join("run/vms")
+        .join(GUEST)
+        .join("vsock.sock_80");
+    let mut stream = wait_for("its way to the metadata", PATIENCE, || {
+        daemon.must(&["ls"])?;
+        Ok(UnixStream::connect(&socket).ok())
+    })?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let request = "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\nHost: metadata\r\nMetadata: true\r\n\
+                   Connection: close\r\n\r\n";
+    stream.write_all(request.as_bytes())?;
+    Ok(std::io::read_to_string(stream)?)
 }
 
 /// What a look at a swap says of the rehearsal of this guest.
@@ -187,6 +210,9 @@ fn arrive(with_debian: bool) -> anyhow::Result<Value> {
         debian::tap()?;
     }
     let daemon = daemon()?;
+    // Nobody asked since before the jump: until somebody has, it is told that the pause came.
+    let heard = hears(&daemon)?;
+    ensure!(heard.contains("\"EventStatus\":\"Started\""), "{heard}");
     // Before it there was one that was refused.
     let swap = stages::last_swap(&daemon)?;
     let shown = daemon.command(&["host", "show", swap["id"].as_str().unwrap_or_default()]);

@@ -206,7 +206,8 @@ impl Debian {
 
     /// What its work printed, for when it does not go on.
     fn said(&self, guest: &Linux<'_>) -> String {
-        let script = "for f in /tmp/*.out /tmp/events; do echo \"== $f\"; tail -n 3 $f; done";
+        let script = "for f in /tmp/*.out; do echo \"== $f\"; tail -n 3 $f; done; \
+                      echo == /tmp/events; tail -n 90 /tmp/events | uniq -c";
         let said = guest.must_run("/bin/sh", &["-c", script]);
         format!(
             "{}: {}",
