@@ -261,8 +261,9 @@ fn live_update_keeps(name: &str, more: &[&str]) -> anyhow::Result<()> {
         .memory_mib(2560)
         .scratch_mib(512)
         .scenario()?
-        .jump(kernel, Kernel::Luo, &["scenario", "live-update"])
+        // Before the jump, whose kernel has it too.
         .file(faulty, format!("{}/{at}", order::ROOT))
+        .jump(kernel, Kernel::Luo, &["scenario", "live-update"])
         .images(Kernel::Backports, &["vmlinux", "initramfs"])
         .command(&[&scenario[..], more].concat())
         .time_limit(Duration::from_secs(1200))

@@ -48,13 +48,16 @@ impl Held {
             "--no-rehearsal",
         ];
         let mut command = daemon.command(&swap);
-        // What it says when it is refused is for who looks at the console.
-        command.stdout(Stdio::null()).stderr(Stdio::inherit());
+        command.stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut command = command.spawn()?;
         let mut come_to = |what, is_there: &mut dyn FnMut() -> anyhow::Result<bool>| {
             wait_for(what, LONG, || {
                 if let Some(status) = command.try_wait()? {
-                    bail!("the swap ended with {status}");
+                    let said = command.stdout.take().map(std::io::read_to_string);
+                    bail!(
+                        "the swap ended with {status}: {}",
+                        said.transpose()?.unwrap_or_default()
+                    );
                 }
                 Ok(is_there()?.then_some(()))
             })

@@ -1,7 +1,8 @@
 //! What else is for a host with live update what it is for one with a carve-out, and has the same outcome: the daemon dies
 //! when guests are preserved and stored, and before the host jumps.
 
-use std::time::Duration;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use anyhow::ensure;
 use serde_json::Value;
@@ -14,8 +15,25 @@ use crate::held::Held;
 use crate::kernel::goes_on;
 use crate::stages;
 
-/// Long enough for every VMM to have answered, and a small part of what preserving takes.
-const ASKED: Duration = Duration::from_millis(300);
+/// More than these guests touch meanwhile, in blocks of 512 bytes: 2 MiB.
+const A_FEW: u64 = 4096;
+
+/// What the guests' memory takes of the host's, in blocks of 512 bytes.
+fn blocks(daemon: &Daemon) -> anyhow::Result<u64> {
+    let mut sum = 0;
+    for name in PULSES {
+        let fds = format!("/proc/{}/fd", daemon.vmm_pid(name)?);
+        for fd in std::fs::read_dir(fds)? {
+            let path = fd?.path();
+            // One that is closed meanwhile is none of a guest's memory.
+            let is_memfd = |to: PathBuf| to.to_string_lossy().contains("memfd:");
+            if std::fs::read_link(&path).is_ok_and(is_memfd) {
+                sum += std::fs::metadata(&path).map_or(0, |facts| facts.blocks());
+            }
+        }
+    }
+    Ok(sum)
+}
 
 /// The next daemon has all guests run on; jumps that come can preserve them again.
 pub(super) fn daemon_dies(
@@ -25,14 +43,9 @@ pub(super) fn daemon_dies(
 ) -> anyhow::Result<()> {
     let first = daemon.vmm(PULSES[0])?;
     let is_still = || Ok(first.describe()?.state == GuestState::Frozen);
-    // Each VMM is asked for its memory when preserving begins, which then takes seconds: each hole is filled.
-    let preserves = || {
-        let is_so = stages::last_swap(daemon).is_ok_and(|swap| swap["step"] == "preserve");
-        if is_so {
-            std::thread::sleep(ASKED);
-        }
-        Ok(is_so)
-    };
+    // Each VMM is asked for its memory before the first is preserved, which shows: its holes are filled, and that takes seconds.
+    let filled = blocks(daemon)?;
+    let preserves = || Ok(blocks(daemon)? > filled + A_FEW);
     let held = Held::begin(daemon, into, PULSES[1], preserves, is_still)?;
     daemon.kill()?;
     held.go_on()?;
