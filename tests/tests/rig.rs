@@ -297,7 +297,7 @@ fn live_update_keeps_debian_over_ten_kernels() -> anyhow::Result<()> {
 /// Scenarios of `linux.rs` on a host with this kernel: those whose names hold one of these words, or all of
 /// them. A host with hardware KVM runs them directly.
 fn debian_guests_on(kernel: Kernel, named: &[&str], count: usize) -> anyhow::Result<()> {
-    let linux = ["env", "STILLPOINT_LINUX=1", "linux", "--test-threads=1"];
+    let linux = ["linux", "--test-threads=1"];
     let outcome = Rig::new(&format!("linux-on-{}", kernel.name()), kernel)
         .memory_mib(3072)
         .programs()?

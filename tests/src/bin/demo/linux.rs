@@ -41,7 +41,7 @@ pub(crate) fn tell_anywhere() -> anyhow::Result<bool> {
     let outcome = Rig::new("demo-linux", Kernel::Bookworm)
         .programs()?
         .images(KERNEL, &["vmlinux", "initramfs"])
-        .command(&["env", "STILLPOINT_LINUX=1", "demo", "--guest", "linux"])
+        .command(&["demo", "--guest", "linux"])
         .time_limit(LIMIT)
         .live(true)
         .run()?;

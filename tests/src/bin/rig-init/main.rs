@@ -227,6 +227,8 @@ fn run(command: &[String]) -> anyhow::Result<i32> {
         .env("HOME", "/root")
         .env("TERM", "linux")
         .env("STILLPOINT_ROOT", ROOT)
+        // An emulated host, with a KVM that runs Linux.
+        .env("STILLPOINT_LINUX", "1")
         .spawn()
         .with_context(|| format!("starting {program}"))?;
     let pid = i32::try_from(child.id()).context("a pid")?;
