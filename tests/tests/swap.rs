@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use stillpoint_control::report::SwapReport;
-use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::PATIENCE;
 use stillpoint_tests::releases::Release;
 use stillpoint_tests::start::Manner;
 use stillpoint_tests::vm::{Recipe, Vm};
+use stillpoint_tests::{ground, needs_kvm};
 
 /// What most clock errors stay within, ns.
 const USUAL_CLOCK_ERROR_NS: u64 = 12;
@@ -109,8 +109,10 @@ fn each_vcpu_tells_how_long_it_was_out_and_what_it_waited_for_a_core() -> anyhow
         ensure!(!vcpu.out.is_zero() && vcpu.out <= blackout.host, "{vcpu:?}");
     }
     let waited: Duration = blackout.vcpus.iter().map(|vcpu| vcpu.queued).sum();
-    let cores = std::thread::available_parallelism()?.get();
-    ensure!(cores >= VCPUS.into() || !waited.is_zero(), "{blackout:?}");
+    ensure!(
+        ground::cores() >= VCPUS.into() || !waited.is_zero(),
+        "{blackout:?}"
+    );
     vm.is_well()?;
     vm.power_off()
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::sample::Who;
-use crate::verdict::Report;
+use crate::verdict::{Report, Stood};
 
 /// What a page that includes it says first.
 const HEAD: &str = "<!-- Written by `make bench`; what it says was measured in one run. -->\n";
@@ -116,23 +116,12 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             to,
             "\n| {} guests on a host | host's blackout, ms: median | p99 | worst | worst vCPU's, less its waits for a core: median | worst \
              |\n|---|--:|--:|--:|--:|--:|\n\
-             | one swapped alone among them, n = {} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |\n\
-             | all swapped by one command, n = {} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |\n\n\
+             {}\n{}\n\n\
              All of them took {:.1} s; {} did not move. Each guest with its VMM had {:.1} MiB of memory before the swaps and {:.1} \
              after; meanwhile at most {:.0} MiB more of the host's were taken in all.",
             many.guests,
-            many.lone.host.n,
-            many.lone.host.p50,
-            many.lone.host.p99,
-            many.lone.host.max,
-            many.lone.unqueued.p50,
-            many.lone.unqueued.max,
-            many.all.host.n,
-            many.all.host.p50,
-            many.all.host.p99,
-            many.all.host.max,
-            many.all.unqueued.p50,
-            many.all.unqueued.max,
+            stood("one swapped alone among them", &many.lone),
+            stood("all swapped by one command", &many.all),
             many.took_s,
             many.stayed,
             many.each_mib[0],
@@ -162,6 +151,14 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         writeln!(to, "\nLeft out: {line}.")?;
     }
     Ok(())
+}
+
+fn stood(who: &str, of: &Stood) -> String {
+    let Stood { host, unqueued } = of;
+    format!(
+        "| {who}, n = {} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |",
+        host.n, host.p50, host.p99, host.max, unqueued.p50, unqueued.max
+    )
 }
 
 fn who(who: Who) -> &'static str {

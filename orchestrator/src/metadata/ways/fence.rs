@@ -63,13 +63,12 @@ pub(super) fn put_up(tap: &str, openings: &[Reach]) -> std::io::Result<()> {
         }
         batch.rule(family, &table, CHAIN, &[], Verdict::Drop);
         batch.base(family, &table, "in", tap);
+        if family == Family::Netdev {
+            batch.rule(family, &table, "in", &[Match::To(ADDRESS)], Verdict::Drop);
+        }
         let from = || Match::From(tap.to_owned());
         let whom = match family {
-            Family::Netdev => {
-                let matches = [Match::To(ADDRESS)];
-                batch.rule(family, &table, "in", &matches, Verdict::Drop);
-                vec![vec![Match::ToThisHost]]
-            }
+            Family::Netdev => vec![vec![Match::ToThisHost]],
             Family::Inet => vec![vec![from()]],
             // To the bridge's own MAC is what is to be routed too. An address of the link is a
             // bridge's where the kernel is asked for one of the tap's. ARP is none of these.
