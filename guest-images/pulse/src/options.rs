@@ -53,7 +53,7 @@ pub(crate) struct Options {
     pub(crate) timers: Kinds,
     /// `period_us=`: of periodic timers.
     pub(crate) period_us: u64,
-    /// `duty=`: percent of each 10 ms to be awake.
+    /// `duty=`: percent of each 10 ms to be awake, once all of `touch=` is written.
     pub(crate) duty: u64,
     /// `gap_us=`: gaps longer than this are logged.
     pub(crate) gap_us: u64,

@@ -109,6 +109,11 @@ impl Touch {
         }
     }
 
+    /// Whether everything is touched.
+    pub(crate) fn is_over(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
     /// Touches the next few pages; looks at the TSC after each, since it may take a fault.
     pub(crate) fn walk(&mut self, gaps: &mut Gaps) {
         for _ in 0..SLICE {

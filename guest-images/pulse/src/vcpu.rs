@@ -213,10 +213,11 @@ impl Vcpu {
         }
     }
 
-    /// With `duty=` below 100: halts for what is left of the slice.
+    /// With `duty=` below 100: halts for what is left of the slice. Not while there is RAM to touch: whoever wants a guest that
+    /// rests would wait for it as many times longer.
     fn rest(&mut self) {
         let duty = options::get().duty;
-        if duty >= 100 || self.masked_since.is_some() {
+        if duty >= 100 || self.masked_since.is_some() || !self.touch.is_over() {
             return;
         }
         let slice = tsc::cycles(SLICE_US);

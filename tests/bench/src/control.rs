@@ -43,7 +43,7 @@ pub(crate) fn windows(
             };
             Ok(Sample {
                 host_ns: window_ns,
-                unqueued_ns: None,
+                unqueued_ns: Vec::new(),
                 guest_ns: from
                     .iter()
                     .enumerate()

@@ -55,7 +55,7 @@ pub(crate) fn swaps(scene: &Scene, count: u32) -> anyhow::Result<Vec<Sample>> {
         serde_json::from_slice(&std::fs::read(out.path())?).context("what the floor wrote")?;
     let sample = |line: Line| Sample {
         host_ns: line.host_ns,
-        unqueued_ns: None,
+        unqueued_ns: Vec::new(),
         guest_ns: line.guest_ns,
         phases: Vec::new(),
         brownout: BTreeMap::new(),

@@ -68,9 +68,9 @@ pub(crate) struct Options {
     /// A small run, about a minute, without the machine with 8 GiB.
     #[arg(long)]
     quick: bool,
-    /// Only this machine, of those that all are measured on (1vcpu-256m or 2vcpu-256m), or only what a guest loses after
-    /// swaps (brownout); and nothing else.
-    #[arg(long, value_parser = [scene::BASE.id, scene::PAIR.id, run::AFTERWARDS])]
+    /// Only this machine, of those that all are measured on (1vcpu-256m or 2vcpu-256m), only how a pause grows with vCPUs
+    /// (vcpus), or only what a guest loses after swaps (brownout); and nothing else.
+    #[arg(long, value_parser = [scene::BASE.id, scene::PAIR.id, run::GROWTH, run::AFTERWARDS])]
     only: Option<String>,
     /// RAM that is written after swaps, MiB.
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=65_536))]

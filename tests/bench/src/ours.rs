@@ -87,7 +87,12 @@ fn sample(report: &SwapReport) -> Sample {
     let before = report.phases.iter().filter(|phase| !phase.in_blackout);
     Sample {
         host_ns: nanos(report.blackout.host),
-        unqueued_ns: report.blackout.unqueued_worst().map(nanos),
+        unqueued_ns: report
+            .blackout
+            .vcpus
+            .iter()
+            .map(|vcpu| nanos(vcpu.unqueued()))
+            .collect(),
         guest_ns: report
             .blackout
             .guest_ns

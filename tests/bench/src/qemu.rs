@@ -267,7 +267,7 @@ impl Guest {
         };
         Ok(Sample {
             host_ns: u64::try_from((to.saturating_sub(from)).as_nanos())?,
-            unqueued_ns: None,
+            unqueued_ns: Vec::new(),
             guest_ns: (0..usize::from(self.scene.vcpus))
                 .map(longest)
                 .collect::<Result<_, _>>()?,

@@ -15,6 +15,8 @@ use crate::sample::{Sample, Series, Who};
 use crate::scene::{BASE, LARGE, MANY, PAIR, SMALL, Scene, VARIED};
 use crate::{Options, control, environment, floor, ours};
 
+/// Of `--only`: more vCPUs.
+pub(crate) const GROWTH: &str = "vcpus";
 /// Of `--only`: what comes after swaps.
 pub(crate) const AFTERWARDS: &str = "brownout";
 /// Swaps of each kind after which all of a guest's RAM is written.
@@ -90,6 +92,9 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
         note_short(&mut measured, &series[0], options.swaps);
         measured.series.extend(series);
     }
+    if options.only.as_deref() == Some(GROWTH) {
+        growth(&mut measured, options, until(1.0), tsc_khz)?;
+    }
     if options.only.is_some() {
         measured.left_out.push("everything else (--only)".into());
         measured.took = began.elapsed();
@@ -113,15 +118,7 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     )?;
     note_short(&mut measured, &series[0], swaps);
     measured.series.extend(series);
-    let series = in_turns(
-        "1 to 8 vCPUs",
-        &MANY,
-        options.swaps,
-        until(shares[3]),
-        tsc_khz,
-    )?;
-    note_short(&mut measured, &series[0], options.swaps);
-    measured.series.extend(series);
+    growth(&mut measured, options, until(shares[3]), tsc_khz)?;
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
         None => match two_sizes(options.big_swaps, until(1.0), tsc_khz)? {
@@ -137,6 +134,18 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
     }
     measured.took = began.elapsed();
     Ok(measured)
+}
+
+fn growth(
+    measured: &mut Measured,
+    options: &Options,
+    until: Instant,
+    tsc_khz: u64,
+) -> anyhow::Result<()> {
+    let series = in_turns("1 to 8 vCPUs", &MANY, options.swaps, until, tsc_khz)?;
+    note_short(measured, &series[0], options.swaps);
+    measured.series.extend(series);
+    Ok(())
 }
 
 fn brownout(options: &Options) -> anyhow::Result<Brownout> {

@@ -54,9 +54,9 @@ pub(crate) struct Sample {
     /// From the kick of the first vCPU to the first entry of the last, ns. For a window without
     /// a swap: its length.
     pub(crate) host_ns: u64,
-    /// The longest that a vCPU was out of its guest, less what its threads waited for a core, ns; where both processes tell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) unqueued_ns: Option<u64>,
+    /// How long each vCPU was out of its guest, less what its threads waited for a core, ns; where both processes tell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) unqueued_ns: Vec<u64>,
     /// The longest gap that each vCPU saw, ns; 0 if none was long enough to be logged.
     pub(crate) guest_ns: Vec<u64>,
     /// Phases within the blackout, in their order: name, ns.
@@ -121,9 +121,18 @@ impl Series {
         all.map(|sample| sample.host_ns).collect()
     }
 
-    /// The same less waits for a core, of each sample that knows it.
+    /// What each vCPU was out of its guest, less its waits for a core, of each sample that knows it.
     pub(crate) fn unqueued(&self) -> Vec<u64> {
         let all = self.samples.iter().chain(&self.unseen);
-        all.filter_map(|sample| sample.unqueued_ns).collect()
+        all.flat_map(|sample| &sample.unqueued_ns)
+            .copied()
+            .collect()
+    }
+
+    /// The same of the worst vCPU of each.
+    pub(crate) fn unqueued_worst(&self) -> Vec<u64> {
+        let all = self.samples.iter().chain(&self.unseen);
+        all.filter_map(|sample| sample.unqueued_ns.iter().max().copied())
+            .collect()
     }
 }

@@ -45,7 +45,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
             Who::NoSwap | Who::Qemu | Who::QemuStop => writeln!(to, "{:>10}", "")?,
             _ => {
                 write!(to, "{:>10.2}", row.host.p50)?;
-                let unqueued = row.unqueued.as_ref();
+                let unqueued = row.unqueued_worst.as_ref();
                 let unqueued = unqueued.map(|of| format!("{:>11.2}", of.p50));
                 writeln!(to, "{}", unqueued.unwrap_or_default())?;
             }

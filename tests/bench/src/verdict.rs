@@ -197,8 +197,10 @@ pub(crate) struct Row {
     pub(crate) guest: Summary,
     /// The host's.
     pub(crate) host: Summary,
-    /// What the worst vCPU was out of its guest, less its waits for a core; of ours.
+    /// What each vCPU was out of its guest, less its waits for a core; of ours.
     pub(crate) unqueued: Option<Summary>,
+    /// The same of the worst of each swap.
+    pub(crate) unqueued_worst: Option<Summary>,
     /// Swaps whose gap was not found in the guest's log.
     pub(crate) unseen: usize,
     /// What the guest complained of.
@@ -360,6 +362,7 @@ fn row(series: &Series) -> Option<Row> {
         guest: stats::summary(&series.guest())?,
         host: stats::summary(&series.host())?,
         unqueued: stats::summary(&series.unqueued()),
+        unqueued_worst: stats::summary(&series.unqueued_worst()),
         unseen: series.unseen.len(),
         faults: series.faults.clone(),
     })
