@@ -348,13 +348,14 @@ impl Machine {
         // The clock next to the vCPUs, so that their timers and it are of one moment.
         let clock = clock::save(&self.vm, self.tsc_khz, policy).map_err(FreezeError::Clock)?;
         saved.put("", &clock)?;
-        for (id, vcpu) in vcpus.iter().enumerate() {
-            saved.put_version(&id.to_string(), &vcpu.section, vcpu.version)?;
+        let left = vcpus.iter().map(|vcpu| vcpu.left).collect();
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            saved.add(&id.to_string(), vcpu.section)?;
         }
         saved.put("", &irq::save(&self.vm)?)?;
         #[cfg(feature = "later")]
         stillpoint_state::later::save(&mut saved, format)?;
-        Ok((saved, vcpus.iter().map(|vcpu| vcpu.left).collect()))
+        Ok((saved, left))
     }
 }
 

@@ -23,6 +23,7 @@ pub mod placement;
 pub mod state;
 pub mod timer;
 
+mod answers;
 mod exit;
 mod orders;
 mod run;
@@ -38,10 +39,12 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 use stillpoint_state::sections::Vcpu as VcpuSection;
+use stillpoint_state::{Unread, Written};
 
 use crate::bus::Bus;
 use crate::event::Event;
 use crate::memory::Memory;
+use answers::{Answers, answers};
 use error::VcpuError;
 use hurry::Hurry;
 use load::{LoadedVcpu, Pause};
@@ -99,7 +102,7 @@ struct Thread {
 #[derive(Debug)]
 pub struct VcpuSet {
     threads: Vec<Thread>,
-    answers: Receiver<(u8, Answer)>,
+    answers: Answers,
     /// How long an answer is waited for awake.
     spin: Duration,
 }
@@ -151,10 +154,8 @@ impl Entered {
 /// A vCPU's state, and how it came to rest.
 #[derive(Debug)]
 pub struct SavedVcpu {
-    /// Its state.
-    pub section: VcpuSection,
-    /// The section's version.
-    pub version: u32,
+    /// Its state, as its thread wrote it.
+    pub section: Written<VcpuSection>,
     /// How it came to rest.
     pub left: Left,
 }
@@ -179,7 +180,7 @@ fn is_room_to_wait_awake(vcpus: usize) -> bool {
 impl VcpuSet {
     /// Starts a thread for each, parked.
     pub fn start(fds: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, VcpusError> {
-        let (answer, answers) = channel();
+        let (answer, answers) = answers();
         let spin = match is_room_to_wait_awake(fds.len()) {
             true => SPIN,
             false => Duration::ZERO,
@@ -261,12 +262,15 @@ impl VcpuSet {
         self.threads.len()
     }
 
-    fn tell(&self, mut order: impl FnMut(usize) -> Order) -> Result<(), VcpusError> {
-        for (id, thread) in self.threads.iter().enumerate() {
-            thread
-                .orders
-                .send(order(id))
-                .map_err(|_| VcpusError::Died)?;
+    fn tell(&self, order: impl FnMut(usize) -> Order) -> Result<(), VcpusError> {
+        self.tell_each((0..self.count()).map(order))
+    }
+
+    /// One order for each, in order.
+    fn tell_each(&self, orders: impl Iterator<Item = Order>) -> Result<(), VcpusError> {
+        self.answers.expect(self.count());
+        for (thread, order) in self.threads.iter().zip(orders) {
+            thread.orders.send(order).map_err(|_| VcpusError::Died)?;
         }
         Ok(())
     }
@@ -288,7 +292,7 @@ impl VcpuSet {
         let mut missing = count;
         let mut failure = None;
         while missing > 0 {
-            let Some((vcpu, answer)) = wait_for(&self.answers, spin, began + patience)? else {
+            let Some((vcpu, answer)) = self.answers.next(spin, began + patience)? else {
                 return Err(VcpusError::Late {
                     missing,
                     count,
@@ -371,7 +375,7 @@ impl VcpuSet {
                 patience,
             },
             |answer| match answer {
-                Answer::Saved(result) => Some(result.map(|saved| *saved)),
+                Answer::Saved(result) => Some(result),
                 _ => None,
             },
         )
@@ -413,11 +417,10 @@ impl VcpuSet {
     /// Loads ahead what stands of these sections until the last word is loaded.
     pub fn load_ahead(
         &self,
-        sections: Vec<VcpuSection>,
+        sections: Vec<Unread<VcpuSection>>,
         patience: Duration,
     ) -> Result<(), VcpusError> {
-        let mut sections = sections.into_iter();
-        self.tell(|_| Order::LoadAhead(Box::new(sections.next().unwrap_or_default())))?;
+        self.tell_each(sections.into_iter().map(Order::LoadAhead))?;
         self.gather(
             Wait {
                 what: "load a state ahead",
@@ -433,13 +436,14 @@ impl VcpuSet {
     }
 
     /// Tells every vCPU to load its section; [`VcpuSet::loaded`] waits for it.
-    pub fn load(&self, sections: Vec<VcpuSection>, pause: Pause) -> Result<TscsStand, VcpusError> {
+    pub fn load(
+        &self,
+        sections: Vec<Unread<VcpuSection>>,
+        pause: Pause,
+    ) -> Result<TscsStand, VcpusError> {
         let (sender, receiver) = channel();
-        let mut sections = sections.into_iter();
-        self.tell(|_| {
-            let section = Box::new(sections.next().unwrap_or_default());
-            Order::Load(section, pause, sender.clone())
-        })?;
+        let order = |section| Order::Load(section, pause, sender.clone());
+        self.tell_each(sections.into_iter().map(order))?;
         Ok(TscsStand(receiver, self.spin))
     }
 

@@ -57,8 +57,7 @@ fn write_all(to: &mut String, report: &Report) -> std::fmt::Result {
         "\n| Stillpoint, by the host: median, ms | first kick to last entry | each vCPU's, less its waits for a core | the worst one's |\n|---|--:|--:|--:|"
     )?;
     for row in &report.series {
-        if let (Who::Ours, Some(each), Some(worst)) =
-            (row.who, &row.unqueued, &row.unqueued_worst)
+        if let (Who::Ours, Some(each), Some(worst)) = (row.who, &row.unqueued, &row.unqueued_worst)
         {
             let (title, host) = (row.scene.title, row.host.p50);
             let (each, worst) = (each.p50, worst.p50);

@@ -425,19 +425,19 @@ fn check_header(state: &Unclaimed, prepared: &Prepared) -> Result<(), StateError
 
 /// The guest's pvclock pages as the predecessor's KVM left them.
 pub(crate) fn pages_before(machine: &Machine, loaded: &LoadedMachine) -> Vec<Option<Page>> {
-    let page = |&msr: &u64| {
+    let page = |msr: u64| {
         let at = vm_memory::GuestAddress(msr & !1);
         (msr & 1 == 1)
             .then(|| Page::read(machine.ram().map(), at))
             .flatten()
     };
-    loaded.system_time.iter().map(page).collect()
+    loaded.system_time().map(page).collect()
 }
 
 /// The guest's wall clock structure, likewise.
 pub(crate) fn wall_before(machine: &Machine, loaded: &LoadedMachine) -> Option<WallClock> {
-    let at = vm_memory::GuestAddress(loaded.wall_clock);
-    (loaded.wall_clock != 0)
+    let at = vm_memory::GuestAddress(loaded.wall_clock());
+    (loaded.wall_clock() != 0)
         .then(|| WallClock::read(machine.ram().map(), at))
         .flatten()
 }

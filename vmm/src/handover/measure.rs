@@ -92,7 +92,7 @@ pub fn report(
         let cycles = evidence.entered.tsc.saturating_sub(evidence.kicked_tsc);
         report.blackout.host = clock::duration(cycles, khz);
     }
-    let before = evidence.loaded.tsc_offset_before.unwrap_or(0);
+    let before = evidence.loaded.tsc_offset_before().unwrap_or(0);
     let window = (evidence.kicked_tsc != 0).then(|| {
         let offset = machine.tsc_offset().unwrap_or(0);
         evidence.kicked_tsc.wrapping_add_signed(before)
@@ -259,7 +259,7 @@ fn by_kvmclock(evidence: &Evidence, machine: &Machine) -> WallClockReceipt {
     let Some(before) = error(evidence.wall, &loaded.saved_clock) else {
         return WallClockReceipt::default();
     };
-    let at = GuestAddress(loaded.wall_clock);
+    let at = GuestAddress(loaded.wall_clock());
     let now = machine.clock().ok();
     let wall = WallClock::read(machine.ram().map(), at);
     WallClockReceipt {
@@ -275,7 +275,7 @@ fn page_error(evidence: &Evidence, machine: &Machine) -> Option<i64> {
     let memory = machine.ram().map();
     let deadline = Instant::now() + PATIENCE;
     let mut worst: Option<i64> = None;
-    for (before, msr) in evidence.pages.iter().zip(&evidence.loaded.system_time) {
+    for (before, msr) in evidence.pages.iter().zip(evidence.loaded.system_time()) {
         let Some(before) = before else { continue };
         // KVM writes the page at the vCPU's first entry; one that stays halted, and has no timer
         // to wake it, makes none until something else does.

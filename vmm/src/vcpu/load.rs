@@ -37,8 +37,14 @@ pub struct Pause {
 /// What loading one vCPU showed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadedVcpu {
+    /// TSC offset before the pause.
+    pub tsc_offset_before: Option<i64>,
     /// TSC offset read back, less the one it was to have; `None` where the kernel has none.
     pub tsc_offset_delta: Option<i64>,
+    /// Its `MSR_KVM_SYSTEM_TIME`, which is loaded late.
+    pub system_time: u64,
+    /// Its `MSR_KVM_WALL_CLOCK`, likewise.
+    pub wall_clock: u64,
 }
 
 /// What is known of a vCPU that was made and has never run a guest instruction.
@@ -104,7 +110,7 @@ impl Known {
     ) -> Result<(LoadedVcpu, Late), VcpuError> {
         let (plain, deadline, late) = msrs::split(from.msrs()?);
         // TSC first: timers below are armed against the guest's TSC.
-        let loaded = self.load_tsc(fd, from, pause)?;
+        let tsc_offset_delta = self.load_tsc(fd, from, pause)?;
         drop(tsc_stands);
         std::mem::take(&mut self.standing).complete(fd, from, &plain)?;
         // After the system registers, with which KVM ends the halt of a vCPU at its reset vector (x86.c,
@@ -123,15 +129,22 @@ impl Known {
         let events = raw::from_bytes(NAME, &from.events)?;
         fd.set_vcpu_events(&events)
             .map_err(VcpuError::kvm("load pending events"))?;
+        let loaded = LoadedVcpu {
+            tsc_offset_before: from.tsc_offset,
+            tsc_offset_delta,
+            system_time: late.of(msrs::SYSTEM_TIME),
+            wall_clock: late.of(msrs::WALL_CLOCK),
+        };
         Ok((loaded, late))
     }
 
+    /// Gives what the TSC offset is off by.
     fn load_tsc(
         &mut self,
         fd: &mut VcpuFd,
         from: &VcpuSection,
         pause: Pause,
-    ) -> Result<LoadedVcpu, VcpuError> {
+    ) -> Result<Option<i64>, VcpuError> {
         if from.tsc_khz != 0 && self.tsc_khz != 0 && self.tsc_khz != from.tsc_khz {
             fd.set_tsc_khz(from.tsc_khz)
                 .map_err(VcpuError::kvm("set the TSC frequency"))?;
@@ -140,7 +153,7 @@ impl Known {
         let saved = from.tsc_offset.filter(|_| self.has_tsc_offset);
         let Some(saved) = saved else {
             return match pause.held {
-                0 => Ok(LoadedVcpu::default()),
+                0 => Ok(None),
                 _ => Err(VcpuError::Hold),
             };
         };
@@ -164,9 +177,7 @@ impl Known {
             // Before the guest is ours: it goes on in the predecessor.
             return Err(VcpuError::Hold);
         }
-        Ok(LoadedVcpu {
-            tsc_offset_delta: Some(delta),
-        })
+        Ok(Some(delta))
     }
 }
 

@@ -268,6 +268,12 @@ pub fn split(msrs: Vec<(u32, u64)>) -> (Vec<(u32, u64)>, Option<u64>, Late) {
 }
 
 impl Late {
+    /// What this MSR is to be; 0 if it stays as it is in a fresh vCPU.
+    pub fn of(&self, msr: u32) -> u64 {
+        let found = self.0.iter().find(|(index, _)| *index == msr);
+        found.map_or(0, |&(_, value)| value)
+    }
+
     /// Whether the guest keeps an account of stolen time.
     pub fn has_steal_time(&self) -> bool {
         self.0.iter().any(|(index, _)| *index == STEAL_TIME)

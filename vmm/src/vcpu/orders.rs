@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
+use stillpoint_state::Unread;
 use stillpoint_state::sections::Vcpu as VcpuSection;
 
 use super::SavedVcpu;
@@ -34,10 +35,10 @@ pub(super) enum Order {
     /// Fill the machine's second-level page tables for this range of guest-physical addresses.
     PreFault(Range<u64>),
     /// Load ahead what stands of it until the last word is loaded.
-    LoadAhead(Box<VcpuSection>),
+    LoadAhead(Unread<VcpuSection>),
     /// Load everything that changes nothing outside this process. The sender, which is never used, is
     /// dropped when no write to the TSC follows.
-    Load(Box<VcpuSection>, Pause, Sender<()>),
+    Load(Unread<VcpuSection>, Pause, Sender<()>),
     /// This is a rehearsal: load the rest into a view of guest RAM, and run nothing.
     LoadRest,
     /// The guest is ours: load the rest and run, with exits going to this bus.
@@ -51,7 +52,7 @@ pub(super) enum Order {
 pub(super) enum Answer {
     Ready(Result<Home, VcpuError>),
     Parked,
-    Saved(Result<Box<SavedVcpu>, VcpuError>),
+    Saved(Result<SavedVcpu, VcpuError>),
     PreFaulted(Result<(), VcpuError>),
     LoadedAhead(Result<(), VcpuError>),
     Loaded(Result<LoadedVcpu, VcpuError>),

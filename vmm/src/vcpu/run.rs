@@ -6,10 +6,13 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
+use stillpoint_state::sections::Vcpu as VcpuSection;
+use stillpoint_state::{Unread, Written};
 
+use super::answers::Teller;
 use super::error::VcpuError;
 use super::exit::{self, Exit};
-use super::load::{Known, Pause};
+use super::load::{Known, LoadedVcpu, Pause};
 use super::msrs::{self, Late, Passed};
 use super::orders::{Answer, Order, wait_for};
 use super::outside::{Entry, Left, Queue};
@@ -41,7 +44,7 @@ pub(super) struct Runner {
     /// from the saved state.
     bus: Arc<Bus>,
     orders: Receiver<Order>,
-    answers: Sender<(u8, Answer)>,
+    answers: Teller,
     /// MSRs this vCPU can be asked for.
     msrs: Vec<u32>,
     /// What is known of it.
@@ -67,7 +70,7 @@ pub(super) struct Runner {
 /// What connects a vCPU's thread with the machine thread.
 pub(super) struct Ends {
     pub(super) orders: Receiver<Order>,
-    pub(super) answers: Sender<(u8, Answer)>,
+    pub(super) answers: Teller,
     /// How often it came back from the guest.
     pub(super) turns: Arc<AtomicU64>,
     /// How long to stay awake for an order that is microseconds away.
@@ -119,8 +122,7 @@ impl Runner {
     }
 
     fn answer(&self, answer: Answer) {
-        // The machine thread may have given up on us; then there is nobody to tell.
-        let _ = self.answers.send((self.id, answer));
+        self.answers.tell(self.id, answer);
     }
 
     fn come_to_rest(&mut self) {
@@ -168,11 +170,10 @@ impl Runner {
                 self.left.queued = self.queue.so_far();
                 let left = self.left;
                 let saved = saved.map(|(section, version)| SavedVcpu {
-                    section,
-                    version,
+                    section: Written::of(&section, version),
                     left,
                 });
-                self.answer(Answer::Saved(saved.map(Box::new)));
+                self.answer(Answer::Saved(saved));
             }
             Order::PreFault(range) => {
                 let filled = raw::pre_fault(&self.fd, range);
@@ -184,21 +185,13 @@ impl Runner {
                 self.queue.restart();
             }
             Order::LoadAhead(section) => {
-                let loaded = self.known.load_ahead(&self.fd, &section);
+                let loaded = section.read().map_err(VcpuError::from);
+                let loaded = loaded.and_then(|section| self.known.load_ahead(&self.fd, &section));
                 self.answer(Answer::LoadedAhead(loaded));
                 self.queue.restart();
             }
             Order::Load(section, pause, tsc_stands) => {
-                let known = &mut self.known;
-                let loaded = known.load(&mut self.fd, &section, pause, tsc_stands);
-                let loaded = loaded.map(|(loaded, late)| {
-                    self.late = match self.id {
-                        0 => late,
-                        _ => late.without_wall_clock(),
-                    };
-                    (self.pause, self.tsc_khz) = (pause, section.tsc_khz);
-                    loaded
-                });
+                let loaded = self.load(&section, pause, tsc_stands);
                 self.answer(Answer::Loaded(loaded));
                 self.queue.so_far();
                 self.awake = self.spin;
@@ -229,6 +222,23 @@ impl Runner {
             }
         }
         Phase::Parked
+    }
+
+    fn load(
+        &mut self,
+        section: &Unread<VcpuSection>,
+        pause: Pause,
+        tsc_stands: Sender<()>,
+    ) -> Result<LoadedVcpu, VcpuError> {
+        let section = section.read()?;
+        let known = &mut self.known;
+        let (loaded, late) = known.load(&mut self.fd, &section, pause, tsc_stands)?;
+        self.late = match self.id {
+            0 => late,
+            _ => late.without_wall_clock(),
+        };
+        (self.pause, self.tsc_khz) = (pause, section.tsc_khz);
+        Ok(loaded)
     }
 
     fn enter_and_tell(&mut self) -> Phase {

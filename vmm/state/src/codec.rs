@@ -1,5 +1,7 @@
 //! The container: header first, then named sections.
 
+use std::marker::PhantomData;
+
 use prost::Message;
 
 use crate::contents::Added;
@@ -123,6 +125,30 @@ pub(crate) fn label(name: &str, instance: &str) -> String {
     }
 }
 
+/// A section as it is written, on its way into the state: threads that save beside each other write theirs
+/// themselves.
+#[derive(Debug)]
+pub struct Written<S> {
+    version: u32,
+    body: Vec<u8>,
+    kind: PhantomData<fn() -> S>,
+}
+
+impl<S: Section> Written<S> {
+    /// Written as this version of it.
+    pub fn of(section: &S, version: u32) -> Self {
+        let body = section.encode_to_vec();
+        #[cfg(feature = "later")]
+        let body = crate::later::amended::<S>(body);
+        let kind = PhantomData;
+        Self {
+            version,
+            body,
+            kind,
+        }
+    }
+}
+
 /// State being written.
 #[derive(Debug, Default)]
 pub struct Saved {
@@ -151,6 +177,15 @@ impl Saved {
         section: &S,
         version: u32,
     ) -> Result<(), StateError> {
+        self.add(instance, Written::of(section, version))
+    }
+
+    /// Adds a section that was written elsewhere.
+    pub fn add<S: Section>(
+        &mut self,
+        instance: &str,
+        written: Written<S>,
+    ) -> Result<(), StateError> {
         if self
             .names
             .iter()
@@ -162,11 +197,8 @@ impl Saved {
         let raw = RawSection {
             name: S::NAME.to_owned(),
             instance: instance.to_owned(),
-            version,
-            #[cfg(not(feature = "later"))]
-            body: section.encode_to_vec(),
-            #[cfg(feature = "later")]
-            body: crate::later::amended::<S>(section.encode_to_vec()),
+            version: written.version,
+            body: written.body,
         };
         raw.encode_length_delimited(&mut self.body)
             .map_err(|_| StateError::Container("a section outgrew its buffer"))
@@ -282,8 +314,13 @@ impl Unclaimed {
         all.map(|s| (s.name.as_str(), s.instance.as_str(), s.body.as_slice()))
     }
 
-    /// Takes one section out.
+    /// Takes one section out, and reads it.
     pub fn take<S: Section>(&mut self, instance: &str) -> Result<S, StateError> {
+        self.claim(instance)?.read()
+    }
+
+    /// Takes one section out, for whoever reads it.
+    pub fn claim<S: Section>(&mut self, instance: &str) -> Result<Unread<S>, StateError> {
         let here = self
             .sections
             .iter()
@@ -292,32 +329,8 @@ impl Unclaimed {
             return Err(StateError::Missing(label(S::NAME, instance)));
         };
         let raw = self.sections.swap_remove(here);
-        if raw.version > S::VERSION {
-            return Err(StateError::Version {
-                section: label(S::NAME, instance),
-                found: raw.version,
-                known: S::VERSION,
-            });
-        }
-        let remarks = fields::judge(&raw.body, S::MOST).map_err(|problem| StateError::Value {
-            section: S::NAME,
-            problem,
-        })?;
-        let section = S::decode(raw.body.as_slice()).map_err(|source| StateError::Decode {
-            section: label(S::NAME, instance),
-            source,
-        })?;
-        // Protobuf skips what it does not know. What was read is as long as what was written, or
-        // something of it was not read.
-        if section.encoded_len() + remarks != raw.body.len()
-            && let Some(field) = fields::lost::<S>(&raw.body)
-        {
-            return Err(StateError::Field {
-                section: label(S::NAME, instance),
-                field,
-            });
-        }
-        Ok(section)
+        let kind = PhantomData;
+        Ok(Unread { raw, kind })
     }
 
     /// Ends the reading: whatever is left is an error.
@@ -331,6 +344,47 @@ impl Unclaimed {
             .map(|s| label(&s.name, &s.instance))
             .collect();
         Err(StateError::Leftover(names.join(", ")))
+    }
+}
+
+/// A section that was claimed, and not read yet.
+#[derive(Debug)]
+pub struct Unread<S> {
+    raw: RawSection,
+    kind: PhantomData<fn() -> S>,
+}
+
+impl<S: Section> Unread<S> {
+    /// Reads it.
+    pub fn read(&self) -> Result<S, StateError> {
+        let raw = &self.raw;
+        let section = || label(S::NAME, &raw.instance);
+        if raw.version > S::VERSION {
+            return Err(StateError::Version {
+                section: section(),
+                found: raw.version,
+                known: S::VERSION,
+            });
+        }
+        let remarks = fields::judge(&raw.body, S::MOST).map_err(|problem| StateError::Value {
+            section: S::NAME,
+            problem,
+        })?;
+        let read = S::decode(raw.body.as_slice()).map_err(|source| StateError::Decode {
+            section: section(),
+            source,
+        })?;
+        // Protobuf skips what it does not know. What was read is as long as what was written, or
+        // something of it was not read.
+        if read.encoded_len() + remarks != raw.body.len()
+            && let Some(field) = fields::lost::<S>(&raw.body)
+        {
+            return Err(StateError::Field {
+                section: section(),
+                field,
+            });
+        }
+        Ok(read)
     }
 }
 

@@ -26,4 +26,4 @@ pub mod later;
 pub mod likeness;
 pub mod sections;
 
-pub use codec::{Header, Saved, Section, StateError, Unclaimed};
+pub use codec::{Header, Saved, Section, StateError, Unclaimed, Unread, Written};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use stillpoint_control::spec::MachineSpec;
 use stillpoint_guest_abi::probe as probe_abi;
 use stillpoint_state::sections::{Clock, Irqchip, Vcpu};
-use stillpoint_state::{StateError, Unclaimed};
+use stillpoint_state::{StateError, Unclaimed, Unread};
 
 use super::{Blank, BuildError, Lines, Parts, kvm};
 use crate::clock::align::{self, Alignment};
@@ -24,7 +24,6 @@ use crate::handover::lend::Borrowed;
 use crate::machine::Machine;
 use crate::vcpu::hurry::Hurry;
 use crate::vcpu::load::{LoadedVcpu, Pause};
-use crate::vcpu::msrs;
 use crate::{clock, irq};
 
 /// What loading showed.
@@ -38,17 +37,26 @@ pub struct Loaded {
     pub saved_clock: Clock,
     /// The pause, as far as it goes into the guest's clocks.
     pub pause: Pause,
-    /// TSC offset of vCPU 0 before it.
-    pub tsc_offset_before: Option<i64>,
-    /// `MSR_KVM_SYSTEM_TIME` of each vCPU: where its pvclock page is.
-    pub system_time: Vec<u64>,
-    /// `MSR_KVM_WALL_CLOCK`: where the wall clock structure is; 0 if there is none.
-    pub wall_clock: u64,
     /// Console viewers whose sockets come beside the state.
     pub viewers: usize,
 }
 
 impl Loaded {
+    /// TSC offset of vCPU 0 before the pause.
+    pub fn tsc_offset_before(&self) -> Option<i64> {
+        self.vcpus.first()?.tsc_offset_before
+    }
+
+    /// `MSR_KVM_SYSTEM_TIME` of each vCPU: where its pvclock page is.
+    pub fn system_time(&self) -> impl Iterator<Item = u64> {
+        self.vcpus.iter().map(|vcpu| vcpu.system_time)
+    }
+
+    /// `MSR_KVM_WALL_CLOCK`, the machine's: where the wall clock structure is; 0 if there is none.
+    pub fn wall_clock(&self) -> u64 {
+        self.vcpus.first().map_or(0, |first| first.wall_clock)
+    }
+
     /// Whether the guest's TSC did not run on as if nothing had been.
     pub fn has_disturbed_tsc(&self) -> bool {
         let exact = |vcpu: &LoadedVcpu| vcpu.tsc_offset_delta == Some(0);
@@ -76,16 +84,20 @@ impl Blank {
 
     /// Loads ahead what stands, of a state that is not the last word, until that is loaded.
     pub fn load_ahead(&self, mut state: Unclaimed, patience: Duration) -> Result<(), BuildError> {
-        let sections: Vec<Vcpu> = (0..self.vcpus.count())
-            .map(|id| state.take(&id.to_string()))
-            .collect::<Result<_, _>>()?;
+        let sections = self.claim_vcpus(&mut state)?;
         Ok(self.vcpus.load_ahead(sections, patience)?)
+    }
+
+    /// The vCPUs' sections, which their own threads read.
+    fn claim_vcpus(&self, state: &mut Unclaimed) -> Result<Vec<Unread<Vcpu>>, StateError> {
+        let ids = 0..self.vcpus.count();
+        ids.map(|id| state.claim(&id.to_string())).collect()
     }
 
     /// Loads saved state, with the files of devices that followed it: vCPUs in parallel on their own
     /// threads, everything else meanwhile; the clock as soon as every TSC write is done.
     pub fn load(
-        mut self,
+        self,
         mut state: Unclaimed,
         late: &mut Borrowed,
         patience: Duration,
@@ -95,22 +107,9 @@ impl Blank {
             let section = "vcpu";
             return Err(StateError::Value { section, problem }.into());
         }
-        let count = self.vcpus.count();
         let saved_clock: Clock = state.take("")?;
         let pause = pause_of(&saved_clock, &self.spec)?;
-        let sections: Vec<Vcpu> = (0..count)
-            .map(|id| state.take(&id.to_string()))
-            .collect::<Result<_, _>>()?;
-        let system_time = sections
-            .iter()
-            .map(|section| msr_of(section, msrs::SYSTEM_TIME))
-            .collect::<Result<_, _>>()?;
-        let wall_clock = sections.first().map(|s| msr_of(s, msrs::WALL_CLOCK));
-        let wall_clock = wall_clock.transpose()?.unwrap_or(0);
-        // The guest may have moved its TSC since the predecessor's machine was made.
-        let tsc_offset_before = sections.first().and_then(|first| first.tsc_offset);
-        let held = pause.held.cast_signed();
-        self.tsc_offset = tsc_offset_before.map(|offset| offset.wrapping_sub(held));
+        let sections = self.claim_vcpus(&mut state)?;
         let tscs = self.vcpus.load(sections, pause)?;
         irq::load(&self.vm, &state.take::<Irqchip>("")?)?;
         let viewers = self.buffer.load(&mut state)?;
@@ -118,7 +117,7 @@ impl Blank {
         let clock =
             align::align(&self.vm, &saved_clock, pause.held).map_err(kvm("set the clock"))?;
         let (has_vmclock, ram) = (self.spec.clock.vmclock, Arc::clone(&self.ram));
-        let machine = self.with_devices(|wiring| {
+        let mut machine = self.with_devices(|wiring| {
             let Lines { serial, power } = wiring.lines;
             let output = wiring.buffer.output();
             let vmclock = has_vmclock.then(|| VmClock::restore(ram.map(), &mut state));
@@ -142,19 +141,18 @@ impl Blank {
             let at = probe_abi::REG_SCRATCH;
             machine.probe.write(at, &u64::MAX.to_le_bytes());
         }
-        Ok((
-            machine,
-            Loaded {
-                vcpus,
-                clock,
-                saved_clock,
-                pause,
-                tsc_offset_before,
-                system_time,
-                wall_clock,
-                viewers,
-            },
-        ))
+        let loaded = Loaded {
+            vcpus,
+            clock,
+            saved_clock,
+            pause,
+            viewers,
+        };
+        // The guest may have moved its TSC since the predecessor's machine was made.
+        let held = pause.held.cast_signed();
+        let now = |offset: i64| offset.wrapping_sub(held);
+        machine.tsc_offset = loaded.tsc_offset_before().map(now);
+        Ok((machine, loaded))
     }
 }
 
@@ -172,9 +170,4 @@ fn pause_of(clock: &Clock, spec: &MachineSpec) -> Result<Pause, BuildError> {
         },
         steal: spec.clock.steal,
     })
-}
-
-fn msr_of(section: &Vcpu, msr: u32) -> Result<u64, StateError> {
-    let found = section.msrs()?.into_iter().find(|(index, _)| *index == msr);
-    Ok(found.map_or(0, |(_, value)| value))
 }
