@@ -254,7 +254,8 @@ impl VcpuSet {
 
     /// Has the calling thread, which leads, and the vCPUs' go before all others.
     pub fn hurry(&self) -> Hurry {
-        Hurry::with(self.homes().map(Home::thread))
+        let threads: Vec<_> = self.homes().map(Home::thread).collect();
+        Hurry::with(&threads)
     }
 
     /// How many.

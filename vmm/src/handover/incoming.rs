@@ -195,7 +195,7 @@ fn prepare(channel: &mut Channel, events: &Sender<Event>) -> Result<Prepared, Ad
     reserve
         .try_reserve_exact(RESERVE)
         .map_err(|_| AdoptError::Reserve)?;
-    warm::up();
+    warm::up_for(blank.vcpu_count());
     faults::reach(faults::Point::Adopt).map_err(AdoptError::Injected)?;
     let adopted = Adopted {
         format,

@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use rustix::thread::{Pid, gettid};
 
+use super::placement::{self, Home};
+
 /// Everybody of the relay alike: who waits awake yields to its equals ([`super::orders::wait_for`]), and
 /// only to them.
 const EQUAL: i32 = 1;
@@ -31,6 +33,8 @@ pub struct Hurry {
     /// Of those that could be hurried: the one that leads, and the vCPUs'.
     lead: Option<Hurried>,
     vcpus: Vec<Hurried>,
+    /// vCPUs' threads that are kept on cores of their own meanwhile.
+    apart: Vec<Home>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -41,22 +45,25 @@ struct Hurried {
 }
 
 impl Hurry {
-    /// The calling thread, above these. Best effort; where it can't be above them, nobody is raised: they would keep it
+    /// The calling thread, above these, which are kept apart. Best effort; where it can't be above them, nobody is raised: they would keep it
     /// from ending that.
-    pub(super) fn with(vcpus: impl Iterator<Item = Pid>) -> Self {
+    pub(super) fn with(vcpus: &[Pid]) -> Self {
+        let apart = placement::keep_apart(vcpus);
         let lead = Hurried::new(gettid(), ABOVE);
         let vcpus = vcpus
+            .iter()
             .filter(|_| lead.is_some())
-            .filter_map(|thread| Hurried::new(thread, EQUAL));
+            .filter_map(|&thread| Hurried::new(thread, EQUAL));
         Self {
             vcpus: vcpus.collect(),
             lead,
+            apart,
         }
     }
 
     /// Whether this process may hurry.
     pub(super) fn is_allowed() -> bool {
-        Self::with(std::iter::empty()).lead.is_some()
+        Self::with(&[]).lead.is_some()
     }
 
     /// Leaves the cores to the vCPUs until each of those that want one has it. One that is kicked while it waits for its
@@ -97,6 +104,7 @@ impl Drop for Hurry {
             // Gives up what the kernel lets everybody give up.
             let _ = set(hurried.thread, hurried.policy, 0);
         }
+        self.apart.iter().for_each(Home::return_to);
     }
 }
 
@@ -166,7 +174,7 @@ mod tests {
             beside(|vcpu| {
                 let own = policy_of(vcpu);
                 assert!(Hurry::is_allowed());
-                let hurry = Hurry::with([vcpu].into_iter());
+                let hurry = Hurry::with(&[vcpu]);
                 assert_eq!(policy(), (libc::SCHED_FIFO, ABOVE));
                 assert_eq!(policy_of(vcpu), (libc::SCHED_FIFO, EQUAL));
                 hurry.among();
@@ -190,7 +198,7 @@ mod tests {
             // New threads inherit the policy, so it is given after.
             let own = policy_of(vcpu);
             assert_eq!(own, (libc::SCHED_OTHER, 0));
-            let hurry = Hurry::with([vcpu].into_iter());
+            let hurry = Hurry::with(&[vcpu]);
             assert_eq!((policy(), policy_of(vcpu)), ((libc::SCHED_RR, EQUAL), own));
             assert!(!Hurry::is_allowed());
             drop(hurry);
@@ -205,7 +213,7 @@ mod tests {
             eprintln!("SKIPPED hurry: this user may not raise a thread");
             return;
         }
-        let hurry = Hurry::with([us].into_iter());
+        let hurry = Hurry::with(&[us]);
         hurry.among();
         assert_eq!(policy(), (libc::SCHED_RR, 7));
         drop(hurry);

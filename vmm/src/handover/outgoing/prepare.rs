@@ -87,8 +87,9 @@ pub(super) fn prepare(
 
 /// What makes the freeze shorter, right before it: memory at hand, and nobody at work for us.
 pub(super) fn calm_down(guest: &Guest, errand: &Errand) {
-    make_room(&errand.state, guest.machine.vcpu_count());
-    warm::up();
+    let vcpus = guest.machine.vcpu_count();
+    make_room(&errand.state, vcpus);
+    warm::up_for(vcpus);
     std::thread::sleep(CALM);
 }
 

@@ -72,6 +72,11 @@ impl Blank {
         hurry
     }
 
+    /// How many vCPUs it has.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.count()
+    }
+
     /// Whether who waits may stay awake for it.
     pub fn may_stay_awake(&self) -> bool {
         self.vcpus.may_stay_awake()
