@@ -5,7 +5,7 @@
 //! be loaded ahead of the freeze, as far as it has no life of its own: what is loaded afterwards is compared
 //! with it ([`Standing`]), and written only where it differs. What moves by itself in a machine that never
 //! ran (local APIC, TSC deadline, MSRs that count or that KVM gives a meaning of their own), and what an
-//! injection changes (registers, pending events, a halt), is written every time.
+//! injection changes in every swap (registers, pending events), is written every time.
 
 use kvm_bindings::kvm_mp_state;
 use kvm_ioctls::VcpuFd;
@@ -63,6 +63,7 @@ pub struct Known {
 /// Nothing at all stands in the default.
 #[derive(Debug, Default)]
 pub struct Standing {
+    mp_state: Option<u32>,
     sregs: Vec<u8>,
     xcrs: Vec<u8>,
     xsave: Vec<u8>,
@@ -90,6 +91,7 @@ impl Known {
         before.complete(fd, from, &still)?;
         still.sort_unstable();
         self.standing = Standing {
+            mp_state: Some(from.mp_state),
             sregs: from.sregs.clone(),
             xcrs: from.xcrs.clone(),
             xsave: from.xsave.clone(),
@@ -113,11 +115,6 @@ impl Known {
         let tsc_offset_delta = self.load_tsc(fd, from, pause)?;
         drop(tsc_stands);
         std::mem::take(&mut self.standing).complete(fd, from, &plain)?;
-        // After the system registers, with which KVM ends the halt of a vCPU at its reset vector (x86.c,
-        // `__set_sregs_common`).
-        let mp_state = from.mp_state;
-        fd.set_mp_state(kvm_mp_state { mp_state })
-            .map_err(VcpuError::kvm("load MP state"))?;
         let regs = raw::from_bytes(NAME, &from.regs)?;
         fd.set_regs(&regs)
             .map_err(VcpuError::kvm("load registers"))?;
@@ -192,7 +189,8 @@ impl Standing {
         // What a saved state does not have stands nowhere: it is refused, as ever.
         let stands = |ours: &[u8], theirs: &[u8]| !theirs.is_empty() && ours == theirs;
         // System registers hold the APIC base, which must stand before the local APIC is loaded.
-        if !stands(&self.sregs, &from.sregs) {
+        let same_sregs = stands(&self.sregs, &from.sregs);
+        if !same_sregs {
             let sregs = raw::from_bytes(NAME, &from.sregs)?;
             fd.set_sregs(&sregs)
                 .map_err(VcpuError::kvm("load system registers"))?;
@@ -211,7 +209,15 @@ impl Standing {
             fd.set_debug_regs(&debugregs)
                 .map_err(VcpuError::kvm("load debug registers"))?;
         }
-        msrs::write(fd, &self.differing(msrs))
+        msrs::write(fd, &self.differing(msrs))?;
+        // After the system registers, with which KVM ends the halt of a vCPU at its reset vector (x86.c,
+        // `__set_sregs_common`).
+        let mp_state = from.mp_state;
+        if self.mp_state != Some(mp_state) || !same_sregs {
+            fd.set_mp_state(kvm_mp_state { mp_state })
+                .map_err(VcpuError::kvm("load MP state"))?;
+        }
+        Ok(())
     }
 
     /// MSRs to write, so that these are what there is: a saved state leaves out some that are zero.

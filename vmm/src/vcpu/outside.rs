@@ -65,8 +65,13 @@ impl Queue {
 
     /// Counts from now on.
     pub(super) fn restart(&mut self) {
-        self.queued = Duration::ZERO;
+        self.forget();
         self.skip();
+    }
+
+    /// What was counted so far counts no more.
+    pub(super) fn forget(&mut self) {
+        self.queued = Duration::ZERO;
     }
 
     /// Leaves out what was since the last call of any of these: a thread that stays awake with nothing to do, and yields, is

@@ -127,9 +127,18 @@ impl Runner {
 
     fn come_to_rest(&mut self) {
         self.left = Left::now();
-        self.queue.restart();
         self.answer(Answer::Parked);
-        self.awake = self.spin;
+        self.begin_to_wait(self.spin);
+    }
+
+    /// An order comes soon, and what this thread waits for a core counts from now on; where it stays awake for the order, from
+    /// that on.
+    fn begin_to_wait(&mut self, awake: Duration) {
+        self.queue.forget();
+        if awake.is_zero() {
+            self.queue.skip();
+        }
+        self.awake = awake;
     }
 
     fn prime(&mut self) -> Result<Home, VcpuError> {
@@ -160,10 +169,7 @@ impl Runner {
         match order {
             Order::Stop => return Phase::Stopped,
             Order::Park => self.come_to_rest(),
-            Order::StandBy(awake) => {
-                self.queue.restart();
-                self.awake = awake;
-            }
+            Order::StandBy(awake) => self.begin_to_wait(awake),
             Order::Save { format } => {
                 let khz = self.known.tsc_khz;
                 let saved = state::save(&mut self.fd, &mut self.msrs, format, khz);
@@ -191,7 +197,7 @@ impl Runner {
                 self.queue.restart();
             }
             Order::Load(section, pause, tsc_stands) => {
-                let loaded = self.load(&section, pause, tsc_stands);
+                let loaded = self.load(section, pause, tsc_stands);
                 self.answer(Answer::Loaded(loaded));
                 self.queue.so_far();
                 self.awake = self.spin;
@@ -226,11 +232,14 @@ impl Runner {
 
     fn load(
         &mut self,
-        section: &Unread<VcpuSection>,
+        unread: Unread<VcpuSection>,
         pause: Pause,
         tsc_stands: Sender<()>,
     ) -> Result<LoadedVcpu, VcpuError> {
-        let section = section.read()?;
+        let section = unread.read()?;
+        // The machine thread's memory: given back later, it would have the allocator in the moment in which that thread
+        // goes on.
+        drop(unread);
         let known = &mut self.known;
         let (loaded, late) = known.load(&mut self.fd, &section, pause, tsc_stands)?;
         self.late = match self.id {
