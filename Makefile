@@ -83,9 +83,10 @@ bench-deps: bench-program ## fetch the QEMU that is measured beside us
 	target/release/stillpoint-bench --fetch
 
 .PHONY: bench-page
-bench-page: ## put the last bench's table and pictures into docs/blackout
+bench-page: ## put the last bench's tables and pictures into docs/blackout
 	cp -f target/bench/blackout.md docs/blackout/measured.md
 	cp -f target/bench/blackout.svg target/bench/phases.svg docs/blackout/
+	@! test -f target/bench/full/full.md || cp -f target/bench/full/full.md target/bench/full/full.svg docs/blackout/
 
 .PHONY: etcd
 etcd: ## the shared store's suite on three members of etcd, killed in turn, parted, and slow; a rollout through storms (SEED=n; needs root, and strace)

@@ -1,18 +1,19 @@
 //! `make bench-full`: every machine there is, crossed. What was measured is kept, so a run that was broken off goes on
 //! where it was; another build of the VMM begins anew.
 
-mod cell;
+pub(crate) mod cell;
 mod page;
 
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use sha2::{Digest, Sha256};
 use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::vm::Vm;
 
 use self::cell::{Cell, Outcome, Taken};
 use crate::run::{middle, progress};
-use crate::{control, environment, ours};
+use crate::{control, environment, ours, picture};
 
 /// A guest has so long to touch its RAM.
 const TOUCHING: Duration = Duration::from_secs(180);
@@ -62,10 +63,14 @@ pub(crate) fn run(swaps: u32, limit: Duration) -> anyhow::Result<()> {
     );
     let page = dir.join("full.md");
     std::fs::write(&page, text).with_context(|| format!("write {}", page.display()))?;
+    let field = dir.join("full.svg");
+    std::fs::write(&field, picture::crossing(&taken))
+        .with_context(|| format!("write {}", field.display()))?;
     println!(
-        "{} of {of} machines are measured: {}",
+        "{} of {of} machines are measured: {}, {}",
         taken.len(),
-        page.display()
+        page.display(),
+        field.display()
     );
     if taken.len() < of as usize {
         println!("the rest is for another `make bench-full` (--seconds gives it more time)");
@@ -73,11 +78,17 @@ pub(crate) fn run(swaps: u32, limit: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Which build of the VMM is measured.
+/// Which build of the VMM is measured, with which guest: by their bytes, since each build gives the files a new date.
 fn build() -> anyhow::Result<String> {
-    let facts = Release::Current.binary()?.metadata()?;
-    let since = facts.modified()?.duration_since(UNIX_EPOCH)?;
-    Ok(format!("{} bytes of {}", facts.len(), since.as_secs()))
+    let mut digest = Sha256::new();
+    for path in [Release::Current.binary()?, releases::pulse()?] {
+        digest.update(std::fs::read(&path).with_context(|| format!("read {}", path.display()))?);
+    }
+    Ok(digest
+        .finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn measure(cell: &Cell, swaps: u32, tsc_khz: u64) -> anyhow::Result<Outcome> {

@@ -109,14 +109,15 @@ impl Guest {
 
     /// Brings the guest to rest, for no longer than `budget`. On an error it runs on.
     pub fn freeze(&mut self, budget: Duration) -> Result<Frozen<'_>, FreezeError> {
-        self.freeze_after(budget, || ())
+        self.freeze_after(budget, || false)
     }
 
-    /// The same, after `announce`, when nothing but the freeze is left to be done.
+    /// The same, after `announce`, when nothing but the freeze is left to be done. It tells whether there is anybody to
+    /// hear it.
     pub fn freeze_after(
         &mut self,
         budget: Duration,
-        announce: impl FnOnce(),
+        announce: impl FnOnce() -> bool,
     ) -> Result<Frozen<'_>, FreezeError> {
         let began = Instant::now();
         // The guard stands before the drain and the first kick: leaving here by `?` runs its drop.
@@ -137,8 +138,9 @@ impl Guest {
         frozen.hurry = frozen.guest.machine.hurry();
         frozen.hurry.take_effect();
         // Who hears it stays awake from now on, as an equal of the vCPUs: not before each of them has the core that it wants.
-        announce();
-        frozen.hurry.let_be_heard();
+        if announce() {
+            frozen.hurry.let_be_heard();
+        }
         frozen.kicked_tsc = clock::host_tsc();
         frozen.kicked = Instant::now();
         frozen.deadline = frozen.kicked + budget;

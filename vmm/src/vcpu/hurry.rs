@@ -69,15 +69,17 @@ impl Hurry {
     /// Leaves the cores to the vCPUs until each of those that want one has it. One that is kicked while it waits for its
     /// turn stands still from the moment it began to wait; and to raise a thread may take its core from another.
     pub(crate) fn take_effect(&self) {
-        if !self.vcpus.is_empty() {
-            std::thread::sleep(EFFECT);
-        }
+        self.leave_cores_for(EFFECT);
     }
 
     /// Leaves the cores that the vCPUs don't want to who was told that they are about to stand still.
     pub(crate) fn let_be_heard(&self) {
+        self.leave_cores_for(HEARING);
+    }
+
+    fn leave_cores_for(&self, time: Duration) {
         if !self.vcpus.is_empty() {
-            std::thread::sleep(HEARING);
+            std::thread::sleep(time);
         }
     }
 

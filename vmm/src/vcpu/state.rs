@@ -81,9 +81,9 @@ fn save_with(
         .get_debug_regs()
         .map_err(VcpuError::kvm("save debug registers"))?;
     section.debugregs = raw::bytes_of(&debugregs).to_vec();
-    // Last: it gathers what the calls above may have moved.
     let events = match synced {
         Some(synced) => synced.events,
+        // Last: it gathers what the calls above may have moved.
         None => fd
             .get_vcpu_events()
             .map_err(VcpuError::kvm("save pending events"))?,

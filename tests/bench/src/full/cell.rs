@@ -8,16 +8,18 @@ use stillpoint_control::spec::Pages;
 use stillpoint_tests::vm::Recipe;
 
 use crate::sample::Sample;
-use crate::{environment, scene};
+use crate::{environment, scene, stats};
 
 /// vCPUs.
-const VCPUS: [u8; 4] = [1, 2, 4, 8];
+pub(crate) const VCPUS: [u8; 4] = [1, 2, 4, 8];
 /// RAM, MiB.
-const MEMORY: [u64; 3] = [256, 2048, 8192];
+pub(crate) const MEMORY: [u64; 3] = [256, 2048, 8192];
 /// What RAM lies in.
-const PAGES: [Pages; 3] = [Pages::Base, Pages::Thp, Pages::Hugetlb2m];
+pub(crate) const PAGES: [Pages; 3] = [Pages::Base, Pages::Thp, Pages::Hugetlb2m];
 /// Of each 10 ms a vCPU runs so many percent.
-const DUTIES: [u8; 2] = [100, 3];
+pub(crate) const DUTIES: [u8; 2] = [BUSY, 3];
+/// A vCPU that never rests.
+pub(crate) const BUSY: u8 = 100;
 
 /// A machine, and what its guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,7 +107,7 @@ impl Cell {
     /// For people.
     pub(crate) fn title(&self) -> String {
         let touched = if self.touched { "touched" } else { "untouched" };
-        let busy = if self.duty == 100 { "busy" } else { "resting" };
+        let busy = if self.duty == BUSY { "busy" } else { "resting" };
         format!(
             "{} vCPUs, {} MiB {touched}, {}, {busy}",
             self.vcpus,
@@ -134,6 +136,13 @@ impl Cell {
         let words = scene::words(self.memory_mib, self.touched, self.duty);
         scene::recipe(self.vcpus, (self.memory_mib, self.pages), &words)
     }
+}
+
+/// Median of the worst vCPU's time out of the guest, less its waits for a core, ms; if all swaps know it.
+pub(crate) fn worst_unqueued(swaps: &[Sample]) -> Option<f64> {
+    let worst = swaps.iter().map(|swap| swap.unqueued_ns.iter().max());
+    let worst: Option<Vec<u64>> = worst.map(Option::<&u64>::copied).collect();
+    Some(stats::summary(&worst?)?.p50)
 }
 
 impl Taken {

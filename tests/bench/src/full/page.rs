@@ -31,12 +31,12 @@ fn write_all(to: &mut String, taken: &[Taken], of: usize, facts: &Facts) -> std:
     )?;
     writeln!(
         to,
-        "| machine | n | host's median | p99 | guest's median | p99 | no swap | load |\n|---|--:|--:|--:|--:|--:|--:|--:|"
+        "| machine | n | host's median | worst | worst vCPU's, less its waits for a core | guest's median | worst | no swap | load |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )?;
     for taken in taken {
         let title = taken.cell.title();
         match &taken.outcome {
-            Outcome::LeftOut(why) => writeln!(to, "| {title} | | {why} | | | | | |")?,
+            Outcome::LeftOut(why) => writeln!(to, "| {title} | | {why} | | | | | | |")?,
             Outcome::Measured {
                 swaps,
                 none,
@@ -44,7 +44,7 @@ fn write_all(to: &mut String, taken: &[Taken], of: usize, facts: &Facts) -> std:
             } => {
                 row(to, &title, swaps, none, taken.load)?;
                 for fault in faults {
-                    writeln!(to, "| | | the guest complains: {fault} | | | | | |")?;
+                    writeln!(to, "| | | the guest complains: {fault} | | | | | | |")?;
                 }
             }
         }
@@ -74,13 +74,15 @@ fn row(
     let noise = none.as_ref().map_or(0.0, |none| none.p50);
     let guest = guest.filter(|guest| noise <= guest.p50 * MOST_NOISE);
     let two = |of: Option<Summary>| match of {
-        Some(of) => format!("{:.2} | {:.2}", of.p50, of.p99),
+        Some(of) => format!("{:.2} | {:.2}", of.p50, of.max),
         None => " | ".into(),
     };
+    let worst = super::cell::worst_unqueued(swaps);
+    let worst = worst.map(|ms| format!("{ms:.2}")).unwrap_or_default();
     let n = swaps.len();
     writeln!(
         to,
-        "| {title} | {n} | {} | {} | {noise:.2} | {load:.1} |",
+        "| {title} | {n} | {} | {worst} | {} | {noise:.2} | {load:.1} |",
         two(host),
         two(guest)
     )

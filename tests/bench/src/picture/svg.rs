@@ -9,7 +9,7 @@ text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans',
 .title { font-size: 19px; font-weight: 600; }
 .small { font-size: 12px; }
 .bold { font-weight: 600; }
-text.on, text.ondark { font-size: 12px; font-weight: 600; }
+text.on, text.ondark, text.onlight { font-size: 12px; font-weight: 600; }
 .grid { stroke-width: 1; }
 .mark { stroke-width: 2.5; }
 .thin { stroke-width: 1.5; }
@@ -20,7 +20,7 @@ text.on, text.ondark { font-size: 12px; font-weight: 600; }
 
 /// Selector, property, colour on a light page, on a dark one. No CSS variables: not every viewer
 /// knows them. One that knows no media queries shows the light ones.
-const COLOURS: [(&str, &str, &str, &str); 22] = [
+const COLOURS: [(&str, &str, &str, &str); 30] = [
     ("text", "fill", "#1f2430", "#e8ebf1"),
     ("text.soft", "fill", "#5b6475", "#a2abba"),
     ("text.on", "fill", "#ffffff", "#ffffff"),
@@ -43,6 +43,14 @@ const COLOURS: [(&str, &str, &str, &str); 22] = [
     (".s2", "fill", "#f7b267", "#ffc78a"),
     (".rest", "fill", "#b6bdc9", "#6a7382"),
     (".guest", "stroke", "#5b6475", "#a2abba"),
+    ("text.onlight", "fill", "#1f2430", "#1f2430"),
+    (".h0", "fill", "#dbeafe", "#c9dfff"),
+    (".h1", "fill", "#b3d2fc", "#a9cbff"),
+    (".h2", "fill", "#7fb0fa", "#7fb0fa"),
+    (".h3", "fill", "#2f6fe8", "#3f7bee"),
+    (".h4", "fill", "#1d4fc0", "#2556c4"),
+    (".h5", "fill", "#152f78", "#16306f"),
+    (".left", "fill", "#eceff4", "#22272f"),
 ];
 
 fn style() -> String {

@@ -15,7 +15,9 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
+use clap::Parser;
+use clap::builder::PossibleValuesParser;
 use stillpoint_tests::releases::root;
 
 use plan::{SUITES, Suite};
@@ -23,6 +25,15 @@ use programs::{Program, of_suite};
 
 /// The most that a test program may take: one that hangs must not keep the others from being run and read.
 const LIMIT: Duration = Duration::from_secs(1500);
+
+/// Runs suites of tests in turn, and counts what passed.
+#[derive(Debug, Parser)]
+#[command(name = "suites")]
+struct Options {
+    /// Those to run; all, if none is named.
+    #[arg(value_name = "SUITE", value_parser = PossibleValuesParser::new(SUITES.iter().map(|suite| suite.name)))]
+    suites: Vec<String>,
+}
 
 /// How a suite ended.
 #[derive(Default)]
@@ -33,7 +44,8 @@ struct Tally {
 }
 
 fn main() -> ExitCode {
-    match run_all() {
+    let Options { suites } = Options::parse();
+    match run_all(&suites) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -43,18 +55,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_all() -> anyhow::Result<bool> {
-    let wanted: Vec<String> = std::env::args().skip(1).collect();
+fn run_all(wanted: &[String]) -> anyhow::Result<bool> {
     let logs = root().join("target/test-logs");
     std::fs::create_dir_all(&logs)?;
-    for name in &wanted {
-        let names: Vec<&str> = SUITES.iter().map(|suite| suite.name).collect();
-        ensure!(
-            names.contains(&name.as_str()),
-            "there is no suite {name:?}; there are {}",
-            names.join(" ")
-        );
-    }
     let programs = Program::all(&root().join("target/tests"), &root())?;
     let (mut all, mut good, began) = (Tally::default(), true, Instant::now());
     for suite in SUITES

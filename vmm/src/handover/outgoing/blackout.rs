@@ -35,11 +35,7 @@ pub(super) fn blackout(
 ) -> Result<(), KeptReason> {
     let began = Instant::now();
     // Nothing hangs on it: one that doesn't hear it waits asleep, and one that is gone is noticed by what follows.
-    let announce = || {
-        if log.awake {
-            let _ = channel.send(Body::Soon(Soon {}), &[]);
-        }
-    };
+    let announce = || log.awake && channel.send(Body::Soon(Soon {}), &[]).is_ok();
     let frozen = match guest.freeze_after(errand.budget, announce) {
         Ok(frozen) => frozen,
         Err(error) => {
