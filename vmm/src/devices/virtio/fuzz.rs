@@ -59,12 +59,13 @@ fn work(
     let Some(memory) = ram(bytes) else { return };
     let mut queues = queues(bytes, count, &memory);
     let interrupt = Interrupt::new(Line::loose());
-    let mut again = 0;
+    let (mut again, mut untold) = (0, 0);
     let mut queues = Queues {
         memory: &memory,
         queues: &mut queues,
         interrupt: &interrupt,
         again: &mut again,
+        untold: &mut untold,
     };
     for queue in (0..TURNS).flat_map(|_| 0..count) {
         if act(&mut queues, queue).is_err() {

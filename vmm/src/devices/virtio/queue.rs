@@ -251,6 +251,8 @@ pub struct Queues<'a> {
     pub(super) interrupt: &'a Interrupt,
     /// Queues to be looked at in the next turn, one bit for each.
     pub(super) again: &'a mut u64,
+    /// Queues with requests given back of which the driver was not told yet, likewise.
+    pub(super) untold: &'a mut u64,
 }
 
 /// The most queues of a device.
@@ -304,15 +306,17 @@ impl Queues<'_> {
     /// Has this queue looked at again in the next turn, kicked or not. A kind that leaves requests
     /// in a queue to keep its turn short says so by this.
     pub fn again(&mut self, queue: usize) {
-        *self.again |= 1 << (queue % MAX_QUEUES);
+        *self.again |= bit(queue);
     }
 
     /// Gives a request back, with `written` bytes of its writable part filled.
     pub fn push(&mut self, queue: usize, head: u16, written: u32) -> Result<(), Broken> {
         match self.queues.get_mut(queue) {
-            Some(Some(ring)) => Ok(ring.add_used(self.memory, head, written)?),
-            _ => Ok(()),
+            Some(Some(ring)) => ring.add_used(self.memory, head, written)?,
+            _ => return Ok(()),
         }
+        *self.untold |= bit(queue);
+        Ok(())
     }
 
     /// How many entries the driver gave the queue; 0 for one that it does not use.
@@ -347,6 +351,7 @@ impl Queues<'_> {
         // The index moves with the last one, past all of them.
         ring.set_next_used(first.wrapping_add(before.len() as u16));
         ring.add_used(self.memory, last, written)?;
+        *self.untold |= bit(queue);
         if !before.is_empty() && ring.event_idx_enabled() {
             // The ring counts the last one only, and may overlook that the driver waits for
             // another. Whether it does is virtio 1.2, 2.7.7.2, as in the ring.
@@ -365,8 +370,13 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Interrupts the driver, if it wants to hear of what was given back since the last time.
+    /// Interrupts the driver, if it wants to hear of what was given back since the last time. If nothing was, there is
+    /// nothing to hear of: the ring itself would have a driver without EVENT_IDX interrupted each time.
     pub fn signal(&mut self, queue: usize) -> Result<(), Broken> {
+        if *self.untold & bit(queue) == 0 {
+            return Ok(());
+        }
+        *self.untold &= !bit(queue);
         if let Some(Some(ring)) = self.queues.get_mut(queue)
             && ring.needs_notification(self.memory)?
         {
@@ -374,6 +384,10 @@ impl Queues<'_> {
         }
         Ok(())
     }
+}
+
+fn bit(queue: usize) -> u64 {
+    1 << (queue % MAX_QUEUES)
 }
 
 /// A queue that a driver has set up, from what it wrote into the registers.

@@ -66,6 +66,8 @@ pub(super) struct Work {
     pub(super) live: bool,
     /// Queues to be looked at, kicked or not, one bit for each.
     again: u64,
+    /// Queues with requests given back of which the driver was not told yet.
+    untold: u64,
 }
 
 #[derive(Debug)]
@@ -109,6 +111,7 @@ impl Worker {
                 queues: Vec::new(),
                 live: false,
                 again: 0,
+                untold: 0,
             }),
             changed: Condvar::new(),
             interrupt,
@@ -319,6 +322,7 @@ impl Shared {
             queues,
             live,
             again,
+            untold,
         } = work
         else {
             return Ok(());
@@ -332,6 +336,7 @@ impl Shared {
             queues,
             interrupt: &self.interrupt,
             again,
+            untold,
         };
         // What is in flight ends, whether the device is drained, failed, or being reset.
         for token in events.iter().map(|event| event.data.u64()) {

@@ -313,6 +313,26 @@ fn the_cache_is_what_the_driver_chose() {
     assert_eq!(driver.config(32, 1), [0], "a successor knows");
 }
 
+/// With no EVENT_IDX a driver is told of all that it gets back, and of nothing else.
+#[test]
+fn a_kick_for_nothing_interrupts_nobody() {
+    let file = file(MIB);
+    let driver = boot(&file);
+    let ring = &mut driver.start(0)[0];
+    let mut read = || {
+        assert_eq!(ask(&driver, ring, VIRTIO_BLK_T_IN, 0, &[], 512).0, OK);
+        // It comes back a little before the interrupt.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while driver.acknowledge() != 1 {
+            assert!(Instant::now() < deadline, "nobody was told");
+        }
+        ring.kick_anyway();
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(driver.acknowledge(), 0);
+    };
+    (0..4).for_each(|_| read());
+}
+
 #[test]
 fn a_ring_that_lies_fails_the_device_and_no_more() {
     type Lie = fn(&Driver, &mut Ring);
