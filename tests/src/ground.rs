@@ -60,6 +60,54 @@ pub fn no_other_user() -> Option<String> {
     (!rustix::process::geteuid().is_root()).then(|| "only root can become another user".into())
 }
 
+/// Why the host can't be set up otherwise for a test; `None` if it can.
+pub fn not_root() -> Option<String> {
+    (!rustix::process::geteuid().is_root())
+        .then(|| "only root can change the host's settings".into())
+}
+
+/// A setting of this host's that is another until this is dropped.
+#[derive(Debug)]
+pub struct Setting {
+    path: &'static str,
+    before: String,
+}
+
+impl Setting {
+    /// A number, by so much more.
+    pub fn raise(path: &'static str, by: u64) -> anyhow::Result<Self> {
+        let before = std::fs::read_to_string(path)
+            .context(path)?
+            .trim()
+            .to_owned();
+        let number: u64 = before.parse().context(path)?;
+        Self::put(path, before, &(number + by).to_string())
+    }
+
+    /// One of several words, of which the file shows the chosen one in brackets.
+    pub fn choose(path: &'static str, word: &str) -> anyhow::Result<Self> {
+        let words = std::fs::read_to_string(path).context(path)?;
+        let chosen = words
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+        let before = chosen.context("none of its words is chosen")?.to_owned();
+        Self::put(path, before, word)
+    }
+
+    fn put(path: &'static str, before: String, now: &str) -> anyhow::Result<Self> {
+        std::fs::write(path, now).context(path)?;
+        Ok(Self { path, before })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::write(self.path, &self.before) {
+            eprintln!("{} stays as it is: {error}", self.path);
+        }
+    }
+}
+
 /// Why there can be no mount namespace of our own; `None` if there can.
 pub fn no_mount_namespace() -> Option<String> {
     let mount = ["-m", "mount", "-t", "tmpfs", "none", "/mnt"];

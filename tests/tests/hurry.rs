@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use stillpoint_control::report::Outcome;
 use stillpoint_state::sections::FORMATS;
+use stillpoint_tests::ground::cores;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
 use stillpoint_tests::releases::Release;
@@ -22,21 +23,43 @@ const SHORT: Duration = Duration::from_millis(200);
 const SCHED_FIFO: u32 = 1;
 const CAP_SYS_NICE: u32 = 23;
 
-/// Names of those of a process's threads that go before others. One that ends meanwhile is none.
-fn hurried(pid: u32) -> anyhow::Result<Vec<String>> {
-    let mut names = Vec::new();
+/// A thread of a VMM.
+#[derive(Clone, Debug)]
+struct Seen {
+    name: String,
+    /// It goes before others.
+    hurries: bool,
+    /// Where it may run, as a list.
+    cores: String,
+}
+
+/// A process's threads. One that ends meanwhile is none.
+fn threads(pid: u32) -> anyhow::Result<Vec<Seen>> {
+    let mut seen = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let Ok(stat) = std::fs::read_to_string(thread?.path().join("stat")) else {
+        let thread = thread?.path();
+        let of = |file| std::fs::read_to_string(thread.join(file));
+        let (Ok(stat), Ok(status)) = (of("stat"), of("status")) else {
             continue;
         };
         // proc_pid_stat(5): the name in parentheses is the second field, the policy the 41st.
         let (before, after) = stat.rsplit_once(')').context("a name")?;
         let policy = after.split_ascii_whitespace().nth(41 - 3);
-        if policy.context("a policy")?.parse::<u32>()? == SCHED_FIFO {
-            names.extend(before.split_once('(').map(|(_, name)| name.to_owned()));
-        }
+        let mut lines = status.lines();
+        let cores = lines.find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let (_, name) = before.split_once('(').context("a name")?;
+        seen.push(Seen {
+            name: name.to_owned(),
+            hurries: policy.context("a policy")?.parse::<u32>()? == SCHED_FIFO,
+            cores: cores.context("cores")?.trim().to_owned(),
+        });
     }
-    Ok(names)
+    Ok(seen)
+}
+
+fn hurried(pid: u32) -> anyhow::Result<Vec<Seen>> {
+    let all = threads(pid)?.into_iter();
+    Ok(all.filter(|thread| thread.hurries).collect())
 }
 
 /// Whether threads of this process, and of those it starts, may be raised.
@@ -48,14 +71,17 @@ fn may_hurry() -> anyhow::Result<bool> {
 }
 
 fn nobody_hurries(vm: &Vm) -> anyhow::Result<()> {
-    wait_for("threads to take their time again", PATIENCE, || {
-        Ok(hurried(vm.pid())?.is_empty().then_some(()))
+    wait_for("threads to take their time, anywhere", PATIENCE, || {
+        let all = threads(vm.pid())?;
+        let first = all.first().context("a thread")?;
+        let is_free = |thread: &Seen| !thread.hurries && thread.cores == first.cores;
+        Ok(all.iter().all(is_free).then_some(()))
     })
 }
 
 /// The most threads of the guest's VMM that were seen to hurry at a time, while it is swapped to a release that hangs
 /// when it has to load.
-fn hurried_in_a_freeze(vm: &mut Vm) -> anyhow::Result<Vec<String>> {
+fn hurried_in_a_freeze(vm: &mut Vm) -> anyhow::Result<Vec<Seen>> {
     let pid = vm.pid();
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -89,9 +115,15 @@ fn who_stands_still_goes_first_and_who_runs_does_not() -> anyhow::Result<()> {
     let seen = hurried_in_a_freeze(&mut vm)?;
     match may_hurry()? {
         true => {
-            let vcpus = seen.iter().filter(|name| name.starts_with("vcpu"));
-            ensure!(vcpus.count() == usize::from(VCPUS), "{seen:?}");
+            let vcpus = seen.iter().filter(|thread| thread.name.starts_with("vcpu"));
+            let vcpus: Vec<_> = vcpus.map(|thread| &thread.cores).collect();
+            ensure!(vcpus.len() == usize::from(VCPUS), "{seen:?}");
             ensure!(seen.len() == usize::from(VCPUS) + 1, "who leads: {seen:?}");
+            let is_one = |cores: &&String| cores.parse::<u32>().is_ok();
+            ensure!(
+                cores() == 1 || (vcpus.iter().all(is_one) && vcpus[0] != vcpus[1]),
+                "each has a core of its own: {seen:?}"
+            );
         }
         false => ensure!(seen.is_empty(), "{seen:?}"),
     }

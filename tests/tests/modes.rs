@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use stillpoint_control::report::Outcome;
+use stillpoint_control::spec::Pages;
 use stillpoint_guest_abi::pulse::{Mode, Timers};
 use stillpoint_tests::console::Console;
+use stillpoint_tests::ground::{self, Setting};
 use stillpoint_tests::guest::Snapshot;
 use stillpoint_tests::needs_kvm;
 use stillpoint_tests::patience::{PATIENCE, wait_for};
@@ -414,7 +416,6 @@ fn ram_above_4_gib_stays_sparse() -> anyhow::Result<()> {
 
 #[test]
 fn as_a_user_who_is_not_root() -> anyhow::Result<()> {
-    use stillpoint_tests::ground;
     stillpoint_tests::needs!(
         ground::no_kvm,
         ground::no_other_user,
@@ -507,4 +508,70 @@ fn ram_stays_locked_and_on_its_node() -> anyhow::Result<()> {
     }
     vm.is_well()?;
     vm.power_off()
+}
+
+/// Of the guest's RAM, as a process maps it, bytes in huge pages: reserved ones, or such as the kernel made.
+fn in_huge_pages(pid: u32) -> anyhow::Result<u64> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let (mut is_ram, mut kib) = (false, 0);
+    for line in smaps.lines() {
+        match line.split_whitespace().next() {
+            Some("Shared_Hugetlb:" | "Private_Hugetlb:" | "ShmemPmdMapped:") if is_ram => {
+                let number = line.split_whitespace().nth(1).context(line.to_owned())?;
+                kib += number.parse::<u64>()?;
+            }
+            // The line of a mapping begins with where it is; those of its figures with their names.
+            Some(word) if !word.ends_with(':') => is_ram = line.contains("stillpoint-ram"),
+            _ => {}
+        }
+    }
+    Ok(kib << 10)
+}
+
+/// Swaps a guest of 64 MiB in such pages, all of them touched; how much of it was in huge pages before, and after each.
+fn huge_pages_over_swaps(pages: Pages) -> anyhow::Result<(u64, Vec<u64>)> {
+    let mut vm = Vm::up(&Recipe {
+        memory_mib: 64,
+        pages,
+        ..Recipe::pulse(2, "ram=16M touch=64M")
+    })?;
+    vm.pulse.wait_touched(PATIENCE)?;
+    let before = in_huge_pages(vm.pid())?;
+    let mut after = Vec::new();
+    for to in ROUND {
+        vm.must_move(to)?;
+        after.push(in_huge_pages(vm.pid())?);
+        goes_on(&vm, "passes over RAM", 2, |s, v| s.vcpus[v].ram_passes)?;
+        vm.is_well()?;
+    }
+    vm.power_off()?;
+    Ok((before, after))
+}
+
+#[test]
+fn reserved_huge_pages_move_as_they_are() -> anyhow::Result<()> {
+    stillpoint_tests::needs!(ground::no_kvm, ground::not_root);
+    let _reserved = Setting::raise("/proc/sys/vm/nr_hugepages", 32)?;
+    let (before, after) = huge_pages_over_swaps(Pages::Hugetlb2m)?;
+    // All but what lies below its image. A successor has all there are: they are reserved for the guest, and their file tells
+    // of no holes.
+    ensure!(before >= 48 << 20, "{before} bytes in huge pages");
+    ensure!(after.iter().all(|&now| now >= before), "{before} {after:?}");
+    Ok(())
+}
+
+#[test]
+fn transparent_huge_pages_stay_huge() -> anyhow::Result<()> {
+    stillpoint_tests::needs!(ground::no_kvm, ground::not_root);
+    let shmem = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    if !std::fs::exists(shmem)? {
+        ground::skip("this kernel has no transparent huge pages");
+        return Ok(());
+    }
+    let _advise = Setting::choose(shmem, "advise")?;
+    let (before, after) = huge_pages_over_swaps(Pages::Thp)?;
+    // A kernel in want of whole ones gives small ones; what it gave is what moves.
+    ensure!(before >= 32 << 20, "{before} bytes in huge pages");
+    ensure!(after.iter().all(|&now| now >= before), "{before} {after:?}");
+    Ok(())
 }

@@ -45,7 +45,7 @@ pub(crate) struct Options {
     pub(crate) online: usize,
     /// `ram=`: length of the RAM pattern in bytes (`K`, `M`, `G`).
     pub(crate) ram: u64,
-    /// `touch=`: bytes of RAM written once, the pattern among them.
+    /// `touch=`: bytes of RAM written once, the pattern among them; until then the other vCPUs hardly run.
     pub(crate) touch: u64,
     /// `ram_from=`: the pattern lies at or above this address.
     pub(crate) ram_from: u64,

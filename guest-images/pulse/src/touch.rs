@@ -67,6 +67,13 @@ pub(crate) fn plan(info: &BootInfo) {
     field!(globals.touch_wanted).store(wanted, Relaxed);
 }
 
+/// Whether there is RAM to touch, and not all of it was, ever.
+pub(crate) fn is_to_come() -> bool {
+    let globals = pages::globals();
+    field!(globals.touch_wanted).load(Relaxed) != 0
+        && field!(globals.touch_passes).load(Relaxed) == 0
+}
+
 /// How far it is.
 pub(crate) struct Touch {
     ranges: &'static [(u64, u64)],

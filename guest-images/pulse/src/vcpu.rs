@@ -11,7 +11,7 @@ use crate::pages::{self, add, field, field32};
 use crate::pattern::Pattern;
 use crate::serial::say;
 use crate::timers::Timers;
-use crate::touch::Touch;
+use crate::touch::{self, Touch};
 use crate::virtio::Driving;
 use crate::{apic, clock, gate, modes, options, registers, tsc};
 
@@ -213,11 +213,15 @@ impl Vcpu {
         }
     }
 
-    /// With `duty=` below 100: halts for what is left of the slice. Not while there is RAM to touch: whoever wants a guest that
-    /// rests would wait for it as many times longer.
+    /// With `duty=` below 100: halts for what is left of the slice. Until all of `touch=` was written once, who writes does not
+    /// rest, and the others hardly run: whoever wants such a guest would wait for it as many times longer.
     fn rest(&mut self) {
-        let duty = options::get().duty;
-        if duty >= 100 || self.masked_since.is_some() || !self.touch.is_over() {
+        let duty = match (touch::is_to_come(), self.touch.is_over()) {
+            (true, true) => 1,
+            (_, true) => options::get().duty,
+            (_, false) => 100,
+        };
+        if duty >= 100 || self.masked_since.is_some() {
             return;
         }
         let slice = tsc::cycles(SLICE_US);

@@ -6,7 +6,7 @@ mod page;
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
 use stillpoint_tests::releases::{self, Release};
 use stillpoint_tests::vm::Vm;
@@ -31,7 +31,7 @@ pub(crate) fn run(swaps: u32, limit: Duration) -> anyhow::Result<()> {
     let tsc_khz = environment::tsc_khz();
     let cells = cell::all();
     let of = u32::try_from(cells.len())?;
-    let mut taken = Vec::new();
+    let (mut taken, mut failed) = (Vec::new(), 0_u32);
     for (cell, number) in cells.into_iter().zip(0_u32..) {
         let path = dir.join(format!("{}.json", cell.id()));
         if let Some(known) = Taken::read(&path).filter(|known| known.build == build) {
@@ -44,7 +44,14 @@ pub(crate) fn run(swaps: u32, limit: Duration) -> anyhow::Result<()> {
         progress(&format!("bench-full: {}", cell.title()), number, of);
         let outcome = match cell.impossible() {
             Some(reason) => Outcome::LeftOut(reason),
-            None => measure(&cell, swaps, tsc_khz).with_context(|| cell.title())?,
+            None => match measure(&cell, swaps, tsc_khz) {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    eprintln!("bench-full: {}: {error:#}", cell.title());
+                    failed += 1;
+                    continue;
+                }
+            },
         };
         let now = Taken {
             build: build.clone(),
@@ -75,6 +82,7 @@ pub(crate) fn run(swaps: u32, limit: Duration) -> anyhow::Result<()> {
     if taken.len() < of as usize {
         println!("the rest is for another `make bench-full` (--seconds gives it more time)");
     }
+    ensure!(failed == 0, "{failed} machines could not be measured");
     Ok(())
 }
 
