@@ -1,7 +1,7 @@
 //! Saved state into a blank machine. Restoring is construction: what comes out is whole, or an error.
 //!
 //! Must never: enter a vCPU, or write a byte of guest RAM. What would write waits for the take
-//! ([`msrs`]).
+//! ([`msrs`](crate::vcpu::msrs)).
 
 use std::sync::Arc;
 use std::time::Duration;
