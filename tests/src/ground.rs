@@ -66,6 +66,12 @@ pub fn not_root() -> Option<String> {
         .then(|| "only root can change the host's settings".into())
 }
 
+/// The word in brackets of a setting that shows its choices.
+pub fn chosen(setting: &str) -> Option<&str> {
+    let (_, rest) = setting.split_once('[')?;
+    Some(rest.split_once(']')?.0)
+}
+
 /// A setting of this host's that is another until this is dropped.
 #[derive(Debug)]
 pub struct Setting {
@@ -87,10 +93,9 @@ impl Setting {
     /// One of several words, of which the file shows the chosen one in brackets.
     pub fn choose(path: &'static str, word: &str) -> anyhow::Result<Self> {
         let words = std::fs::read_to_string(path).context(path)?;
-        let chosen = words
-            .split_whitespace()
-            .find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
-        let before = chosen.context("none of its words is chosen")?.to_owned();
+        let before = chosen(&words)
+            .context("none of its words is chosen")?
+            .to_owned();
         Self::put(path, before, word)
     }
 

@@ -116,10 +116,7 @@ pub(crate) fn facts(load_before: f64) -> Facts {
 
 /// The word in brackets of a setting that shows its choices.
 fn chosen(setting: &str) -> String {
-    let inner = setting
-        .split_once('[')
-        .and_then(|(_, rest)| rest.split_once(']'));
-    inner.map_or(setting, |(word, _)| word).to_owned()
+    ground::chosen(setting).unwrap_or(setting).to_owned()
 }
 
 /// Frequency of the TSC by the monotonic clock.

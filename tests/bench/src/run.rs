@@ -52,6 +52,14 @@ pub(crate) struct Measured {
 }
 
 impl Measured {
+    /// Takes in what was measured in turns, of which so many swaps were asked for.
+    fn take(&mut self, series: Vec<Series>, asked: u32) {
+        if let Some(first) = series.first() {
+            note_short(self, first, asked);
+        }
+        self.series.extend(series);
+    }
+
     /// One of the series, if it holds anything.
     pub(crate) fn get(&self, scene: &Scene, who: Who) -> Option<&Series> {
         self.series
@@ -89,8 +97,7 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
             continue;
         }
         let series = beside_others(scene, options, until(share), tsc_khz, qemu.as_ref())?;
-        note_short(&mut measured, &series[0], options.swaps);
-        measured.series.extend(series);
+        measured.take(series, options.swaps);
     }
     if options.only.as_deref() == Some(GROWTH) {
         growth(&mut measured, options, until(1.0), tsc_khz)?;
@@ -116,8 +123,7 @@ pub(crate) fn all(options: &Options) -> anyhow::Result<Measured> {
         until(shares[2]),
         tsc_khz,
     )?;
-    note_short(&mut measured, &series[0], swaps);
-    measured.series.extend(series);
+    measured.take(series, swaps);
     growth(&mut measured, options, until(shares[3]), tsc_khz)?;
     match no_room(options) {
         Some(reason) => measured.left_out.push(reason),
@@ -143,8 +149,7 @@ fn growth(
     tsc_khz: u64,
 ) -> anyhow::Result<()> {
     let series = in_turns("1 to 8 vCPUs", &MANY, options.swaps, until, tsc_khz)?;
-    note_short(measured, &series[0], options.swaps);
-    measured.series.extend(series);
+    measured.take(series, options.swaps);
     Ok(())
 }
 

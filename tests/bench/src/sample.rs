@@ -68,6 +68,11 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
+    /// The worst vCPU's time out of its guest, less its waits for a core, ns; if that is known.
+    pub(crate) fn unqueued_worst(&self) -> Option<u64> {
+        self.unqueued_ns.iter().max().copied()
+    }
+
     /// The worst vCPU's gap, ns.
     pub(crate) fn guest(&self) -> u64 {
         self.guest_ns.iter().copied().max().unwrap_or(0)
@@ -132,7 +137,6 @@ impl Series {
     /// The same of the worst vCPU of each.
     pub(crate) fn unqueued_worst(&self) -> Vec<u64> {
         let all = self.samples.iter().chain(&self.unseen);
-        all.filter_map(|sample| sample.unqueued_ns.iter().max().copied())
-            .collect()
+        all.filter_map(Sample::unqueued_worst).collect()
     }
 }

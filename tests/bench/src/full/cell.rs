@@ -140,8 +140,7 @@ impl Cell {
 
 /// Median of the worst vCPU's time out of the guest, less its waits for a core, ms; if all swaps know it.
 pub(crate) fn worst_unqueued(swaps: &[Sample]) -> Option<f64> {
-    let worst = swaps.iter().map(|swap| swap.unqueued_ns.iter().max());
-    let worst: Option<Vec<u64>> = worst.map(Option::<&u64>::copied).collect();
+    let worst: Option<Vec<u64>> = swaps.iter().map(Sample::unqueued_worst).collect();
     Some(stats::summary(&worst?)?.p50)
 }
 

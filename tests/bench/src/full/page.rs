@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::cell::{Outcome, Taken};
+use super::cell::{Outcome, Taken, worst_unqueued};
 use crate::environment::Facts;
 use crate::sample::Sample;
 use crate::stats::{self, Summary};
@@ -77,8 +77,9 @@ fn row(
         Some(of) => format!("{:.2} | {:.2}", of.p50, of.max),
         None => " | ".into(),
     };
-    let worst = super::cell::worst_unqueued(swaps);
-    let worst = worst.map(|ms| format!("{ms:.2}")).unwrap_or_default();
+    let worst = worst_unqueued(swaps)
+        .map(|ms| format!("{ms:.2}"))
+        .unwrap_or_default();
     let n = swaps.len();
     writeln!(
         to,

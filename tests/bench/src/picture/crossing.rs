@@ -23,15 +23,10 @@ const SHADES: [(f64, &str, &str); 6] = [
 /// The field.
 pub(crate) fn crossing(taken: &[Taken]) -> String {
     let mut svg = Svg::new(WIDTH);
-    svg.text(
-        28.0,
-        38.0,
-        "title",
-        Anchor::Start,
+    svg.heading(
         "How long a vCPU is out of its guest, on every machine",
+        "Median of a machine's swaps, ms, by the host: its worst vCPU, less what that one waited for a core",
     );
-    let about = "Median of a machine's swaps, ms, by the host: its worst vCPU, less what that one waited for a core";
-    svg.text(28.0, 60.0, "soft", Anchor::Start, about);
     heads(&mut svg);
     let mut y = TOP;
     for pages in PAGES {

@@ -59,15 +59,10 @@ pub(crate) fn phases(report: &Report) -> String {
     let longest = bars.iter().map(|p| total(p) + p.after).fold(0.1, f64::max) * 1.02;
     let x = |ms: f64| LEFT + ms / longest * (RIGHT - LEFT);
     let mut svg = Svg::new(WIDTH);
-    svg.text(
-        28.0,
-        38.0,
-        "title",
-        Anchor::Start,
+    svg.heading(
         "Where the blackout goes",
+        "Median of each phase while the guest stands still. Blue: the old process; orange: the new one; dashed: the guest itself",
     );
-    let about = "Median of each phase while the guest stands still. Blue: the old process; orange: the new one; dashed: the guest itself";
-    svg.text(28.0, 60.0, "soft", Anchor::Start, about);
     let bottom = TOP + ROW * bars.len() as f64;
     grid(&mut svg, longest, bottom, x);
     for (n, phases) in bars.iter().enumerate() {

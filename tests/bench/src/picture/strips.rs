@@ -74,7 +74,6 @@ pub(crate) fn blackout(report: &Report, measured: &Measured) -> String {
 
 fn heading(svg: &mut Svg, report: &Report) {
     let title = "How long a swap of the VMM stops its guest";
-    svg.text(28.0, 38.0, "title", Anchor::Start, title);
     let about = "Longest gap between two TSC readings, as the guest's worst vCPU saw it";
     let about = match report.intervals.first() {
         Some(first) => {
@@ -83,7 +82,7 @@ fn heading(svg: &mut Svg, report: &Report) {
         }
         None => about.to_owned(),
     };
-    svg.text(28.0, 60.0, "soft", Anchor::Start, &about);
+    svg.heading(title, &about);
     let mut x = 28.0;
     for (class, text, width) in [
         ("ours", "Stillpoint", 92.0),

@@ -107,6 +107,12 @@ impl Svg {
         ));
     }
 
+    /// What the picture is of, and a line about it.
+    pub(super) fn heading(&mut self, title: &str, about: &str) {
+        self.text(28.0, 38.0, "title", Anchor::Start, title);
+        self.text(28.0, 60.0, "soft", Anchor::Start, about);
+    }
+
     /// A straight line.
     pub(super) fn line(&mut self, class: &str, from: (f64, f64), to: (f64, f64)) {
         let ((x1, y1), (x2, y2)) = (from, to);
